@@ -1,0 +1,21 @@
+"""Fused residual blocks for PyTorch ResNets: `resnet_fast.optimize(model)`."""
+
+from . import functional
+from .blocks import FastBasicBlock, FastBottleneck, FusionError, disabled
+from .dispatch import BackendUnavailable
+from .optimize import optimize, restore
+from .report import BlockReport, Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "BlockReport",
+    "FastBasicBlock",
+    "FastBottleneck",
+    "FusionError",
+    "Report",
+    "disabled",
+    "functional",
+    "optimize",
+    "restore",
+]

@@ -1,0 +1,234 @@
+"""Drop-in residual blocks: torchvision's, with the same constructor, parameters, buffers and numbers, computed fused.
+
+    y = relu(F(x) + shortcut(x))        He et al. 2015, https://arxiv.org/abs/1512.03385
+
+A block holds parameters and state, the arithmetic is `functional.conv_bn_act`'s. What the children are is looked at on
+every call, because SyncBatchNorm conversion, parametrizations, hooks and edits of stride or dilation may come after
+construction; where something cannot be fused, the stock forward runs and the reason is logged once.
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from . import _log, dispatch
+from .functional import conv_bn_act, plain_pytorch_reason
+
+_disabled_depth = 0
+
+
+class FusionError(RuntimeError):
+    """A block that must be fused (`strict=True`) cannot be; the message says why."""
+
+
+class disabled:
+    """Context manager in which every fast block, on every thread, runs its stock forward. Reentrant."""
+
+    def __enter__(self) -> None:
+        global _disabled_depth
+        _disabled_depth += 1
+
+    def __exit__(self, *exc_info) -> None:
+        global _disabled_depth
+        _disabled_depth -= 1
+
+
+class _FastBlock:
+    """What both blocks share: deciding between the fused and the stock forward."""
+
+    fast_backend: str = "auto"
+    fast_strict: bool = False
+
+    def why_stock(self, x: Tensor | None = None) -> str | None:
+        """Why the stock forward would run (for input `x`, if given); None where the fused one does."""
+        reason = why_not_fusable(self)
+        if reason is None and x is not None:
+            reason = _why_not_now(self, x)
+        return reason
+
+    def _fused_or_none(self, x: Tensor) -> Tensor | None:
+        """The block's output, or None where the stock forward has to compute it."""
+        reason = self.why_stock(x)
+        if reason is None:
+            return self._fused(x)
+        if not torch.compiler.is_compiling():
+            _say(self, reason)
+        return None
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        downsample = self.downsample
+        if downsample is None:
+            return x
+        if _why_not_downsample(downsample) is None:
+            return _stage(x, downsample[0], downsample[1], None, None, self.fast_backend)
+        return downsample(x)
+
+
+class FastBasicBlock(_FastBlock, BasicBlock):
+    """torchvision's BasicBlock (ResNet-18/34), fused: x (N, Cin, H, W) -> (N, planes, H / stride, W / stride)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output; dtype, layout and running statistics as BasicBlock's."""
+        if not torch.jit.is_scripting():
+            out = self._fused_or_none(x)
+            return super().forward(x) if out is None else out
+        identity = x  # TorchScript compiles only this copy of BasicBlock.forward
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
+        return _stage(out, self.conv2, self.bn2, self._shortcut(x), "relu", self.fast_backend)
+
+    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+
+
+class FastBottleneck(_FastBlock, Bottleneck):
+    """torchvision's Bottleneck (ResNet-50 and up, ResNeXt, Wide ResNet), fused: (N, Cin, H, W) -> (N, 4 planes, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output; dtype, layout and running statistics as Bottleneck's."""
+        if not torch.jit.is_scripting():
+            out = self._fused_or_none(x)
+            return super().forward(x) if out is None else out
+        identity = x  # TorchScript compiles only this copy of Bottleneck.forward
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
+        out = _stage(out, self.conv2, self.bn2, None, "relu", self.fast_backend)
+        return _stage(out, self.conv3, self.bn3, self._shortcut(x), "relu", self.fast_backend)
+
+    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
+
+FAST: dict[type, type] = {BasicBlock: FastBasicBlock, Bottleneck: FastBottleneck}
+"""Stock block type -> its fast subclass."""
+
+
+def why_not_fusable(block: nn.Module) -> str | None:
+    """Why `block`'s children, as they are now, cannot be fused; None where they can. The type of `block` is not looked at."""
+    stages = FAST.get(type(block), type(block))._stages(block)
+    for (conv_name, conv), (bn_name, bn) in zip(_names("conv", stages, 0), _names("bn", stages, 1), strict=True):
+        reason = _why_not_stage(conv_name, conv, bn_name, bn)
+        if reason is not None:
+            return reason
+    return _why_not_module("relu", block.relu, (nn.ReLU,))
+
+
+def _names(prefix: str, stages, index: int):
+    return [(f"{prefix}{number}", stage[index]) for number, stage in enumerate(stages, 1)]
+
+
+def _why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+    reason = _why_not_module(conv_name, conv, (nn.Conv2d,))
+    if reason is None:
+        reason = _why_not_module(bn_name, bn, (nn.BatchNorm2d, FrozenBatchNorm2d))
+    if reason is not None:
+        return reason
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"{conv_name} has padding={conv.padding!r}, padding_mode={conv.padding_mode!r}; only zero padding by numbers is fused"
+    return None
+
+
+def _why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str | None:
+    """Exact types only: a subclass (SyncBatchNorm, a parametrization, a quantizable twin) may compute something else."""
+    if type(module) not in types:
+        return f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own, bound to the instance"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks, which a fused call would skip"
+    return None
+
+
+def _why_not_downsample(downsample: nn.Module) -> str | None:
+    """Why the shortcut runs as the module it is (the rest of the block is fused all the same)."""
+    reason = _why_not_module("downsample", downsample, (nn.Sequential,))
+    if reason is None and len(downsample) != 2:
+        reason = f"downsample has {len(downsample)} layers, not a convolution and a batch norm"
+    return reason or _why_not_stage("downsample.0", downsample[0], "downsample.1", downsample[1])
+
+
+def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
+    """Why this call cannot be fused, whatever the children are."""
+    if _disabled_depth or os.environ.get("RESNET_FAST_DISABLE", "0") not in ("", "0"):
+        return "fusion is disabled (resnet_fast.disabled() or RESNET_FAST_DISABLE)"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return "global module hooks are registered, which a fused call would skip"
+    reason = plain_pytorch_reason()
+    if reason is not None:
+        return reason
+    weight = block.conv1.weight
+    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != block.conv1.in_channels or x.device != weight.device:
+        return f"input {tuple(x.shape)} on {x.device} is left to the stock forward"
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif dtype != weight.dtype:
+        return f"input is {dtype} and conv1.weight {weight.dtype}"
+    for _, bn in block._stages():
+        if type(bn) is FrozenBatchNorm2d and bn.weight.dtype != dtype:
+            return f"FrozenBatchNorm2d is {bn.weight.dtype} beside {dtype} activations and would promote them"
+    op = "conv_bn_act_train" if block.training else "conv_bn_act"
+    if dispatch.select(op, x.device.type, dtype, block.fast_backend) != "reference":
+        return None
+    if dispatch.requested(block.fast_backend) == "reference":
+        return None
+    return f"no fused backend for {x.device.type} {dtype} ({dispatch.why_not_fused(op, x.device.type, dtype)})"
+
+
+def _stage(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None, act: str | None, backend: str) -> Tensor:
+    """act(bn(conv(x)) + residual), updating bn's buffers as torch.nn.BatchNorm2d.forward does."""
+    training, momentum, running_mean, running_var = False, 0.0, bn.running_mean, bn.running_var
+    if type(bn) is nn.BatchNorm2d:
+        momentum = 0.0 if bn.momentum is None else bn.momentum
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:  # cumulative average
+                momentum = 1.0 / float(bn.num_batches_tracked)
+        training = bn.training or (running_mean is None and running_var is None)
+        if bn.training and not bn.track_running_stats:
+            running_mean = running_var = None
+    return conv_bn_act(
+        x,
+        conv.weight,
+        running_mean,
+        running_var,
+        bn.weight,
+        bn.bias,
+        conv_bias=conv.bias,
+        residual=residual,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        act=act,
+        backend=backend,
+    )
+
+
+def _say(block: _FastBlock, reason: str) -> None:
+    if block.fast_strict and not _disabled_depth:
+        raise FusionError(f"{type(block).__name__} was to be fused (strict=True) but cannot be: {reason}")
+    _log.once(f"{type(block).__name__} runs its stock forward: {reason}")

@@ -1,0 +1,112 @@
+"""The library `torch.ops.resnet_fast`: one op per fused stage, with its fake (shape) function.
+
+Schemas are functional: nothing is mutated, outputs never alias inputs, batch statistics are returned. The last argument
+of each op is the name of the backend that runs it, resolved beforehand by `dispatch.select`. Vectors are (C,); `y` and
+`dx` follow the memory format of the tensor they belong to; statistics and parameter gradients are float64 for float64
+tensors, else float32. Gradients are in `autograd.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+_CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+_SCHEMAS = {
+    "bn_act": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, bool relu, "
+    "str backend) -> Tensor",
+    "bn_act_train": "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, str backend) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
+    "bn_act_backward": "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+    "bool relu, bool training, bool[4] output_mask, str backend) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    f"Tensor? residual, {_CONV} float eps, bool relu, str backend) -> Tensor",
+    "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor? residual, "
+    f"{_CONV} float eps, bool relu, str backend) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
+    "conv_bn_act_backward": "(Tensor dy, Tensor x, Tensor conv_weight, Tensor conv_out, Tensor? y, Tensor? weight, Tensor? bias, "
+    f"Tensor mean, Tensor var, {_CONV} float eps, bool relu, bool training, bool[6] output_mask, str backend) "
+    "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)",
+}
+NAMES = tuple(_SCHEMAS)
+
+library = torch.library.Library("resnet_fast", "DEF")
+
+
+def _launcher(name: str):
+    def launch(*args):
+        *args, backend = args
+        return getattr(dispatch.load(backend), name)(*args)
+
+    return launch
+
+
+for _name, _schema in _SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, _launcher(_name), "CompositeExplicitAutograd")
+
+
+def _fake(function):
+    return torch.library.register_fake(f"resnet_fast::{function.__name__.removesuffix('_fake')}", function, lib=library)
+
+
+@_fake
+def bn_act_fake(x, weight, bias, mean, var, residual, eps, relu, backend):
+    return _like(x)
+
+
+@_fake
+def bn_act_train_fake(x, weight, bias, residual, eps, relu, backend):
+    return _like(x), _statistic(x, x.shape[1]), _statistic(x, x.shape[1])
+
+
+@_fake
+def bn_act_backward_fake(dy, x, y, weight, bias, mean, var, eps, relu, training, output_mask, backend):
+    channels = x.shape[1]
+    grads = (_like(x), _statistic(x, channels), _statistic(x, channels), _like(x))
+    return _wanted(x, grads, output_mask)
+
+
+@_fake
+def conv_bn_act_fake(
+    x, conv_weight, conv_bias, weight, bias, mean, var, residual, stride, padding, dilation, groups, eps, relu, backend
+):
+    return _like(_conv(x, conv_weight, conv_bias, stride, padding, dilation, groups))
+
+
+@_fake
+def conv_bn_act_train_fake(
+    x, conv_weight, conv_bias, weight, bias, residual, stride, padding, dilation, groups, eps, relu, backend
+):
+    conv_out = _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups)
+    channels = conv_weight.shape[0]
+    return _like(conv_out), conv_out, _statistic(x, channels), _statistic(x, channels)
+
+
+@_fake
+def conv_bn_act_backward_fake(
+    dy, x, conv_weight, conv_out, y, weight, bias, mean, var,
+    stride, padding, dilation, groups, eps, relu, training, output_mask, backend,
+):  # fmt: skip
+    channels = conv_weight.shape[0]
+    dx, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
+        _like(conv_out), x, conv_weight, [channels], stride, padding, dilation, False, [0, 0], groups, [True] * 3
+    )
+    grads = (dx, dconv_weight, dconv_bias, _statistic(x, channels), _statistic(x, channels), _like(conv_out))
+    return _wanted(x, grads, output_mask)
+
+
+def _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups) -> Tensor:
+    return torch.ops.aten.convolution(x, conv_weight, conv_bias, stride, padding, dilation, False, [0, 0], groups)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _statistic(x: Tensor, channels) -> Tensor:
+    return x.new_empty(channels, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _wanted(x: Tensor, grads: tuple[Tensor, ...], output_mask) -> tuple[Tensor, ...]:
+    return tuple(g if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True))

@@ -1,0 +1,139 @@
+"""One line in, one line out: swap a model's residual blocks for fused ones, and back.
+
+Blocks are swapped by `__class__`: parameters, buffers, state_dict keys, optimizers, hooks, deepcopy and pickle stay as
+they are, and `restore` is exact.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from . import _log, dispatch
+from .blocks import FAST, FusionError, why_not_fusable
+from .report import BlockReport, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+_STOCK = {fast: stock for stock, fast in FAST.items()}
+_SETTINGS = ("fast_backend", "fast_strict")
+
+
+def optimize(
+    model: Model,
+    *,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    dry_run: bool = False,
+) -> Model:
+    """Fuse the residual blocks of `model`, in place.
+
+    Args:
+        model: any module that holds torchvision BasicBlocks or Bottlenecks: ResNet, ResNeXt, Wide ResNet, and the
+            segmentation and detection models built on them. Training or eval, any device and dtype.
+        filter_fn: called with each block's name and module; False leaves that block alone.
+        backend: "auto", or the name of the backend that must run ("native", "reference").
+        strict: raise where a block cannot be fused, here and at every later call, rather than run it stock.
+        dry_run: change nothing, only report.
+
+    Returns:
+        `model` itself, with a `Report` in `model.resnet_fast_report` that prints as a table.
+
+    Raises:
+        TypeError: `model` is not a module. ValueError: unknown backend, or `strict` and no residual blocks.
+        BackendUnavailable: the named backend cannot run on this model. FusionError: `strict`, and a block cannot be
+        fused. The model is then as it was before.
+    """
+    _check_module(model)
+    dispatch.requested(backend)
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, (BasicBlock, Bottleneck))]
+    if not blocks:
+        _nothing_to_do(model, strict)
+    rows, swaps = [], []
+    for name, block in blocks:
+        reason = _why_not(name, block, filter_fn)
+        row = _row(name, block, reason, backend)
+        if strict and not row.fused and row.reason not in (_FILTERED, _ALREADY):
+            raise FusionError(f"optimize(strict=True): block {name!r} cannot be fused: {row.reason}")
+        rows.append(row)
+        if reason is None:
+            swaps.append(block)
+    if not dry_run:
+        for block in swaps:
+            block.__class__ = FAST[type(block)]
+            block.fast_backend, block.fast_strict = backend, strict
+    for row in rows:
+        if not row.fused:
+            _log.once(f"optimize: {row.name} ({row.type}) stays stock: {row.reason}", logging.INFO)
+    model.resnet_fast_report = Report(tuple(rows), dry_run)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `optimize`, in place: every fast block gets its stock class back. A model never optimized is left alone.
+
+    Returns:
+        `model` itself, without its report. Blocks built as FastBasicBlock or FastBottleneck become stock too.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_module(model)
+    fast = [module for module in model.modules() if type(module) in _STOCK]
+    if not fast:
+        _log.once(f"restore: {type(model).__name__} has no fast blocks, so nothing was changed")
+    for block in fast:
+        block.__class__ = _STOCK[type(block)]
+        for setting in _SETTINGS:
+            block.__dict__.pop(setting, None)
+    model.__dict__.pop("resnet_fast_report", None)
+    return model
+
+
+_FILTERED = "left alone by filter_fn"
+_ALREADY = "already fast"
+
+
+def _why_not(name: str, block: nn.Module, filter_fn) -> str | None:
+    if filter_fn is not None and not filter_fn(name, block):
+        return _FILTERED
+    if type(block) in _STOCK:
+        return _ALREADY
+    if type(block) not in FAST:
+        return f"{type(block).__name__} is a subclass of a torchvision block and may compute something else"
+    if "forward" in block.__dict__:
+        return "its forward is bound to the instance"
+    return None
+
+
+def _row(name: str, block: nn.Module, reason: str | None, backend: str) -> BlockReport:
+    """What will run in this block, judged by its first convolution's device and dtype."""
+    if reason in (None, _ALREADY):
+        backend = backend if reason is None else block.fast_backend
+        weight = block.conv1.weight if hasattr(block.conv1, "weight") else next(block.parameters())
+        op = "conv_bn_act_train" if block.training else "conv_bn_act"
+        call = (op, weight.device.type, weight.dtype)
+        chosen = dispatch.select(*call, backend)
+        unfusable = why_not_fusable(block)
+        if unfusable is None and (chosen != "reference" or dispatch.requested(backend) == "reference"):
+            note = "" if reason is None else reason
+            return BlockReport(name, type(block).__name__, True, chosen, dispatch.load(chosen).kernel(*call), note)
+        reason = unfusable or f"no fused backend: {dispatch.why_not_fused(*call)}"
+    return BlockReport(name, type(block).__name__, False, "-", "stock forward", reason)
+
+
+def _nothing_to_do(model: nn.Module, strict: bool) -> None:
+    message = (
+        f"optimize: {type(model).__name__} has no torchvision BasicBlock or Bottleneck, so nothing was changed "
+        f"(frozen models have none either)"
+    )
+    if strict:
+        raise ValueError(message)
+    _log.once(message)
+
+
+def _check_module(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
