@@ -3,6 +3,7 @@
 from . import functional
 from .blocks import FastBasicBlock, FastBottleneck, FusionError, disabled
 from .dispatch import BackendUnavailable
+from .freeze import freeze
 from .optimize import optimize, restore
 from .report import BlockReport, Report
 
@@ -15,6 +16,7 @@ __all__ = [
     "FusionError",
     "Report",
     "disabled",
+    "freeze",
     "functional",
     "optimize",
     "restore",

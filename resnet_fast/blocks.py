@@ -62,7 +62,7 @@ class _FastBlock:
         downsample = self.downsample
         if downsample is None:
             return x
-        if _why_not_downsample(downsample) is None:
+        if why_not_downsample(downsample) is None:
             return _stage(x, downsample[0], downsample[1], None, None, self.fast_backend)
         return downsample(x)
 
@@ -93,7 +93,7 @@ class FastBasicBlock(_FastBlock, BasicBlock):
 
 
 class FastBottleneck(_FastBlock, Bottleneck):
-    """torchvision's Bottleneck (ResNet-50 and up, ResNeXt, Wide ResNet), fused: (N, Cin, H, W) -> (N, 4 planes, ...)."""
+    """torchvision's Bottleneck (ResNet-50 up, ResNeXt, Wide ResNet), fused: (N, Cin, H, W) -> (N, 4 planes, P, Q)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output; dtype, layout and running statistics as Bottleneck's."""
@@ -123,11 +123,16 @@ FAST: dict[type, type] = {BasicBlock: FastBasicBlock, Bottleneck: FastBottleneck
 """Stock block type -> its fast subclass."""
 
 
+def fast_type(block: nn.Module) -> type | None:
+    """The fast class for a block of exactly a stock or fast type; None for anything else."""
+    return FAST.get(type(block)) or (type(block) if type(block) in FAST.values() else None)
+
+
 def why_not_fusable(block: nn.Module) -> str | None:
-    """Why `block`'s children, as they are now, cannot be fused; None where they can. The type of `block` is not looked at."""
-    stages = FAST.get(type(block), type(block))._stages(block)
+    """Why `block`'s children, as they are now, cannot be fused; None where they can. Its own type is not looked at."""
+    stages = fast_type(block)._stages(block)
     for (conv_name, conv), (bn_name, bn) in zip(_names("conv", stages, 0), _names("bn", stages, 1), strict=True):
-        reason = _why_not_stage(conv_name, conv, bn_name, bn)
+        reason = why_not_stage(conv_name, conv, bn_name, bn)
         if reason is not None:
             return reason
     return _why_not_module("relu", block.relu, (nn.ReLU,))
@@ -137,19 +142,20 @@ def _names(prefix: str, stages, index: int):
     return [(f"{prefix}{number}", stage[index]) for number, stage in enumerate(stages, 1)]
 
 
-def _why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+    """Why a convolution and its batch norm cannot be fused; None where they can."""
     reason = _why_not_module(conv_name, conv, (nn.Conv2d,))
     if reason is None:
         reason = _why_not_module(bn_name, bn, (nn.BatchNorm2d, FrozenBatchNorm2d))
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"{conv_name} has padding={conv.padding!r}, padding_mode={conv.padding_mode!r}; only zero padding by numbers is fused"
+        return f"{conv_name} pads {conv.padding!r} with {conv.padding_mode!r}; only zero padding by numbers is fused"
     return None
 
 
 def _why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str | None:
-    """Exact types only: a subclass (SyncBatchNorm, a parametrization, a quantizable twin) may compute something else."""
+    """Exact types only: a subclass (SyncBatchNorm, a parametrization, a quantizable twin) may compute otherwise."""
     if type(module) not in types:
         return f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}"
     if "forward" in module.__dict__:
@@ -159,12 +165,12 @@ def _why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> st
     return None
 
 
-def _why_not_downsample(downsample: nn.Module) -> str | None:
+def why_not_downsample(downsample: nn.Module) -> str | None:
     """Why the shortcut runs as the module it is (the rest of the block is fused all the same)."""
     reason = _why_not_module("downsample", downsample, (nn.Sequential,))
     if reason is None and len(downsample) != 2:
         reason = f"downsample has {len(downsample)} layers, not a convolution and a batch norm"
-    return reason or _why_not_stage("downsample.0", downsample[0], "downsample.1", downsample[1])
+    return reason or why_not_stage("downsample.0", downsample[0], "downsample.1", downsample[1])
 
 
 def _why_not_now(block: nn.Module, x: Tensor) -> str | None:

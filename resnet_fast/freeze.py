@@ -1,0 +1,146 @@
+"""`freeze`: the explicit, inference-only step that folds batch norm and packs weights."""
+
+import copy
+
+import torch
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import ResNet
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from .blocks import fast_type, why_not_downsample, why_not_fusable, why_not_stage
+from .frozen import FrozenBlock, FrozenConv2d, FrozenStage, onednn_runs
+from .report import BlockReport, Report
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of `model` for inference: batch norm folded, ReLU and residual fused into the convolutions.
+
+    Residual blocks, a ResNet's stem and every Conv2d-BatchNorm(-ReLU) run of a Sequential are frozen; the rest of the
+    model is copied as it is. `model` itself, stock or optimized, is not touched.
+
+    Args:
+        model: in eval mode (the running statistics are what is folded).
+        dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
+
+    Returns:
+        The frozen copy, in eval mode, no parameter requiring a gradient, with a `Report` in `resnet_fast_report`.
+        It has no training mode, and its state_dict is its own. On the CPU its activations are channels_last.
+
+    Raises:
+        TypeError: `model` is not a module or `dtype` not a float dtype. ValueError: `model` is in training mode, or
+        nothing in it can be frozen.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; it must be None or one of {', '.join(map(str, _DTYPES))}")
+    if model.training:
+        raise ValueError("model is in training mode; call model.eval() first: freezing folds the running statistics")
+    holder = nn.Module()  # so that a model which is itself a block can be replaced like any other
+    holder.model = copy.deepcopy(model)
+    rows: list[BlockReport] = []
+    _freeze_children("", holder, dtype, rows)
+    frozen = holder.model
+    if not any(isinstance(module, FrozenConv2d) for module in frozen.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has nothing to freeze: no torchvision residual block and no Conv2d-BatchNorm2d run"
+        )
+    frozen.requires_grad_(False)
+    if dtype is not None:
+        frozen.to(dtype)
+    for module in frozen.modules():
+        if isinstance(module, FrozenConv2d):
+            module.pack()
+    frozen.resnet_fast_report = Report(tuple(rows))
+    return frozen
+
+
+def _freeze_children(name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
+    _freeze_stem(parent, dtype)
+    _freeze_runs(parent, dtype)
+    _freeze_blocks(name, parent, dtype, rows)
+    for child_name, child in parent.named_children():
+        _freeze_children(f"{name}.{child_name}", child, dtype, rows)
+
+
+def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
+    for child_name, block in list(parent.named_children()):
+        block_type = fast_type(block)
+        if block_type is None:
+            continue
+        name = f"{parent_name}.{child_name}".removeprefix(".model").removeprefix(".")
+        reason = _why_not_frozen(block)
+        if reason is not None:
+            rows.append(BlockReport(name, type(block).__name__, False, "-", "stock forward", reason))
+            continue
+        frozen = FrozenBlock(block_type._stages(block), _freeze_downsample(block.downsample, dtype), dtype)
+        _move_hooks(block, frozen)
+        setattr(parent, child_name, frozen)
+        rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen)))
+    if type(parent) is nn.Sequential and len(parent) and all(type(child) is FrozenBlock for child in parent):
+        parent.__class__ = FrozenStage
+
+
+def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
+    if downsample is None or why_not_downsample(downsample) is not None:
+        return downsample
+    return FrozenConv2d(downsample[0], downsample[1], False, dtype)
+
+
+def _freeze_stem(module: nn.Module, dtype) -> None:
+    """conv1-bn1-relu of a ResNet, or of the layers that a segmentation or detection model takes from one."""
+    if type(module) not in (ResNet, IntermediateLayerGetter):
+        return
+    if {"conv1", "bn1", "relu"} & set(getattr(module, "return_layers", ())):
+        return
+    children = dict(module.named_children())
+    if {"conv1", "bn1", "relu"} <= children.keys():
+        _replace_run(module, [("conv1", module.conv1), ("bn1", module.bn1), ("relu", module.relu)], dtype)
+
+
+def _freeze_runs(module: nn.Module, dtype) -> None:
+    """Every Conv2d-BatchNorm2d(-ReLU) run of a Sequential (segmentation heads, for one)."""
+    if type(module).forward is not nn.Sequential.forward:
+        return
+    children = list(module.named_children())
+    for start in range(len(children) - 1):
+        _replace_run(module, children[start : start + 3], dtype)
+
+
+def _replace_run(parent: nn.Module, run: list[tuple[str, nn.Module]], dtype) -> None:
+    (conv_name, conv), (bn_name, bn), *rest = run
+    if why_not_stage(conv_name, conv, bn_name, bn) is not None or not _has_statistics(bn):
+        return
+    relu = bool(rest) and type(rest[0][1]) is nn.ReLU and not rest[0][1]._forward_hooks
+    setattr(parent, conv_name, FrozenConv2d(conv, bn, relu, dtype))
+    for name, _ in run[1:3] if relu else run[1:2]:
+        setattr(parent, name, nn.Identity())
+
+
+def _why_not_frozen(block: nn.Module) -> str | None:
+    reason = why_not_fusable(block)
+    if reason is None and not all(_has_statistics(bn) for _, bn in fast_type(block)._stages(block)):
+        reason = "a batch norm is in training mode or keeps no running statistics, so there is nothing to fold"
+    return reason
+
+
+def _has_statistics(bn: nn.Module) -> bool:
+    return type(bn) is FrozenBatchNorm2d or (bn.running_mean is not None and not bn.training)
+
+
+def _move_hooks(block: nn.Module, frozen: nn.Module) -> None:
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(frozen, kind, getattr(block, kind))
+        with_kwargs = f"{kind}_with_kwargs"
+        setattr(frozen, with_kwargs, getattr(block, with_kwargs))
+    frozen._forward_hooks_always_called = block._forward_hooks_always_called
+
+
+def _kernel(frozen: FrozenBlock) -> str:
+    weight = frozen.convs[0].weight
+    if weight.device.type == "cpu" and onednn_runs(weight.dtype):
+        return "oneDNN conv + residual + ReLU, packed weights"
+    return "folded conv2d"

@@ -1,0 +1,160 @@
+"""The modules a frozen model is made of: batch norm folded, activation and residual inside the convolution.
+
+Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed once into oneDNN's
+layout. Where those cannot run (CUDA, float64, torch.compile) the same folded weights go through conv2d.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .memory import pooled
+
+_mkldnn = torch.ops.mkldnn
+
+
+class Frozen(nn.Module):
+    """A module that has no training mode and computes no gradients."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Only eval mode exists. Raises RuntimeError for mode=True."""
+        if mode:
+            raise RuntimeError(
+                "a frozen model is for inference only; train the model it was made from, then freeze again"
+            )
+        return super().train(False)
+
+
+class FrozenConv2d(Frozen):
+    """act(conv2d(x) + residual) with batch norm folded into weight and bias.
+
+    x (N, Cin, H, W) of any float dtype -> (N, Cout, P, Q) in the weight's dtype, channels_last on the CPU.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, relu: bool, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        weight, bias = fold(conv, bn, dtype or conv.weight.dtype)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.relu = relu
+        self._packed: Tensor | None = None
+        self.eval()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
+        """`residual` (N, Cout, P, Q) is added before the activation; its memory may become the output's if allowed."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a frozen model computes no gradients: run it under torch.no_grad(), or detach the input"
+            )
+        x = x.to(self.weight.dtype)
+        with torch.no_grad(), pooled():
+            if torch.compiler.is_compiling() or not self._onednn():
+                return self._conv2d(x, residual)
+            return self._conv_onednn(x, residual, overwrite_residual)
+
+    def _conv2d(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if residual is not None:
+            y += residual
+        return y.relu_() if self.relu else y
+
+    def _conv_onednn(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
+        conv = (self.pack(), self.bias, self.padding, self.stride, self.dilation, self.groups)
+        act = "relu" if self.relu else "none"
+        if residual is None:
+            return _mkldnn._convolution_pointwise.default(x, *conv, act, [], "")
+        # oneDNN's accumulating sum is faster than its out-of-place binary add, even with a copy before it
+        y = residual if overwrite_residual else residual.clone(memory_format=torch.channels_last)
+        return _mkldnn._convolution_pointwise_.binary(y, x, *conv, "add", 1.0, act, [], "")
+
+    def pack(self) -> Tensor | None:
+        """The weight in oneDNN's layout; packed now if it is not yet. None where oneDNN does not run."""
+        if self._packed is None and self._onednn():
+            conv = (self.padding, self.stride, self.dilation, self.groups)
+            self._packed = _mkldnn._reorder_convolution_weight(self.weight, *conv)
+        return self._packed
+
+    def _onednn(self) -> bool:
+        weight = self.weight
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+            return False
+        return onednn_runs(weight.dtype)
+
+    def _apply(self, fn, recurse=True):
+        self._packed = None  # .to() and friends change the weight under it
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packed": None}  # oneDNN's opaque tensors neither copy nor pickle
+
+    def extra_repr(self) -> str:
+        """As Conv2d's."""
+        out_channels, in_channels, *kernel = self.weight.shape
+        return (
+            f"{in_channels * self.groups}, {out_channels}, kernel_size={tuple(kernel)}, stride={self.stride}, "
+            f"relu={self.relu}, onednn={self._onednn()}"
+        )
+
+
+class FrozenBlock(Frozen):
+    """A residual block: relu(convs(x) + shortcut(x)), from a torchvision BasicBlock's or Bottleneck's stages."""
+
+    def __init__(self, stages, downsample: nn.Module | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(FrozenConv2d(conv, bn, True, dtype) for conv, bn in stages)
+        self.downsample = downsample
+        self.eval()
+
+    def forward(self, x: Tensor, overwrite_x: bool = False) -> Tensor:
+        """`overwrite_x`: the caller needs x no more, so that the output may take its memory."""
+        out = x
+        for conv in self.convs[:-1]:
+            out = conv(out)
+        if self.downsample is None:
+            return self.convs[-1](out, x, overwrite_x)
+        return self.convs[-1](out, self.downsample(x), isinstance(self.downsample, FrozenConv2d))
+
+
+class FrozenStage(nn.Sequential):
+    """A Sequential of FrozenBlocks. Nobody else sees what passes between them, so each may overwrite its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W) -> the last block's output."""
+        for index, block in enumerate(self):
+            x = block(x, index > 0 and not block._forward_hooks and not block._forward_pre_hooks)
+        return x
+
+
+def onednn_runs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes convolutions of this dtype on this CPU."""
+    if dtype == torch.bfloat16:
+        return _mkldnn_supports("bf16")
+    if dtype == torch.float16:
+        return _mkldnn_supports("fp16")
+    return dtype == torch.float32
+
+
+def _mkldnn_supports(name: str) -> bool:
+    return getattr(_mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
+def fold(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """conv's weight (Cout, Cin / groups, R, S) and bias (Cout,) with bn's running statistics folded in, as `dtype`.
+
+    weight' = weight * g, bias' = bn.bias + (bias - running_mean) * g, g = bn.weight / sqrt(running_var + eps):
+    Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.2. Done in float64 and rounded once.
+    """
+    weight = conv.weight.detach().double()
+    bias = None if conv.bias is None else conv.bias.detach().double()
+    if bn is not None:
+        scale = torch.rsqrt(bn.running_var.double() + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight.detach().double()
+        shift = -bn.running_mean.double() if bias is None else bias - bn.running_mean.double()
+        bias = shift * scale
+        if bn.bias is not None:
+            bias = bias + bn.bias.detach().double()
+        weight = weight * scale.view(-1, 1, 1, 1)
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    return weight, None if bias is None else bias.to(dtype)
