@@ -1,0 +1,298 @@
+"""Builds resnet_fast with, where it can, its native extension resnet_fast._C. Metadata lives in pyproject.toml.
+
+RESNET_FAST_BUILD chooses what is compiled:
+    auto  (default) C++ where a compiler is; CUDA as well where nvcc agrees with PyTorch and a GPU is visible (or
+          TORCH_CUDA_ARCH_LIST says what to build for). What cannot be built is left out, with the reason.
+    cuda  C++ and CUDA, or an error        cpu   C++, or an error        none  pure Python
+MAX_JOBS limits the compilers run at once (default: the cores); TORCH_CUDA_ARCH_LIST overrides "8.0;9.0+PTX".
+"""
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cuda", "cpu", "none")
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wno-unknown-pragmas"]
+NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+# Every csrc/cpu/kernels/*.cpp is compiled once per row; ops.cpp picks one at run time (at::get_cpu_capability).
+# DEFAULT comes first, in compiling and in linking: where an inline function of the standard library is emitted in
+# several of them, the linker keeps the first, so code that any CPU may reach never holds AVX instructions.
+ISA_FLAGS = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+# Commands that only describe the package must not pay for importing torch, nor need it.
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name", "--help"}
+
+
+def say(text: str) -> None:
+    """Prints one line of the build's own; scripts/setup.sh looks for the prefix in pip's log."""
+    print(f"resnet-fast build: {text}", file=sys.stderr, flush=True)
+
+
+def sources(pattern: str) -> list[str]:
+    """Sources under csrc/, relative to setup.py as setuptools wants them, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def isas() -> list[str]:
+    """The instruction sets that this architecture's kernels are compiled for."""
+    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["DEFAULT"]
+
+
+def why_no_cpp() -> str | None:
+    """None where the C++ extension can be compiled; otherwise the reason and what would help."""
+    try:
+        import torch
+    except Exception as error:  # a broken install raises OSError for a missing shared library, and worse
+        return f"PyTorch does not import in the build environment ({error}); install torch>=2.11 there"
+    if torch.__version__ < (2, 11):
+        return f"PyTorch {torch.__version__} is in the build environment; install torch>=2.11 there"
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler} is not on PATH); install g++ or clang++, or set CXX"
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").is_file():
+        return f"no Python headers (Python.h is not in {include}); install python3-dev or python3-devel"
+    return None
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME where that is set, else the one on PATH, else the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        found = Path(home) / "bin" / "nvcc"
+        return found if found.is_file() else None
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return Path(found) if found else None
+
+
+def nvcc_says(nvcc: Path, flag: str, pattern: str) -> str | None:
+    """The first group of pattern in what `nvcc <flag>` prints; dry runs print to stderr."""
+    answer = subprocess.run([nvcc, flag, "none.cu"], capture_output=True, text=True, check=False, timeout=60)
+    match = re.search(pattern, answer.stdout + answer.stderr)
+    return match.group(1) if match else None
+
+
+def cuda_home(nvcc: Path) -> Path:
+    """The toolkit's root. nvcc on PATH may be a wrapper script far from it, so nvcc itself is asked."""
+    top = nvcc_says(nvcc, "--dryrun", r"TOP=(\S+)")
+    return Path(top).resolve() if top else nvcc.resolve().parent.parent
+
+
+def cuda_include_dirs(home: Path, major: str) -> list[str]:
+    """Where CUDA headers may be: the toolkit, and the wheels that PyTorch depends on."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = (spec.submodule_search_locations or []) if spec else []
+    wheels = [Path(package) / f"cu{major}" / "include" for package in packages]
+    return [str(path) for path in (home / "include", *wheels) if path.is_dir()]
+
+
+def why_no_cuda() -> str | None:
+    """None where nvcc, its headers and PyTorch agree; otherwise the reason and what would help."""
+    import torch
+
+    if not sources("cuda/*.cu"):
+        return "this source tree has no csrc/cuda/*.cu"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is a build without CUDA; install a CUDA build of it"
+    major = torch.version.cuda.split(".")[0]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return f"no nvcc (CUDA_HOME={os.environ.get('CUDA_HOME', '')!r} and PATH); install the CUDA {major} toolkit"
+    release = nvcc_says(nvcc, "--version", r"release (\d+\.\d+)")
+    if release is None or release.split(".")[0] != major:
+        return f"{nvcc} is CUDA {release} and PyTorch was built for CUDA {torch.version.cuda}: install CUDA {major}"
+    places = cuda_include_dirs(cuda_home(nvcc), major)
+    if not any((Path(place) / "cuda_runtime_api.h").is_file() for place in places):
+        return f"cuda_runtime_api.h is in none of {places}; install the CUDA {major} runtime headers"
+    return None
+
+
+def why_skip_cuda() -> str | None:
+    """auto's own reason on top of why_no_cuda(): compiling for a GPU that is not there costs minutes for nothing."""
+    import torch
+
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count() > 0:
+        return None
+    return "no GPU is visible; RESNET_FAST_BUILD=cuda or TORCH_CUDA_ARCH_LIST builds the CUDA kernels anyway"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build. variants: with CUDA (True) or without, tried in order; none left means pure Python."""
+
+    mode: str
+    variants: tuple[bool, ...]
+
+    @property
+    def may_fall_back(self) -> bool:
+        return self.mode == "auto"
+
+
+def make_plan(mode: str) -> Plan:
+    """Raises SystemExit naming the reason where an explicit mode cannot be had, or the mode is unknown."""
+    if mode not in MODES:
+        raise SystemExit(f"resnet-fast build: RESNET_FAST_BUILD={mode!r} is unknown; valid: {', '.join(MODES)}")
+    if mode == "none":
+        say("RESNET_FAST_BUILD=none: pure Python, no native extension")
+        return Plan(mode, ())
+    reason = why_no_cpp()
+    if reason is not None:
+        if mode != "auto":
+            raise SystemExit(f"resnet-fast build: RESNET_FAST_BUILD={mode} is impossible: {reason}")
+        say(f"pure Python, no native extension: {reason}")
+        return Plan(mode, ())
+    if mode == "cpu":
+        return Plan(mode, (False,))
+    reason = why_no_cuda()
+    if mode == "cuda":
+        if reason is not None:
+            raise SystemExit(f"resnet-fast build: RESNET_FAST_BUILD=cuda is impossible: {reason}")
+        return Plan(mode, (True,))
+    reason = reason or why_skip_cuda()
+    if reason is not None:
+        say(f"no CUDA kernels: {reason}")
+        return Plan(mode, (False,))
+    return Plan(mode, (True, False))
+
+
+def set_build_environment(cuda: bool) -> None:
+    """Defaults that torch.utils.cpp_extension reads from the environment; before it is imported."""
+    # A virtual environment's ninja is not on PATH when its Python is called by path.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("MAX_JOBS", str(cores or 1))
+    if cuda:
+        os.environ["CUDA_HOME"] = str(cuda_home(find_nvcc()))
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+
+
+def native_extension(cuda: bool):
+    """The setuptools Extension of resnet_fast._C, without the per-ISA kernels (NativeBuild adds those)."""
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    macros = [(f"WITH_{isa}", None) for isa in isas() if isa != "DEFAULT"]
+    include_dirs = [str(ROOT / "csrc")]
+    if cuda:
+        macros.append(("WITH_CUDA", None))
+        include_dirs += cuda_include_dirs(Path(os.environ["CUDA_HOME"]), torch.version.cuda.split(".")[0])
+    return (CUDAExtension if cuda else CppExtension)(
+        "resnet_fast._C",
+        sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") if cuda else []),
+        include_dirs=include_dirs,
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS.copy(), "nvcc": NVCC_FLAGS.copy()},
+        extra_link_args=["-fopenmp"],
+    )
+
+
+def native_commands(plan: Plan) -> dict:
+    """build_ext for resnet_fast._C; a function because its base class comes from torch."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+
+    class NativeBuild(BuildExtension):
+        """BuildExtension + one object per kernel file and ISA, a stable build folder, and auto's way back."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # setuptools gives editable builds a temporary folder, which makes every one of them a full rebuild.
+            torch_tag = re.sub(r"[^\w.]", "_", torch.__version__)
+            self.build_temp = str(ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{torch_tag}")
+
+        def run(self) -> None:
+            inplace = self.inplace
+            for cuda in plan.variants:
+                self.inplace = inplace  # run() clears it while it compiles, and leaves it so where it raises
+                [extension] = self.extensions
+                vars(extension).update(vars(native_extension(cuda)))
+                what = "C++ and CUDA" if cuda else "C++"
+                try:
+                    super().run()
+                except Exception as error:  # setuptools, torch, ninja and the compilers each raise their own
+                    if not plan.may_fall_back:
+                        raise
+                    say(f"WARNING: the {what} build failed ({error}); the compiler's messages are above (pip -v)")
+                else:
+                    say(f"built resnet_fast._C: {what}, kernels for {', '.join(isas())}, PyTorch {torch.__version__}")
+                    return
+            self.extensions = []
+            remove_built_extensions(Path(self.build_lib))
+            if inplace:
+                remove_built_extensions(ROOT)
+            say("WARNING: pure Python, no native extension: works, slower. RESNET_FAST_BUILD=cpu makes this an error")
+
+        def build_extension(self, ext) -> None:
+            ext.extra_objects = list(self.kernel_objects(ext))
+            super().build_extension(ext)
+
+        def kernel_objects(self, ext) -> Iterator[str]:
+            kernels = sources("cpu/kernels/*.cpp")
+            for isa in isas() if kernels else []:
+                yield from self.compiler.compile(
+                    kernels,
+                    output_dir=str(Path(self.build_temp) / isa.lower()),
+                    macros=[("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)],
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=CXX_FLAGS + ISA_FLAGS[isa],
+                )
+
+        def copy_file(self, infile, outfile, *args, **kwargs):
+            """Into the source tree (editable installs): whole or not at all, whatever kills the build."""
+            staged = f"{outfile}.{os.getpid()}.tmp"
+            super().copy_file(infile, staged, *args, **kwargs)
+            os.replace(staged, outfile)
+            return outfile, 1
+
+    return {"build_ext": NativeBuild}
+
+
+class FreshBuild(build):
+    """build/lib starts empty: modules since renamed, or an extension built in another mode, stay out of the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def remove_built_extensions(folder: Path) -> None:
+    for path in (folder / "resnet_fast").glob("_C.*so*"):
+        say(f"removing {path}, left by an earlier build")
+        path.unlink()
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    commands: dict = {"build": FreshBuild}
+    if METADATA_COMMANDS.intersection(sys.argv[1:]):
+        setup(cmdclass=commands)
+        return
+    plan = make_plan((os.environ.get("RESNET_FAST_BUILD") or "auto").strip().lower())
+    extensions = []
+    if plan.variants:
+        set_build_environment(cuda=any(plan.variants))
+        commands |= native_commands(plan)
+        extensions = [native_extension(plan.variants[0])]
+    elif {"editable_wheel", "develop"}.intersection(sys.argv[1:]):
+        remove_built_extensions(ROOT)
+    setup(cmdclass=commands, ext_modules=extensions)
+
+
+main()
