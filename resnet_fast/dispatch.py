@@ -1,6 +1,6 @@
 """Which backend runs an op, and why the others do not.
 
-A backend is one module in `resnet_fast.backends` with a function per op, plus `available()`, `why_not()` and `kernel()`.
+A backend is one module in `resnet_fast.backends`: a function per op, plus `available()`, `why_not()` and `kernel()`.
 Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of `PRIORITY`.
 An explicit choice that cannot run raises; "auto" always ends at `reference`, which is plain PyTorch.
 """
@@ -65,7 +65,8 @@ def _select(op: str, device_type: str, dtype: torch.dtype, backend: str) -> str:
         if reason is not None:
             usable = [name for name in PRIORITY if why_not(name, op, device_type, dtype) is None]
             raise BackendUnavailable(
-                f"backend={backend!r} cannot run {op} on {device_type} {dtype}: {reason}. Usable here: {', '.join(usable)}."
+                f"backend={backend!r} cannot run {op} on {device_type} {dtype}: {reason}. "
+                f"Usable here: {', '.join(usable)}."
             )
         return backend
     return next(name for name in PRIORITY if why_not(name, op, device_type, dtype) is None)

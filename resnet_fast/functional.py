@@ -140,7 +140,7 @@ def conv_bn_act(
 
 
 def plain_pytorch_reason() -> str | None:
-    """Why fused ops must not be used in the current context (tracing, torch.func, forward-mode AD); None if they may."""
+    """Why the current context (tracing, torch.func, forward-mode AD) forbids fused ops; None where it does not."""
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from . import dispatch
 
-_CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+_BN = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var"
+_CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_FORWARD = "float eps, bool relu, str backend"
 _SCHEMAS = {
-    "bn_act": "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, bool relu, "
-    "str backend) -> Tensor",
-    "bn_act_train": "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu, str backend) "
+    "bn_act": f"(Tensor x, {_BN}, Tensor? residual, {_FORWARD}) -> Tensor",
+    "bn_act_train": f"(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {_FORWARD}) "
     "-> (Tensor y, Tensor mean, Tensor var)",
-    "bn_act_backward": "(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
-    "bool relu, bool training, bool[4] output_mask, str backend) "
+    "bn_act_backward": f"(Tensor dy, Tensor x, Tensor? y, {_BN}, "
+    "float eps, bool relu, bool training, bool[4] output_mask, str backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    "conv_bn_act": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    f"Tensor? residual, {_CONV} float eps, bool relu, str backend) -> Tensor",
-    "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor? residual, "
-    f"{_CONV} float eps, bool relu, str backend) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
-    "conv_bn_act_backward": "(Tensor dy, Tensor x, Tensor conv_weight, Tensor conv_out, Tensor? y, Tensor? weight, Tensor? bias, "
-    f"Tensor mean, Tensor var, {_CONV} float eps, bool relu, bool training, bool[6] output_mask, str backend) "
+    "conv_bn_act": f"(Tensor x, Tensor conv_weight, Tensor? conv_bias, {_BN}, Tensor? residual, {_CONV}, {_FORWARD}) "
+    "-> Tensor",
+    "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
+    f"Tensor? residual, {_CONV}, {_FORWARD}) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
+    "conv_bn_act_backward": f"(Tensor dy, Tensor x, Tensor conv_weight, Tensor conv_out, Tensor? y, {_BN}, {_CONV}, "
+    "float eps, bool relu, bool training, bool[6] output_mask, str backend) "
     "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)",
 }
 NAMES = tuple(_SCHEMAS)

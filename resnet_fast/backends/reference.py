@@ -50,7 +50,7 @@ def bn_act(
 def bn_act_train(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bn_act` with x's own statistics. Returns y, mean (C,), biased var (C,), the last two in the accumulation dtype."""
+    """`bn_act` with x's own statistics. Returns y, and mean (C,) and biased var (C,) in the accumulation dtype."""
     var, mean = torch.var_mean(x.to(_acc_dtype(x)), dim=(0, 2, 3), correction=0)
     return bn_act(x, weight, bias, mean, var, residual, eps, relu), mean, var
 
