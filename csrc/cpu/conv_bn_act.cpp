@@ -1,0 +1,73 @@
+// conv_bn_act and its gradient. Convolutions are PyTorch's, that is oneDNN's; what is ours is what surrounds them.
+#include "conv_bn_act.h"
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+
+#include "guards.h"
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+OptionalTensor as_dtype(const OptionalTensor& t, at::ScalarType dtype) {
+  if (!t.has_value() || !t->defined()) return std::nullopt;
+  return t->to(dtype);
+}
+
+Tensor convolve(
+    const Tensor& x, const Tensor& conv_weight, const OptionalTensor& conv_bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return at::convolution(
+      x, conv_weight, as_dtype(conv_bias, x.scalar_type()), stride, padding, dilation, /*transposed=*/false,
+      /*output_padding=*/{0, 0}, groups);
+}
+
+}  // namespace
+
+Tensor conv_bn_act(
+    const Tensor& x, const Tensor& conv_weight, const OptionalTensor& conv_bias, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+  const OpGuard guard;
+  // The convolution's output is nobody else's, so the epilogue needs no second buffer.
+  return bn_act_into(
+      convolve(x, conv_weight, conv_bias, stride, padding, dilation, groups), weight, bias, mean, var, residual, eps,
+      relu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_train(
+    const Tensor& x, const Tensor& conv_weight, const OptionalTensor& conv_bias, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+  const OpGuard guard;
+  Tensor conv_out = convolve(x, conv_weight, conv_bias, stride, padding, dilation, groups);
+  auto [y, mean, var] = bn_act_train(conv_out, weight, bias, residual, eps, relu);
+  return {y, conv_out, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& conv_weight, const Tensor& conv_out, const OptionalTensor& y,
+    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double eps, bool relu,
+    bool training, std::array<bool, 6> output_mask) {
+  const OpGuard guard;
+  const auto [want_dx, want_dconv_weight, want_dconv_bias, want_dweight, want_dbias, want_dresidual] = output_mask;
+  const bool want_conv = want_dx || want_dconv_weight || want_dconv_bias;
+  auto [dconv_out, dweight, dbias, dresidual] = bn_act_backward(
+      dy, conv_out, y, weight, bias, mean, var, eps, relu, training,
+      {want_conv, want_dweight, want_dbias, want_dresidual});
+
+  Tensor dx, dconv_weight, dconv_bias;
+  if (want_conv) {
+    const std::array<int64_t, 1> bias_sizes = {conv_out.size(1)};
+    std::tie(dx, dconv_weight, dconv_bias) = at::convolution_backward(
+        dconv_out, x, conv_weight, at::IntArrayRef(bias_sizes), stride, padding, dilation, /*transposed=*/false,
+        /*output_padding=*/{0, 0}, groups, {want_dx, want_dconv_weight, want_dconv_bias});
+  }
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+  return {or_empty(dx), or_empty(dconv_weight), or_empty(dconv_bias), dweight, dbias, dresidual};
+}
+
+}  // namespace resnet_fast::cpu
