@@ -76,11 +76,17 @@ py::dict pool_stats() {
   return out;
 }
 
+struct Pooled {};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
+  py::class_<Pooled>(m, "Pooled", "Context manager around pool_enter() and pool_exit(). Stateless: instances nest.")
+      .def(py::init<>())
+      .def("__enter__", [](const Pooled&) { resnet_fast::cpu::pool_enter(); })
+      .def("__exit__", [](const Pooled&, const py::args&) { resnet_fast::cpu::pool_exit(); });
   m.def("pool_enter", &resnet_fast::cpu::pool_enter, "Serve this thread's large CPU tensors from the activation pool.");
   m.def("pool_exit", &resnet_fast::cpu::pool_exit, "Undo one pool_enter().");
   m.def(
