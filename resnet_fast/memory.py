@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 from .backends import native
 
-
 _context: AbstractContextManager | None = None
 
 
