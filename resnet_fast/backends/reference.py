@@ -87,7 +87,8 @@ def bn_act_backward(
         dx = dx - _channels(dbias / count, acc) - centered * _channels(dweight * rstd / count, acc)
     dx = dx * _scale(weight, var, eps, acc)
     layout = _memory_format(x)
-    grads = (dx.to(x.dtype, memory_format=layout), dweight, dbias, dz.to(x.dtype, memory_format=layout))
+    dresidual = dz.to(x.dtype, memory_format=layout, copy=not relu)  # without ReLU dz is dy, which it must not alias
+    grads = (dx.to(x.dtype, memory_format=layout), dweight, dbias, dresidual)
     return tuple(g if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True))
 
 
