@@ -17,9 +17,9 @@ from torch import Tensor
 K = {torch.float64: 2.0, torch.float32: 2.0, torch.bfloat16: 3.0, torch.float16: 3.0}
 """How many times PyTorch's own error is allowed, by the dtype of the arithmetic."""
 
-FLOOR = {torch.float64: 32.0, torch.float32: 0.25, torch.bfloat16: 0.25, torch.float16: 0.25}
-"""The error always allowed, in units of eps * rms(reference): that of rounding an exact result once. In float64 the
-reference is no better than what it judges, so there it covers a sum taken in another order."""
+FLOOR = {torch.float64: 512.0, torch.float32: 0.25, torch.bfloat16: 0.25, torch.float16: 0.25}
+"""The error always allowed, in units of eps * scale: that of rounding an exact result once. In float64 the reference is
+no better than what it judges, so there it covers another order of summation (190 measured, at mean / std = 100)."""
 
 ELEMENT = {  # rtol, atol
     torch.float64: (1e-7, 1e-7),
@@ -53,7 +53,13 @@ def rmse(actual: Tensor, reference: Tensor) -> float:
 
 
 def compare(
-    name: str, actual: Tensor, stock: Tensor, reference: Tensor, *, compute_dtype: torch.dtype | None = None
+    name: str,
+    actual: Tensor,
+    stock: Tensor,
+    reference: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    terms: float | None = None,
 ) -> Comparison:
     """Judge `actual` by the two layers above.
 
@@ -61,6 +67,8 @@ def compare(
         actual, stock: ours and PyTorch's result, computed in the same dtype. reference: the float64 result.
         compute_dtype: the dtype of the arithmetic where the tensor's own is wider, as parameter gradients and running
             statistics under autocast; it sets K and the element tolerances. The floor is the tensor's own rounding.
+        terms: for a tensor of sums that may cancel (gradients of weight and bias), the root of the sum of the squared
+            terms. Each partial sum of that size is rounded, so it, not what is left in the end, sets the floor.
     """
     reason = _why_not_alike(actual, stock)
     if reason is not None:
@@ -79,7 +87,10 @@ def compare(
 
     k, (rtol, atol) = K[compute_dtype], ELEMENT[compute_dtype]
     error, stock_error = rmse(actual, reference), rmse(stock, reference)
-    floor = FLOOR[floor_dtype] * torch.finfo(floor_dtype).eps * reference.square().mean().sqrt().item()
+    size = reference.square().mean().sqrt().item()
+    floor = FLOOR[floor_dtype] * torch.finfo(floor_dtype).eps * size
+    if terms is not None:
+        floor = max(1.0, FLOOR[floor_dtype]) * torch.finfo(floor_dtype).eps * max(size, terms)
     allowed = k * stock_error + floor
     ratio = error / allowed if allowed > 0 else (0.0 if error == 0 else math.inf)
     if ratio > 1:
@@ -104,12 +115,16 @@ def compare_all(
     reference: Mapping[str, Tensor],
     *,
     compute_dtype: torch.dtype | None = None,
+    terms: Mapping[str, float] | None = None,
 ) -> list[Comparison]:
     """`compare` by name. A name that one side lacks is a mismatch."""
     results = []
     for name in dict.fromkeys([*stock, *actual]):
         if name in actual and name in stock:
-            results.append(compare(name, actual[name], stock[name], reference[name], compute_dtype=compute_dtype))
+            summed = None if terms is None else terms.get(name)
+            results.append(
+                compare(name, actual[name], stock[name], reference[name], compute_dtype=compute_dtype, terms=summed)
+            )
         else:
             reason = "PyTorch has it, ours is missing" if name in stock else "ours has it, PyTorch does not"
             results.append(Comparison(name, False, math.inf, math.inf, math.nan, reason))
@@ -142,16 +157,16 @@ def _why_not_alike(actual: Tensor, stock: Tensor) -> str | None:
         return f"dtype {actual.dtype}, PyTorch's is {stock.dtype}"
     if actual.dim() == 4:
         ours, theirs = (torch._prims_common.suggest_memory_format(tensor) for tensor in (actual, stock))
-        if ours != theirs:
+        if ours != theirs and not actual.is_contiguous(memory_format=theirs):
             return f"memory format {ours}, PyTorch's is {theirs}"
     return None
 
 
 def _why_not_finite_alike(actual: Tensor, stock: Tensor, reference: Tensor) -> str | None:
     """Non-finite values pass only where PyTorch has them; where the reference has them they must be there."""
-    for word, test in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+    for word, test in (("NaN", torch.isnan), ("Inf", torch.isposinf), ("-Inf", torch.isneginf)):
         ours = test(actual)
-        extra = ours & stock.isfinite() & reference.isfinite()
+        extra = ours & ~test(stock) & ~test(reference)
         missing = test(reference) & test(stock) & ~ours
         if extra.any():
             return f"{int(extra.sum())} {word} where PyTorch has none"
