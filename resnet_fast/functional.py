@@ -106,7 +106,7 @@ def conv_bn_act(
     """
     _check_input("x", x)
     _check_conv(x, conv_weight, conv_bias, groups)
-    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     dtype = _conv_dtype(x)
     if dtype != conv_weight.dtype:
         x, conv_weight, conv_bias = _cast_conv(x, conv_weight, conv_bias, dtype)
@@ -277,12 +277,13 @@ def _relu(act: str | None) -> bool:
     return act == "relu"
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    if isinstance(value, int):
-        return [value, value]
-    if isinstance(value, str) or len(value) != 2:
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if len(pair) != 2 or isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be an int or two ints (rows, columns)")
-    return list(value)
+    if min(pair) < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}")
+    return pair
 
 
 def _conv_shape(x: Tensor, conv_weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
