@@ -1,0 +1,185 @@
+"""`resnet-fast info`: what is here, what runs where and why not elsewhere, and whether it works.
+
+Exit code 1 if something that should work is broken: a usable backend gives wrong numbers, an extension that is there does
+not load, an environment variable names no backend. A missing extension, GPU or compiler is a state, not a fault.
+
+JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [...],
+"backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
+"pool": {...}, "fallbacks": [...], "self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}],
+"broken": [reasons]}
+"""
+
+import argparse
+import importlib.machinery
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .. import _log, dispatch, memory, numerics, ops
+from . import checks, environment, output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    output.add_json_argument(parser, "all of it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collect, test, print. Returns 1 if something is broken."""
+    output.check_writable(args.json)
+    report = collect()
+    if args.json != "-":
+        _print(report)
+    if args.json:
+        output.write_json(report, args.json)
+    return 1 if report["broken"] else 0
+
+
+def collect() -> dict:
+    """The whole report, as in the module's docstring."""
+    native = dispatch.load("native")
+    broken = [*_variable_faults(), *_extension_faults(native)]
+    self_test = _self_test()
+    broken += [
+        f"self-test: backend {row['backend']} on {row['device']}, {row['op']}, {row['mode']}: {row['reason']}"
+        for row in self_test
+        if not row["match"]
+    ]
+    return {
+        "schema": "resnet_fast.info/1",
+        **environment.record(),
+        "directories": environment.directories(),
+        "backends": _backends(),
+        "native_build": native.build_info(),
+        "pool": memory.memory_stats(),
+        "fallbacks": list(_log.said()),
+        "self_test": self_test,
+        "broken": broken,
+    }
+
+
+def _variable_faults() -> list[str]:
+    try:
+        dispatch.requested()
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _extension_faults(native) -> list[str]:
+    """An extension file that is there has to load."""
+    reason = native.available()
+    if reason is None:
+        return []
+    package = Path(dispatch.__file__).parent
+    loadable = {f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    for path in sorted(package.glob("_C*.so")):
+        if path.name in loadable:
+            return [f"{path} is there but cannot be used: {reason}"]
+        return [f"{path} was built for another Python than this one, which loads {min(loadable, key=len)}: {reason}"]
+    return []
+
+
+def _backends() -> list[dict]:
+    rows = []
+    for backend in dispatch.PRIORITY:
+        for device in ("cpu", "cuda"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                for op in ("bn_act", "conv_bn_act"):
+                    reason = dispatch.why_not(backend, op, device, dtype)
+                    if reason is None and device not in environment.devices():
+                        reason = f"no {device} device here"
+                    kernel = dispatch.load(backend).kernel(op, device, dtype) if reason is None else None
+                    row = {"backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch."), "op": op}
+                    rows.append(row | {"usable": reason is None, "kernel": kernel, "reason": reason})
+    return rows
+
+
+def _self_test() -> list[dict]:
+    """Every usable backend: each op forward and backward, with batch and with running statistics, against float64."""
+    rows = []
+    for device in environment.devices():
+        for backend in dispatch.PRIORITY:
+            for case in checks.SELF_TEST:
+                usable = all(
+                    dispatch.why_not(backend, op, device, torch.float32) is None
+                    for op in ops.NAMES
+                    if op.startswith(case.op)
+                )
+                for mode in ("train", "eval") if usable else ():
+                    row = {"backend": backend, "device": device, "op": case.op, "mode": mode}
+                    try:
+                        comparisons = checks.check_op(case, mode, torch.float32, True, backend, device)
+                        worst = numerics.worst(comparisons)
+                        row |= {"match": worst.match, "ratio": worst.ratio, "reason": "" if worst.match else str(worst)}
+                    except Exception as error:  # a broken backend may fail in any way, and this is where it is told
+                        row |= {"match": False, "ratio": None, "reason": f"{type(error).__name__}: {error}"}
+                    rows.append(row)
+    return rows
+
+
+def _print(report: dict) -> None:
+    console = output.console
+    _print_pairs("versions", report["versions"] | {"commit": report["commit"] or "not a git checkout"})
+    cpu = report["cpu"]
+    devices = {f"gpu {gpu['index']}": _words(gpu) for gpu in report["gpus"]} or {"gpu": "none"}
+    onednn = [word for word in ("bf16", "fp16") if cpu[f"onednn_{word}"]]
+    _print_pairs(
+        "devices",
+        {
+            "cpu": f"{cpu['model']}, {cpu['cores']} cores ({cpu['usable_cores']} usable), {cpu['memory_gib']} GiB",
+            "torch threads": f"{cpu['threads']} (interop {cpu['interop_threads']})",
+            "cpu capability": f"{cpu['capability']}; {' '.join(cpu['isa']) or 'no vector flags known'}",
+            "oneDNN": f"yes, also {', '.join(onednn)}"
+            if cpu["onednn"] and onednn
+            else "yes"
+            if cpu["onednn"]
+            else "no",
+        }
+        | devices,
+    )
+    table = Table("backend", "device", "op", "dtypes", "usable", "kernel, or why not", title="backends")
+    table.title_justify = "left"
+    for (backend, device, op, usable, text), dtypes in _grouped(report["backends"]).items():
+        mark, style = ("yes", None) if usable else ("no", "dim")
+        table.add_row(backend, device, op, ", ".join(dtypes), mark, text, style=style)
+    console.print(table)
+    _print_pairs("native build", report["native_build"] or {"resnet_fast._C": "not in use, see above"})
+    _print_pairs("activation pool", report["pool"])
+    _print_pairs("environment variables in force", report["environment_variables"] or {"none": ""})
+    table = Table("directory", "path", "exists", "writable", title="directories", title_justify="left")
+    for row in report["directories"]:
+        table.add_row(row["what"], row["path"], *("yes" if row[key] else "no" for key in ("exists", "writable")))
+    console.print(table)
+    for message in report["fallbacks"]:
+        console.print(f"said so far: {message}", markup=False)
+    table = Table("backend", "device", "op", "mode", "error / allowed", "match", title="self-test against float64")
+    table.title_justify = "left"
+    for row in report["self_test"]:
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        verdict = "[green]yes[/]" if row["match"] else "[bold red]NO[/]"
+        table.add_row(row["backend"], row["device"], row["op"], row["mode"], ratio, verdict)
+    console.print(table)
+    for reason in report["broken"]:
+        console.print(f"BROKEN: {reason}", style="bold red", markup=False)
+    if not report["broken"]:
+        console.print("everything that is here works", style="green")
+
+
+def _grouped(rows: list[dict]) -> dict[tuple, list[str]]:
+    groups: dict[tuple, list[str]] = {}
+    for row in rows:
+        key = (row["backend"], row["device"], row["op"], row["usable"], row["kernel"] or row["reason"])
+        groups.setdefault(key, []).append(row["dtype"])
+    return groups
+
+
+def _print_pairs(title: str, pairs: dict) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, value in pairs.items():
+        table.add_row(str(key), ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    output.console.print(table)
+
+
+def _words(pairs: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in pairs.items() if key != "index")

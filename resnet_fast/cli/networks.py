@@ -1,0 +1,93 @@
+"""torchvision's ResNets with batch-norm statistics that are nowhere trivial, for checks and timings."""
+
+import copy
+import difflib
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from . import UserError
+from .checks import randomise_batch_norm
+
+FAMILIES = ("resnet", "resnext", "wide_resnet")
+
+
+def names() -> list[str]:
+    """The classification networks built of residual blocks, as torchvision names them."""
+    return [name for name in models.list_models(models) if name.startswith(FAMILIES)]
+
+
+def check_name(name: str) -> str:
+    """`name`, or a UserError that lists what is near it."""
+    known = names()
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+    raise UserError(f"--model {name} is not one of torchvision's ResNets; {hint}")
+
+
+def build(name: str, images: Tensor, weights: str | None = None, seed: int = 0) -> nn.Module:
+    """A network in eval mode, channels_last, float32, on the images' device.
+
+    Without `weights` its parameters are random, and its running statistics are those of `images` (N, 3, H, W), so that
+    its outputs depend on every statistic. With `weights` (a torchvision name) they are the trained ones.
+    """
+    device = images.device
+    if weights is not None:
+        model = models.get_model(name, weights=find_weights(name, weights))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = models.get_model(name, weights=None)
+            randomise_batch_norm(model, torch.default_generator)
+    model = model.to(device, memory_format=torch.channels_last)
+    if weights is None:
+        calibrate(model, images)
+    return model.eval()
+
+
+def find_weights(name: str, weights: str):
+    """torchvision's weights called `weights` for this network, or its default where only others have that name."""
+    available = models.get_model_weights(name)
+    if weights in available.__members__:
+        return available[weights]
+    if weights == "DEFAULT" or any(weights in models.get_model_weights(other).__members__ for other in names()):
+        return available.DEFAULT
+    raise UserError(f"--weights {weights} is not known; for {name} there are {', '.join(available.__members__)}")
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Set the running statistics to the cumulative average over `images`, in place."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+@torch.inference_mode()
+def float64_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """What `model` (stock) computes, in float64."""
+    exact = copy.deepcopy(model).double()
+    return torch.cat([exact(image[None].double()) for image in images])  # one by one: little memory at any batch size
+
+
+def flops_per_image(model: nn.Module, size: int, train: bool) -> float:
+    """Floating-point operations of one image's forward, and backward if `train`; a multiply-add counts two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    meta = copy.deepcopy(model).to("meta").train(train)
+    images = torch.empty(2, 3, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        out = meta(images)
+        if train:
+            out.sum().backward()
+    return counter.get_total_flops() / 2
