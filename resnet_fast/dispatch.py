@@ -1,8 +1,9 @@
 """Which backend runs an op, and why the others do not.
 
 A backend is one module in `resnet_fast.backends`: a function per op, plus `available()`, `why_not()` and `kernel()`.
-Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of `PRIORITY`.
-An explicit choice that cannot run raises; "auto" always ends at `reference`, which is plain PyTorch.
+Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of `PRIORITY` that has
+been measured on the device. An explicit choice that cannot run raises; "auto" always ends at `reference`, which is plain
+PyTorch.
 """
 
 import functools
@@ -69,13 +70,20 @@ def _select(op: str, device_type: str, dtype: torch.dtype, backend: str) -> str:
                 f"Usable here: {', '.join(usable)}."
             )
         return backend
-    return next(name for name in PRIORITY if why_not(name, op, device_type, dtype) is None)
+    return next(name for name in PRIORITY if _why_not_auto(name, op, device_type, dtype) is None)
+
+
+def _why_not_auto(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    reason = why_not(name, op, device_type, dtype)
+    if reason is None and name != "reference" and device_type not in load(name).MEASURED_DEVICES:
+        return f"not yet verified and timed on {device_type}, so only by request (backend={name!r})"
+    return reason
 
 
 def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Why "auto" ends at plain PyTorch: the reason of every faster backend, in one line."""
     fused = PRIORITY[: PRIORITY.index("reference")]
-    return "; ".join(f"{name}: {why_not(name, op, device_type, dtype)}" for name in fused)
+    return "; ".join(f"{name}: {_why_not_auto(name, op, device_type, dtype)}" for name in fused)
 
 
 def clear_cache() -> None:

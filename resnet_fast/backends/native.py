@@ -12,6 +12,9 @@ import torch
 
 from .. import _log
 
+MEASURED_DEVICES = ("cpu",)
+"""Where this backend has been verified and timed; elsewhere "auto" passes it over and it runs by request only."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_OPS = ("bn_act", "bn_act_train", "bn_act_backward")
 _REINSTALL = "run `pip install -e .` in the source tree, or reinstall resnet-fast"
