@@ -17,6 +17,9 @@ from torch import Tensor
 K = {torch.float64: 2.0, torch.float32: 2.0, torch.bfloat16: 3.0, torch.float16: 3.0}
 """How many times PyTorch's own error is allowed, by the dtype of the arithmetic."""
 
+K_WHOLE_GRADIENT = 4.0
+"""The same for the whole gradient of a network: a few ReLUs that rounding flips set its error, ours and PyTorch's."""
+
 FLOOR = {torch.float64: 512.0, torch.float32: 0.25, torch.bfloat16: 0.25, torch.float16: 0.25}
 """The error always allowed, in units of eps * scale: that of rounding an exact result once. In float64 the reference is
 no better than what it judges, so there it covers another order of summation (190 measured, at mean / std = 100)."""
@@ -60,6 +63,7 @@ def compare(
     *,
     compute_dtype: torch.dtype | None = None,
     terms: float | None = None,
+    k: float | None = None,
 ) -> Comparison:
     """Judge `actual` by the two layers above.
 
@@ -69,6 +73,7 @@ def compare(
             statistics under autocast; it sets K and the element tolerances. The floor is the tensor's own rounding.
         terms: for a tensor of sums that may cancel (gradients of weight and bias), the root of the sum of the squared
             terms. Each partial sum of that size is rounded, so it, not what is left in the end, sets the floor.
+        k: K_WHOLE_GRADIENT, or None for K.
     """
     reason = _why_not_alike(actual, stock)
     if reason is not None:
@@ -85,7 +90,7 @@ def compare(
     if actual.numel() == 0:
         return Comparison(name, True, 0.0, 0.0, 0.0)
 
-    k, (rtol, atol) = K[compute_dtype], ELEMENT[compute_dtype]
+    k, (rtol, atol) = k or K[compute_dtype], ELEMENT[compute_dtype]
     error, stock_error = rmse(actual, reference), rmse(stock, reference)
     size = reference.square().mean().sqrt().item()
     floor = FLOOR[floor_dtype] * torch.finfo(floor_dtype).eps * size

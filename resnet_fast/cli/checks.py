@@ -127,11 +127,16 @@ def check_block(
     stock.to(device=device, dtype=torch.float32 if autocast else dtype).train(mode == "train")
     x = torch.randn(case.n, case.inplanes, case.size, case.size, generator=generator)
     x = x.to(device, stock.conv1.weight.dtype).to(memory_format=_layout(channels_last))
-    dy = torch.randn(_avoid_coin_tosses(stock, x).shape, generator=generator).to(device)
-    ours = optimize(nn.Sequential(copy.deepcopy(stock)), backend=backend, strict=True)
+    return compare_block(stock, x, dtype, autocast, backend)
 
+
+def compare_block(stock: nn.Module, x: Tensor, dtype: torch.dtype, autocast: bool, backend: str) -> list[Comparison]:
+    """`stock`, a torchvision block whose biases are shifted in place, against its fast twin on `x`, small."""
+    y = _avoid_coin_tosses(stock, x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel())).to(y.device)
+    ours = optimize(nn.Sequential(copy.deepcopy(stock)), backend=backend, strict=True)
     reference = run_block(copy.deepcopy(stock).double(), x.double(), dy)
-    with torch.autocast(device, dtype, enabled=autocast):
+    with torch.autocast(x.device.type, dtype, enabled=autocast):
         expected = run_block(stock, x, dy)
         with poisoned_memory():
             actual = run_block(ours[0], x, dy)
@@ -238,7 +243,7 @@ def _coin_toss(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _avoid_coin_tosses(block: nn.Module, x: Tensor) -> Tensor:
-    """Shift each batch norm's bias, in place, so that zero falls into the widest gap between a channel's pre-activations.
+    """Shift each batch norm's bias, in place, so that zero falls into the widest gap of its pre-activations.
 
     A sign that rounding decides would flip a gradient in one of two right answers and not in the other. Returns y.
     """

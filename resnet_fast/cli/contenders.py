@@ -1,0 +1,182 @@
+"""The contenders of a network: the same weights run eager, compiled, fast and frozen, with the gate of each.
+
+Inference: logits against a float64 run. Training: the first step's logits and whole gradient against float64, and for
+`fast` also every block by itself (output, gradients, running statistics), because the whole gradient of a deep network
+is noisy between any two right implementations, and in bfloat16 hardly anything else.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .. import freeze, memory, numerics, optimize
+from ..numerics import Comparison
+from . import checks, networks
+from .harness import CONTENDERS, Contender
+
+CHECKED_IMAGES = 8
+"""Most images a gate uses: float64 is slow, and more of the same shows nothing new."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of one comparison share. `stock` is in eval mode, float32; `images` is (N, 3, H, W) float32,
+    channels_last; `amp_dtype` None is float32 throughout; `compile_modes` are torch.compile's, or "freezing"."""
+
+    stock: nn.Module
+    images: Tensor
+    amp_dtype: torch.dtype | None = None
+    compile_modes: Sequence[str] = ()
+    backend: str = "auto"
+
+    @property
+    def device(self) -> str:
+        return self.images.device.type
+
+    def autocast(self):
+        return torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def inference(setting: Setting, chosen: Sequence[str]) -> list[Contender]:
+    """The contenders in `chosen` (keys of CONTENDERS), one for each compile mode, in inference mode."""
+    size = setting.images.shape[-1]
+    flops = networks.flops_per_image(setting.stock, size, train=False) * len(setting.images)
+    checked = setting.images[:CHECKED_IMAGES]
+    reference = networks.float64_logits(setting.stock, checked)
+    with torch.inference_mode(), setting.autocast():
+        expected = setting.stock(checked)
+
+    def contender(name: str, label: str, prepare: Callable, inputs: Tensor, context: Callable) -> Contender:
+        model = functools.cache(lambda: prepare(copy.deepcopy(setting.stock)))  # made in the gate, which may fail
+
+        def step() -> Tensor:
+            with torch.inference_mode(), context():
+                return model()(inputs)
+
+        def check() -> list[Comparison]:
+            return [numerics.compare("logits", step()[:CHECKED_IMAGES], expected, reference)]
+
+        return Contender(name, step, check, len(inputs), flops, None, setting.device, label)
+
+    return [contender(*variant) for variant in _variants(setting, chosen, train=False)]
+
+
+def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[Contender]:
+    """The contenders in `chosen`, a step being forward, cross-entropy, backward and SGD with momentum."""
+    images = setting.images
+    flops = networks.flops_per_image(setting.stock, images.shape[-1], train=True) * len(images)
+    classes = setting.stock.fc.out_features
+    labels = torch.randint(classes, (len(images),), generator=torch.Generator().manual_seed(2)).to(images.device)
+    few = min(len(images), CHECKED_IMAGES)
+    reference = _first_step(copy.deepcopy(setting.stock).double(), images[:few].double(), labels[:few])
+    with setting.autocast():
+        expected = _first_step(copy.deepcopy(setting.stock), images[:few], labels[:few])
+
+    def contender(name: str, label: str, prepare: Callable, inputs: Tensor, context: Callable) -> Contender:
+        @functools.cache
+        def state() -> tuple:
+            model = prepare(copy.deepcopy(setting.stock).train())
+            return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+        def step() -> Tensor:
+            model, optimizer = state()
+            with context():
+                loss = F.cross_entropy(model(inputs).float(), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+        def check() -> list[Comparison]:
+            twin = prepare(copy.deepcopy(setting.stock).train())
+            with context():
+                actual = _first_step(twin, inputs[:few], labels[:few])
+            logits, gradients = zip(actual, expected, reference, strict=True)
+            dtype = setting.amp_dtype or torch.float32
+            found = [
+                numerics.compare("training logits", *logits, compute_dtype=dtype),
+                numerics.compare("whole gradient", *gradients, compute_dtype=dtype, k=numerics.K_WHOLE_GRADIENT),
+            ]
+            return found + (_check_blocks(setting) if name == "fast" else [])
+
+        return Contender(name, step, check, len(inputs), flops, None, setting.device, label)
+
+    return [contender(*variant) for variant in _variants(setting, chosen, train=True)]
+
+
+def _variants(setting: Setting, chosen: Sequence[str], train: bool):
+    """(name, label, prepare(model) -> callable, images, context) of each contender."""
+    last = setting.images
+    first = last.contiguous(memory_format=torch.contiguous_format)
+    autocast = setting.autocast
+    plain = {
+        "eager_nchw": (lambda model: model.to(memory_format=torch.contiguous_format), first, autocast),
+        "eager_channels_last": (lambda model: model, last, autocast),
+        "eager_pooled": (lambda model: model, last, functools.partial(_pooled, setting)),
+        "fast": (lambda model: optimize(model, backend=setting.backend), last, autocast),
+        "frozen": (lambda model: freeze(model, dtype=setting.amp_dtype), last, contextlib.nullcontext),
+    }
+    for name in chosen:
+        if name == "compile":
+            for mode in setting.compile_modes:
+                if not (train and mode == "freezing"):
+                    context = functools.partial(_compiling, setting, mode)
+                    yield f"{name}_{mode}", f"{CONTENDERS[name]} {mode}", _compiler(mode), last, context
+        elif not (train and name == "frozen"):
+            yield name, CONTENDERS[name], *plain[name]
+
+
+def _compiler(mode: str) -> Callable[[nn.Module], Callable]:
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = 64  # the contenders share one forward's cache
+    # Freezing as an option too, so that the cache tells it apart. Static shapes: the gate's batch may be smaller.
+    how = {"options": {"freezing": True}} if mode == "freezing" else {"mode": mode}
+    return lambda model: torch.compile(model, dynamic=False, **how)
+
+
+@contextlib.contextmanager
+def _compiling(setting: Setting, mode: str):
+    import torch._inductor.config
+
+    # Dynamo looks at the global while it traces, whatever the options say.
+    with setting.autocast(), torch._inductor.config.patch(freezing=mode == "freezing"):
+        yield
+
+
+@contextlib.contextmanager
+def _pooled(setting: Setting):
+    with setting.autocast(), memory.pooled():
+        yield
+
+
+def _first_step(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and the whole gradient, as one vector, of a step that changes no parameter."""
+    model.train()
+    logits = model(images)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    F.cross_entropy(logits, labels).backward()
+    return logits.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def _check_blocks(setting: Setting) -> list[Comparison]:
+    """Every fast block, in training, against its stock one with the network's own weights, on a small random input."""
+    dtype = setting.amp_dtype or torch.float32
+    generator = torch.Generator().manual_seed(3)
+    results = []
+    for name, block in copy.deepcopy(setting.stock).train().named_modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            x = torch.randn(2, block.conv1.in_channels, 8, 8, generator=generator).to(setting.device)
+            x = x.to(memory_format=torch.channels_last)
+            autocast = setting.amp_dtype is not None
+            compared = checks.compare_block(block, x, dtype, autocast, setting.backend)
+            worst = numerics.worst(compared)
+            results.append(replace(worst, name=f"{name} {worst.name}"))
+    return results
