@@ -220,9 +220,9 @@ def native_commands(plan: Plan) -> dict:
             self.build_temp = str(ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{torch_tag}")
 
         def run(self) -> None:
-            inplace = self.inplace
+            inplace, compiler = self.inplace, self.compiler
             for cuda in plan.variants:
-                self.inplace = inplace  # run() clears it while it compiles, and leaves it so where it raises
+                self.inplace, self.compiler = inplace, compiler  # run() replaces both, and leaves it so where it raises
                 [extension] = self.extensions
                 vars(extension).update(vars(native_extension(cuda)))
                 what = "C++ and CUDA" if cuda else "C++"
