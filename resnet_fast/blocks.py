@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import _log, dispatch
-from .functional import conv_bn_act, plain_pytorch_reason
+from .functional import autocasts, conv_bn_act, conv_dtype, plain_pytorch_reason
 
 _disabled_depth = 0
 
@@ -185,10 +185,8 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     weight = block.conv1.weight
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != block.conv1.in_channels or x.device != weight.device:
         return f"input {tuple(x.shape)} on {x.device} is left to the stock forward"
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif dtype != weight.dtype:
+    dtype = conv_dtype(x)
+    if dtype != weight.dtype and not autocasts(x):
         return f"input is {dtype} and conv1.weight {weight.dtype}"
     for _, bn in block._stages():
         if type(bn) is FrozenBatchNorm2d and bn.weight.dtype != dtype:

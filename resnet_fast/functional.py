@@ -107,7 +107,7 @@ def conv_bn_act(
     _check_input("x", x)
     _check_conv(x, conv_weight, conv_bias, groups)
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    dtype = _conv_dtype(x)
+    dtype = conv_dtype(x)
     if dtype != conv_weight.dtype:
         x, conv_weight, conv_bias = _cast_conv(x, conv_weight, conv_bias, dtype)
     else:
@@ -177,11 +177,15 @@ def _lerp_(running: Tensor, batch: Tensor, momentum: float) -> None:
         running.copy_(running.to(batch.dtype).lerp_(batch, momentum))
 
 
-def _conv_dtype(x: Tensor) -> torch.dtype:
+def autocasts(x: Tensor) -> bool:
+    """Whether conv2d would cast x: autocast is on, and x is not float64. The meta device has no autocast."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    return device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type)
+
+
+def conv_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that conv2d computes x in."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -189,7 +193,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _cast_conv(x, conv_weight, conv_bias, dtype):
-    if dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         raise TypeError(
             f"conv_weight is {conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
             f"(convert one, or run under torch.autocast)"

@@ -191,7 +191,7 @@ REFUSED_BY_PYTORCH_TOO = [
     parameter
     for parameter in BAD_CALLS
     if not parameter.values[0].keys() & {"act", "backend"}  # which it does not have
-    and parameter.id not in ("device", "residual_type")  # a meta tensor beside a CPU one, and a number to broadcast
+    and parameter.id not in ("device", "residual_type", "bias_rank")  # it lets meta and CPU meet, and broadcasts
 ]
 
 

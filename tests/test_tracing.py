@@ -1,0 +1,186 @@
+"""Compilers and transforms that look inside: a right answer from each, and fused ops where they can be kept."""
+
+import copy
+import io
+
+import pytest
+import torch
+from cases import draw
+from models import lively
+from torch.func import functional_call, grad, jvp, vmap
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+
+from resnet_fast import FastBasicBlock, FastBottleneck, optimize, restore
+
+
+def block_and_input(backend, block=Bottleneck, dtype=torch.float64):
+    torch.manual_seed(2)
+    if block is Bottleneck:
+        downsample = torch.nn.Sequential(conv1x1(16, 32, 2), torch.nn.BatchNorm2d(32))
+        module = Bottleneck(16, 8, stride=2, downsample=downsample)
+    else:
+        module = BasicBlock(16, 16)
+    fast = optimize(lively(module).to(dtype), backend=backend, strict=True).eval()
+    fast.fast_strict = False
+    return fast, restore(copy.deepcopy(fast)), draw((2, 16, 6, 6), dtype)
+
+
+BOTH = pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+
+
+@BOTH
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_torchscript_script(block, training, backend):
+    fast, stock, x = block_and_input(backend, block)
+    scripted = torch.jit.script(fast.train(training))
+    torch.testing.assert_close(scripted(x), stock.train(training)(x))
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer).eval()
+    stock.load_state_dict(scripted.state_dict())
+    torch.testing.assert_close(loaded(x), stock.eval()(x))
+
+
+@BOTH
+def test_torchscript_trace_records_plain_pytorch(block, backend):
+    fast, stock, x = block_and_input(backend, block)
+    traced = torch.jit.trace(fast, x)
+    assert "resnet_fast::" not in str(traced.inlined_graph)
+    other = draw((3, 16, 8, 8), torch.float64)
+    torch.testing.assert_close(traced(other), stock(other))
+
+
+def test_torchscript_of_blocks_built_fast():
+    for block in (FastBasicBlock(8, 8), FastBottleneck(16, 4)):
+        block.eval()
+        x = draw((1, block.conv1.in_channels, 5, 5), torch.float32)
+        torch.testing.assert_close(torch.jit.script(block)(x), restore(copy.deepcopy(block))(x))
+
+
+@BOTH
+def test_export_keeps_one_op_a_stage(block, backend):
+    fast, stock, x = block_and_input(backend, block, torch.float32)
+    with torch.no_grad():
+        exported = torch.export.export(fast, (x,))
+    stages = sum("resnet_fast.conv_bn_act" in str(node.target) for node in exported.graph.nodes)
+    assert stages == (2 if block is BasicBlock else 4)
+    torch.testing.assert_close(exported.module()(x), stock(x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_compile_fullgraph(training, backend):
+    fast, stock, x = block_and_input(backend)
+    fast.train(training), stock.train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        ours, theirs = (module(leaf := x.clone().requires_grad_()) for module in (compiled, stock))
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        torch.testing.assert_close(ours, theirs)
+    assert leaf.grad is not None
+    for (name, our), their in zip(fast.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(our.grad, their.grad, msg=name)
+    for (name, our), their in zip(fast.named_buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(our, their, msg=name)
+
+
+def test_compile_with_dynamic_shapes(backend):
+    fast, stock, _ = block_and_input(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for shape in ((2, 16, 6, 6), (3, 16, 9, 7), (5, 16, 12, 12)):
+            x = draw(shape, torch.float64)
+            torch.testing.assert_close(compiled(x), stock(x))
+
+
+def test_compile_after_an_edit_recompiles(backend):
+    fast, stock, x = block_and_input(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), stock(x))
+        for module in (fast, stock):
+            module.conv2.dilation = module.conv2.padding = (2, 2)
+        torch.testing.assert_close(compiled(x), stock(x))
+
+
+@BOTH
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_forward_mode_is_right_not_zero(block, training, backend):
+    fast, stock, x = block_and_input(backend, block)
+    tangent = draw(x.shape, torch.float64)
+    if training:  # torch.func forbids buffers that change
+        for module in (*fast.modules(), *stock.modules()):
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+                module.track_running_stats = False
+    ours, theirs = (jvp(module.train(training), (x,), (tangent,))[1] for module in (fast, stock))
+    assert theirs.abs().sum() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dual_numbers(backend):
+    from torch.autograd import forward_ad
+
+    fast, stock, x = block_and_input(backend)
+    tangent = draw(x.shape, torch.float64)
+    with forward_ad.dual_level():
+        ours, theirs = (forward_ad.unpack_dual(m(forward_ad.make_dual(x, tangent))).tangent for m in (fast, stock))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_per_sample_gradients(backend):
+    fast, stock, x = block_and_input(backend)
+
+    def loss(parameters, module, image):
+        return functional_call(module, parameters, (image[None],)).square().sum()
+
+    results = []
+    for module in (fast, stock):
+        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        results.append(vmap(lambda image, p=parameters, m=module: grad(loss)(p, m, image))(x))
+    torch.testing.assert_close(*results)
+
+
+def test_functional_call_with_other_weights(backend):
+    fast, stock, x = block_and_input(backend)
+    weights = {name: draw(tensor.shape, torch.float64) for name, tensor in fast.named_parameters()}
+    torch.testing.assert_close(functional_call(fast, weights, (x,)), functional_call(stock, weights, (x,)))
+
+
+def test_fx_symbolic_trace_and_checkpointing(backend):
+    from torch.utils.checkpoint import checkpoint
+
+    fast, stock, x = block_and_input(backend)
+    fast.train(), stock.train()
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    checkpoint(fast, leaf, use_reentrant=False).square().sum().backward()
+    checkpoint(stock, other, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    torch.testing.assert_close(fast.bn1.running_mean, stock.bn1.running_mean)
+
+
+def test_inference_mode(backend):
+    fast, stock, x = block_and_input(backend)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), stock(x))
+
+
+def test_fake_tensors(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fast, _, _ = block_and_input(backend, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fast(mode.from_tensor(torch.empty(2, 16, 6, 6))).shape == (2, 32, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_meta_device(name, monkeypatch):
+    """Shapes only; it has no autocast, and is_autocast_enabled raises for it."""
+    monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
+    fast = block_and_input("reference", dtype=torch.float32)[0].to("meta")
+    fast.fast_backend = name
+    assert fast(torch.empty(2, 16, 6, 6, device="meta")).shape == (2, 32, 3, 3)
