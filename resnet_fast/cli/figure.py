@@ -21,7 +21,7 @@ def draw(result, found: list, images: Tensor, path: Path) -> None:
         fontsize=14,
         fontweight="bold",
     )
-    rows = figure.subfigures(3, 1, height_ratios=(1.15, 1, 0.95))
+    rows = figure.subfigures(3, 1, height_ratios=(1.12, 1, 0.95))
     _photos(rows[0], result, found[:MOST_PHOTOS])
     _training(rows[1], result)
     for axis, (model, dtype, measured) in zip(
@@ -39,21 +39,17 @@ def draw(result, found: list, images: Tensor, path: Path) -> None:
 def _photos(part, result, found: list) -> None:
     model = result.top5[0]["model"]
     rows = {row["photo"]: row for row in result.top5 if row["model"] == model}
-    part.suptitle(f"{model}, float32: the five likeliest classes of each photograph", fontsize=10, x=0.01, ha="left")
+    part.suptitle(f"{model}, float32: the five likeliest classes of each photograph", fontsize=9, x=0.01, ha="left")
     for axis, photo in zip(part.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         axis.imshow(np.asarray(photos.crop(photo)))
-        axis.set_title(photo.name, fontsize=9)
         axis.axis("off")
         stock, fast = rows[photo.name]["stock"], rows[photo.name]["fast"]
-        same = stock == fast
+        mark, colour = ("same top-5", "#17998b") if stock == fast else ("DIFFERENT", "#b00020")
+        axis.set_title(f"{photo.name}: {mark}", fontsize=9, color=colour)
         numbers = all(word.startswith("#") for word in stock)
         for place, (who, words, colour) in enumerate((("stock", stock, _STOCK), ("fast", fast, _FAST))):
             text = f"{who}\n" + "\n".join(word if numbers else word[:18] for word in words)
             axis.text(0.02 + 0.52 * place, -0.04, text, transform=axis.transAxes, va="top", fontsize=8, color=colour)
-        mark, colour = ("same top-5", "#17998b") if same else ("DIFFERENT", "#b00020")
-        axis.text(
-            0.5, -0.62, mark, transform=axis.transAxes, va="top", ha="center", fontsize=9, color=colour, weight="bold"
-        )
 
 
 def _training(part, result) -> None:

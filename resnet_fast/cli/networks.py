@@ -36,7 +36,11 @@ def build(name: str, images: Tensor, weights: str | None = None, seed: int = 0) 
     """
     device = images.device
     if weights is not None:
-        model = models.get_model(name, weights=find_weights(name, weights))
+        chosen = find_weights(name, weights)
+        try:
+            model = models.get_model(name, weights=chosen)
+        except OSError as error:  # urllib's and the disk's alike
+            raise UserError(f"cannot download {chosen} from {chosen.url}: {error}; leave out --weights") from None
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
