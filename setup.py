@@ -230,7 +230,7 @@ def native_commands(plan: Plan) -> dict:
                     super().run()
                 except Exception as error:  # setuptools, torch, ninja and the compilers each raise their own
                     if not plan.may_fall_back:
-                        say(f"the {what} build failed, messages above; RESNET_FAST_BUILD=auto installs what can be built")
+                        say(f"the {what} build failed, see above; RESNET_FAST_BUILD=auto installs what can be built")
                         raise
                     say(f"WARNING: the {what} build failed ({error}); the compiler's messages are above (pip -v)")
                 else:
