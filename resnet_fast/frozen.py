@@ -48,8 +48,11 @@ class FrozenConv2d(Frozen):
                 "a frozen model computes no gradients: run it under torch.no_grad(), or detach the input"
             )
         x = x.to(self.weight.dtype)
+        if torch.compiler.is_compiling():  # which cannot enter the pool's context
+            with torch.no_grad():
+                return self._conv2d(x, residual)
         with torch.no_grad(), pooled():
-            if torch.compiler.is_compiling() or not self._onednn():
+            if not self._onednn():
                 return self._conv2d(x, residual)
             return self._conv_onednn(x, residual, overwrite_residual)
 
@@ -117,13 +120,25 @@ class FrozenBlock(Frozen):
 
 
 class FrozenStage(nn.Sequential):
-    """A Sequential of FrozenBlocks. Nobody else sees what passes between them, so each may overwrite its input."""
+    """A Sequential of FrozenBlocks. Each may overwrite its input, unless a hook sees what passes between them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> the last block's output."""
-        for index, block in enumerate(self):
-            x = block(x, index > 0 and not block._forward_hooks and not block._forward_pre_hooks)
+        seen = True  # the stage's input is the caller's
+        for block in self:
+            x = block(x, not (seen or _has_hooks(block)))
+            seen = _has_hooks(block)
         return x
+
+
+def _has_hooks(block: nn.Module) -> bool:
+    hooks = nn.modules.module
+    return bool(
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+    )
 
 
 def onednn_runs(dtype: torch.dtype) -> bool:

@@ -1,0 +1,128 @@
+"""Broken and bare installations, in processes of their own: it imports, works, warns once, and `info` explains."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "resnet_fast"
+SUFFIX = subprocess.run(
+    [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
+    capture_output=True, text=True, check=True,
+).stdout.strip()  # fmt: skip
+
+USE = """
+import logging, torch, torchvision, copy
+logging.basicConfig(format="LOG %(message)s")
+import resnet_fast
+from resnet_fast import dispatch
+torch.manual_seed(0)
+model = torchvision.models.resnet18(num_classes=3).eval()
+fast = resnet_fast.optimize(copy.deepcopy(model))
+x = torch.randn(1, 3, 32, 32)
+for _ in range(2):
+    torch.testing.assert_close(fast(x), model(x))
+print("REASON", dispatch.why_not("native", "bn_act", "cpu", torch.float32))
+try:
+    resnet_fast.functional.bn_act(x, torch.zeros(3), torch.ones(3), backend="native")
+except resnet_fast.BackendUnavailable as error:
+    print("RAISED", error)
+with resnet_fast.memory.pooled():
+    torch.ones(1 << 20)
+resnet_fast.freeze(model)(x)
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of the package without its extension: (its parent folder, where an extension would be)."""
+    shutil.copytree(PACKAGE, tmp_path / "resnet_fast", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    return tmp_path, tmp_path / "resnet_fast" / f"_C{SUFFIX}"
+
+
+def python(folder, *arguments, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **environment}
+    environment.pop("RESNET_FAST_BACKEND", None)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=folder,
+                          env=environment)  # fmt: skip
+
+
+def use(folder, **environment):
+    done = python(folder, "-c", USE, **environment)
+    assert done.returncode == 0, done.stderr
+    reason = next(line for line in done.stdout.splitlines() if line.startswith("REASON ")).removeprefix("REASON ")
+    raised = next(line for line in done.stdout.splitlines() if line.startswith("RAISED "))
+    assert reason in raised
+    assert "Usable here: reference" in raised
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("LOG native backend off")]
+    return reason, warnings
+
+
+def test_missing_extension(bare):
+    folder, _ = bare
+    reason, warnings = use(folder)
+    assert "resnet_fast._C is not built" in reason
+    assert "pip install" in reason
+    assert warnings == [], "a pure-Python installation is no accident"
+    info = python(folder, "-m", "resnet_fast", "info", "--json")
+    assert info.returncode == 0, info.stderr
+    rows = json.loads(info.stdout)["backends"]
+    assert any("is not built" in (row["reason"] or "") for row in rows if row["backend"] == "native")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no library", b"\x7fELF" + bytes(60)], ids=["empty", "text", "cut"])
+def test_corrupt_extension(bare, content):
+    folder, extension = bare
+    extension.write_bytes(content)
+    reason, warnings = use(folder)
+    assert "does not load" in reason
+    assert len(warnings) == 1, warnings
+    info = python(folder, "-m", "resnet_fast", "info", "--json")
+    assert info.returncode == 1
+    assert any(extension.name in line for line in json.loads(info.stdout)["broken"])
+
+
+def test_extension_of_another_torch(bare):
+    """Loadable, but built for another version: refused before any op of it runs."""
+    folder, _ = bare
+    stub = 'def build_info():\n    return {"torch_version": "2.3.1", "cuda_version": None}\n'
+    (folder / "resnet_fast" / "_C.py").write_text(stub)
+    reason, warnings = use(folder)
+    assert "was built for torch 2.3.1" in reason
+    assert len(warnings) == 1
+
+
+def test_extension_that_misses_a_library(bare):
+    folder, _ = bare
+    (folder / "resnet_fast" / "_C.py").write_text('raise ImportError("libcudart.so.99: cannot open shared object file")\n')
+    reason, warnings = use(folder)
+    assert "libcudart.so.99" in reason
+    assert len(warnings) == 1
+
+
+def test_read_only_home(bare):
+    folder, _ = bare
+    home = folder / "home"
+    home.mkdir(mode=0o500)
+    use(folder, HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
+    assert list(home.iterdir()) == []
+
+
+def test_import_builds_and_writes_nothing(bare):
+    folder, _ = bare
+    before = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    done = python(folder, "-W", "error", "-c", "import resnet_fast; print(resnet_fast.__version__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert {path for path in folder.rglob("*") if "__pycache__" not in path.parts} == before
+
+
+def test_the_log_level_is_an_environment_variable(bare):
+    folder, _ = bare
+    assert "native" not in python(folder, "-c", USE, RESNET_FAST_LOG="ERROR").stderr
+    quiet = python(folder, "-c", USE)
+    assert "LOG FastBasicBlock runs its stock forward" in quiet.stderr or "LOG" not in quiet.stderr
