@@ -1,8 +1,7 @@
 """Builds resnet_fast with, where it can, its native extension resnet_fast._C. Metadata lives in pyproject.toml.
 
 RESNET_FAST_BUILD chooses what is compiled:
-    auto  (default) C++ where a compiler is; CUDA as well where nvcc agrees with PyTorch and a GPU is visible (or
-          TORCH_CUDA_ARCH_LIST says what to build for). What cannot be built is left out, with the reason.
+    auto  (default) C++ where a compiler is; CUDA as well where nvcc and a CUDA build of PyTorch agree. What cannot be built is left out, with the reason.
     cuda  C++ and CUDA, or an error        cpu   C++, or an error        none  pure Python
 MAX_JOBS limits the compilers run at once (default: the cores); TORCH_CUDA_ARCH_LIST overrides "8.0;9.0+PTX".
 """
@@ -126,15 +125,6 @@ def why_no_cuda() -> str | None:
     return None
 
 
-def why_skip_cuda() -> str | None:
-    """auto's own reason on top of why_no_cuda(): compiling for a GPU that is not there costs minutes for nothing."""
-    import torch
-
-    if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count() > 0:
-        return None
-    return "no GPU is visible; RESNET_FAST_BUILD=cuda or TORCH_CUDA_ARCH_LIST builds the CUDA kernels anyway"
-
-
 @dataclass(frozen=True)
 class Plan:
     """What to build. variants: with CUDA (True) or without, tried in order; none left means pure Python."""
@@ -167,7 +157,6 @@ def make_plan(mode: str) -> Plan:
         if reason is not None:
             raise SystemExit(f"resnet-fast build: RESNET_FAST_BUILD=cuda is impossible: {reason}")
         return Plan(mode, (True,))
-    reason = reason or why_skip_cuda()
     if reason is not None:
         say(f"no CUDA kernels: {reason}")
         return Plan(mode, (False,))

@@ -31,7 +31,8 @@ Tensor conv_bn_act(
     const OptionalTensor& bias, const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
   const OpGuard guard;
-  // The convolution's output is nobody else's, so the epilogue needs no second buffer.
+  // The convolution's output is nobody else's, so the epilogue works in place. Folding batch norm into the weight for
+  // oneDNN's fused ReLU instead was measured 0-4 % faster on most ResNet-50 layers, but that ReLU turns NaN into 0.
   return bn_act_into(
       convolve(x, conv_weight, conv_bias, stride, padding, dilation, groups), weight, bias, mean, var, residual, eps,
       relu);

@@ -98,8 +98,6 @@ struct Kernels {
   void (*backward_apply_train[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
   // dx = scale * dz and dz, fixed statistics, no sums wanted
   void (*backward_apply_eval[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
-  // dst[r, :] = src[r, :] * scale[r] for begin <= r < end: batch norm folded into conv weights
-  void (*scale_rows[kDTypes])(void* dst, const void* src, const void* scale, int64_t cols, int64_t begin, int64_t end);
 };
 
 // The best table this machine (and ATEN_CPU_CAPABILITY) allows among those compiled in; chosen once.

@@ -1,4 +1,4 @@
-// y = act((x - mean) * scale + bias + residual) in one pass, in place over x if wanted; and scale_rows.
+// y = act((x - mean) * scale + bias + residual) in one pass, in place over x if wanted.
 #include "blocks.h"
 #include "kernels.h"
 #include "normalize.h"
@@ -38,6 +38,12 @@ struct ApplyOp {
     return {L::fill(mean[channel]), L::fill(scale[channel]), L::fill(bias[channel])};
   }
 
+  C10_ALWAYS_INLINE void fetch(int64_t offset) const {
+    fetch_to_read(x + offset);
+    if constexpr (with_residual) fetch_to_read(residual + offset);
+    fetch_to_write(y + offset);
+  }
+
   template <typename Span>
   C10_ALWAYS_INLINE void map(int64_t offset, const Params& p, Span span) const {
     L out = normalize(L::load(x + offset, span), p.mean, p.scale, p.bias);
@@ -62,27 +68,10 @@ void apply(const Plan& plan, const ApplyArgs& args, int64_t begin, int64_t end) 
   }
 }
 
-template <typename scalar_t>
-void scale_rows(void* dst, const void* src, const void* scale, int64_t cols, int64_t begin, int64_t end) {
-  using L = Lanes<scalar_t>;
-  auto* out = static_cast<scalar_t*>(dst);
-  const auto* in = static_cast<const scalar_t*>(src);
-  const auto* factors = static_cast<const acc_type<scalar_t>*>(scale);
-  for (int64_t row = begin; row < end; ++row) {
-    const L factor = L::fill(factors[row]);
-    for_each_tile<1, L::size>(1, cols, [&](int64_t, auto, int64_t col, auto span) RF_INLINE_LAMBDA {
-      (L::load(in + row * cols + col, span) * factor).store(out + row * cols + col, span);
-    });
-  }
-}
-
-#define RF_INSTANTIATE(scalar_t)                                                  \
-  template void apply<scalar_t>(const Plan&, const ApplyArgs&, int64_t, int64_t); \
-  template void scale_rows<scalar_t>(void*, const void*, const void*, int64_t, int64_t, int64_t);
-RF_INSTANTIATE(float)
-RF_INSTANTIATE(double)
-RF_INSTANTIATE(c10::BFloat16)
-RF_INSTANTIATE(c10::Half)
+template void apply<float>(const Plan&, const ApplyArgs&, int64_t, int64_t);
+template void apply<double>(const Plan&, const ApplyArgs&, int64_t, int64_t);
+template void apply<c10::BFloat16>(const Plan&, const ApplyArgs&, int64_t, int64_t);
+template void apply<c10::Half>(const Plan&, const ApplyArgs&, int64_t, int64_t);
 
 }  // namespace CPU_CAPABILITY
 }  // namespace resnet_fast::cpu

@@ -66,6 +66,14 @@ struct BackwardOp {
     return p;
   }
 
+  C10_ALWAYS_INLINE void fetch(int64_t offset) const {
+    fetch_to_read(dy + offset);
+    fetch_to_read(x + offset);
+    if constexpr (mask == Mask::from_y) fetch_to_read(y + offset);
+    if (dz != nullptr) fetch_to_write(dz + offset);
+    if (dx != nullptr) fetch_to_write(dx + offset);
+  }
+
   template <typename Span>
   C10_ALWAYS_INLINE L masked_dy(int64_t offset, const Params& p, const L& x_value, Span span) const {
     const L grad = L::load(dy + offset, span);
@@ -109,9 +117,8 @@ struct BackwardOp {
 template <typename scalar_t, typename Op>
 void reduce_items(const Plan& plan, const BackwardArgs& args, const Op& op, int64_t begin, int64_t end) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int64_t scratch = kMaxColBlock + kLanePadding;
-  alignas(64) acc_t first[scratch];
-  alignas(64) acc_t second[scratch];
+  alignas(64) acc_t first[kScratch];
+  alignas(64) acc_t second[kScratch];
   for (int64_t item = begin; item < end; ++item) {
     if (plan.rows_layout) {
       const RowsBlock block = rows_block(plan, item);

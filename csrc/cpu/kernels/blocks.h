@@ -5,7 +5,10 @@
 //   Params splat(int64_t channel)     parameters of one channel, broadcast (planes layout)
 //   void map(int64_t offset, const Params&, span)                 element-wise kernels
 //   void reduce(int64_t offset, const Params&, Sums&, span)       reductions
+//   void fetch(int64_t offset)        prefetch what map or reduce will touch there; offset may lie past the end
 #pragma once
+
+#include <initializer_list>
 
 #include "../kernels.h"
 #include "lanes.h"
@@ -47,33 +50,36 @@ C10_ALWAYS_INLINE PlanesBlock planes_block(const Plan& p, int64_t item) {
           smaller(p.plane_block, p.plane - pixel), channel, item};
 }
 
-template <int n>
-using Rows = std::integral_constant<int, n>;
+C10_ALWAYS_INLINE void fetch_to_read(const void* p) { __builtin_prefetch(p, 0); }
+C10_ALWAYS_INLINE void fetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
-// f(row, Rows<group or 1>, col, span) over a block: `group` rows at a time, one vector of columns at a time.
-template <int group, int64_t step, typename F>
-C10_ALWAYS_INLINE void for_each_tile(int64_t rows, int64_t cols, const F& f) {
-  int64_t row = 0;
-  for (; row + group <= rows; row += group) {
-    int64_t col = 0;
-    for (; col + step <= cols; col += step) f(row, Rows<group>{}, col, Full{});
-    if (col < cols) f(row, Rows<group>{}, col, Part{cols - col});
-  }
-  for (; row < rows; ++row) {
-    int64_t col = 0;
-    for (; col + step <= cols; col += step) f(row, Rows<1>{}, col, Full{});
-    if (col < cols) f(row, Rows<1>{}, col, Part{cols - col});
-  }
+// f(col, span) along a row, one vector of columns at a time.
+template <int64_t step, typename F>
+C10_ALWAYS_INLINE void for_each_vector(int64_t cols, const F& f) {
+  int64_t col = 0;
+  for (; col + step <= cols; col += step) f(col, Full{});
+  if (col < cols) f(col, Part{cols - col});
 }
 
+// How many elements ahead to fetch: whole rows, and about the bytes that arrive within the memory's latency.
+template <typename scalar_t>
+C10_ALWAYS_INLINE int64_t fetch_ahead(const RowsBlock& block) {
+  const int64_t rows = static_cast<int64_t>(4096 / sizeof(scalar_t)) / block.cols;
+  return block.stride * (rows > 1 ? rows : 1);
+}
+
+// Row after row, in the order of the memory: taking several rows side by side would save loads of the parameters, but
+// halves the bandwidth.
 template <typename scalar_t, typename Op>
 void map_rows(const RowsBlock& block, const Op& op) {
-  for_each_tile<4, Lanes<scalar_t>::size>(
-      block.rows, block.cols, [&](int64_t row, auto rows, int64_t col, auto span) RF_INLINE_LAMBDA {
-        const auto params = op.at(block.column + col);
-        const int64_t offset = block.offset + row * block.stride + col;
-        for (int i = 0; i < decltype(rows)::value; ++i) op.map(offset + i * block.stride, params, span);
-      });
+  const int64_t ahead = fetch_ahead<scalar_t>(block);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const int64_t offset = block.offset + row * block.stride;
+    for_each_vector<Lanes<scalar_t>::size>(block.cols, [&](int64_t col, auto span) RF_INLINE_LAMBDA {
+      op.fetch(offset + col + ahead);
+      op.map(offset + col, op.at(block.column + col), span);
+    });
+  }
 }
 
 template <typename scalar_t, typename Op>
@@ -100,6 +106,8 @@ void map_items(const Plan& plan, const Op& op, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int64_t kScratch = kMaxColBlock + kLanePadding;  // per-column arrays on the stack
+
 // Two sums at once, which is what both reductions need.
 template <typename scalar_t>
 struct Sums {
@@ -112,24 +120,45 @@ struct Sums {
   }
 };
 
-// Per-column sums of a block into first and second (kMaxColBlock + kLanePadding long). Groups of rows are summed in
-// registers and only then added to the arrays, for speed and for a shorter chain of roundings.
+// Adds one row to per-column sums.
+template <typename scalar_t, typename Op>
+C10_ALWAYS_INLINE void reduce_row(
+    int64_t offset, int64_t ahead, const RowsBlock& block, const Op& op, acc_type<scalar_t>* first,
+    acc_type<scalar_t>* second) {
+  using L = Lanes<scalar_t>;
+  for_each_vector<L::size>(block.cols, [&](int64_t col, auto span) RF_INLINE_LAMBDA {
+    op.fetch(offset + col + ahead);
+    Sums<scalar_t> sums{L::load_acc(first + col), L::load_acc(second + col)};
+    op.reduce(offset + col, op.at(block.column + col), sums, span);
+    sums.first.store_acc(first + col);
+    sums.second.store_acc(second + col);
+  });
+}
+
+// Per-column sums of a block into first and second (kScratch long). Every kRun rows start new sums, to keep the chain of
+// roundings short.
 template <typename scalar_t, typename Op>
 void reduce_rows(const RowsBlock& block, const Op& op, acc_type<scalar_t>* first, acc_type<scalar_t>* second) {
-  constexpr int64_t step = Lanes<scalar_t>::size;
-  for (int64_t col = 0; col < block.cols; col += step) {
-    Lanes<scalar_t>::fill(0).store_acc(first + col);
-    Lanes<scalar_t>::fill(0).store_acc(second + col);
+  using L = Lanes<scalar_t>;
+  constexpr int64_t kRun = 32;
+  const int64_t ahead = fetch_ahead<scalar_t>(block);
+  alignas(64) acc_type<scalar_t> run_first[kScratch];
+  alignas(64) acc_type<scalar_t> run_second[kScratch];
+  for (int64_t col = 0; col < block.cols; col += L::size) {
+    for (auto* sums : {first, second, run_first, run_second}) L::fill(0).store_acc(sums + col);
   }
-  for_each_tile<8, step>(block.rows, block.cols, [&](int64_t row, auto rows, int64_t col, auto span) RF_INLINE_LAMBDA {
-    const auto params = op.at(block.column + col);
-    const int64_t offset = block.offset + row * block.stride + col;
-    Sums<scalar_t> sums[2];
-    for (int i = 0; i < decltype(rows)::value; ++i) op.reduce(offset + i * block.stride, params, sums[i % 2], span);
-    sums[0].add(sums[1]);
-    (Lanes<scalar_t>::load_acc(first + col) + sums[0].first).store_acc(first + col);
-    (Lanes<scalar_t>::load_acc(second + col) + sums[0].second).store_acc(second + col);
-  });
+  for (int64_t row = 0; row < block.rows;) {
+    const int64_t run_end = smaller(block.rows, row + kRun);
+    for (; row < run_end; ++row) {
+      reduce_row<scalar_t>(block.offset + row * block.stride, ahead, block, op, run_first, run_second);
+    }
+    for (int64_t col = 0; col < block.cols; col += L::size) {
+      (L::load_acc(first + col) + L::load_acc(run_first + col)).store_acc(first + col);
+      (L::load_acc(second + col) + L::load_acc(run_second + col)).store_acc(second + col);
+      L::fill(0).store_acc(run_first + col);
+      L::fill(0).store_acc(run_second + col);
+    }
+  }
 }
 
 // The two sums over one channel's block: four running sums in float, each restarted every kRun vectors to keep the chain

@@ -11,8 +11,6 @@ void stats(const Plan& plan, const StatsArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
 void apply(const Plan& plan, const ApplyArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
-void scale_rows(void* dst, const void* src, const void* scale, int64_t cols, int64_t begin, int64_t end);
-template <typename scalar_t>
 void backward_reduce(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
 void backward_apply_train(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);

@@ -28,6 +28,8 @@ struct StatsOp {
   C10_ALWAYS_INLINE Params at(int64_t column) const { return {L::load_acc(shift + column)}; }
   C10_ALWAYS_INLINE Params splat(int64_t) const { return {L::fill(*shift)}; }
 
+  C10_ALWAYS_INLINE void fetch(int64_t offset) const { fetch_to_read(x + offset); }
+
   template <typename Span>
   C10_ALWAYS_INLINE void reduce(int64_t offset, const Params& p, Sums<scalar_t>& sums, Span span) const {
     const L centred = (L::load(x + offset, span) - p.shift).keep(span);
@@ -53,13 +55,12 @@ void stats_rows(RowsBlock block, const StatsArgs& args) {
   using L = Lanes<scalar_t>;
   using acc_t = acc_type<scalar_t>;
   const auto* x = static_cast<const scalar_t*>(args.x);
-  constexpr int64_t scratch = kMaxColBlock + kLanePadding;
-  alignas(64) acc_t shift[scratch];
-  alignas(64) acc_t first[scratch];
-  alignas(64) acc_t second[scratch];
+  alignas(64) acc_t shift[kScratch];
+  alignas(64) acc_t first[kScratch];
+  alignas(64) acc_t second[kScratch];
 
   const int64_t samples = smaller(block.rows, kShiftSamples);
-  for_each_tile<1, L::size>(1, block.cols, [&](int64_t, auto, int64_t col, auto span) RF_INLINE_LAMBDA {
+  for_each_vector<L::size>(block.cols, [&](int64_t col, auto span) RF_INLINE_LAMBDA {
     L sum = L::fill(0);
     for (int64_t i = 0; i < samples; ++i) sum = sum + L::load(x + block.offset + i * block.stride + col, span);
     (sum * L::fill(acc_t(1) / acc_t(samples))).store_acc(shift + col);

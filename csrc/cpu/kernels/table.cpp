@@ -19,7 +19,6 @@ const Kernels& table() {
       RF_ALL_DTYPES(backward_reduce),
       RF_ALL_DTYPES(backward_apply_train),
       RF_ALL_DTYPES(backward_apply_eval),
-      RF_ALL_DTYPES(scale_rows),
   };
   return kernels;
 }
