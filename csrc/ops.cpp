@@ -24,8 +24,8 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
   m.def(
       "conv_bn_act(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor var, Tensor? residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float eps, "
-      "bool relu) -> Tensor");
+      "Tensor var, Tensor? residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+      "float eps, bool relu) -> Tensor");
   m.def(
       "conv_bn_act_train(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
       "Tensor? residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, float eps, bool relu) "

@@ -245,8 +245,8 @@ Tensor bn_act_into(
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_train(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double eps,
-    bool relu) {
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+    double eps, bool relu) {
   const OpGuard guard;
   const Problem p = make_problem(x);
   auto [mean, var] = batch_stats(p);
@@ -256,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& mean, const Tensor& var, double eps, bool relu, bool training, std::array<bool, 4> output_mask) {
+    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps, bool relu, bool training,
+    std::array<bool, 4> output_mask) {
   const OpGuard guard;
   const Problem p = make_problem(x);
   const Norm norm = make_norm(p, weight, bias, mean, var, eps);

@@ -23,12 +23,13 @@ Tensor bn_act_into(
 
 // y, mean, var (biased)
 std::tuple<Tensor, Tensor, Tensor> bn_act_train(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double eps,
-    bool relu);
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+    double eps, bool relu);
 
 // dx, dweight, dbias, dresidual
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& mean, const Tensor& var, double eps, bool relu, bool training, std::array<bool, 4> output_mask);
+    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps, bool relu, bool training,
+    std::array<bool, 4> output_mask);
 
 }  // namespace resnet_fast::cpu

@@ -46,8 +46,8 @@ C10_ALWAYS_INLINE PlanesBlock planes_block(const Plan& p, int64_t item) {
   const int64_t channel = item % p.channels;
   const int64_t image = (chunk / p.plane_blocks) * p.batch_block;
   const int64_t pixel = (chunk % p.plane_blocks) * p.plane_block;
-  return {(image * p.channels + channel) * p.plane + pixel, p.channels * p.plane, smaller(p.batch_block, p.batch - image),
-          smaller(p.plane_block, p.plane - pixel), channel, item};
+  return {(image * p.channels + channel) * p.plane + pixel, p.channels * p.plane,
+          smaller(p.batch_block, p.batch - image), smaller(p.plane_block, p.plane - pixel), channel, item};
 }
 
 C10_ALWAYS_INLINE void fetch_to_read(const void* p) { __builtin_prefetch(p, 0); }
@@ -135,8 +135,8 @@ C10_ALWAYS_INLINE void reduce_row(
   });
 }
 
-// Per-column sums of a block into first and second (kScratch long). Every kRun rows start new sums, to keep the chain of
-// roundings short.
+// Per-column sums of a block into first and second (kScratch long). Every kRun rows start new sums, to keep the chain
+// of roundings short.
 template <typename scalar_t, typename Op>
 void reduce_rows(const RowsBlock& block, const Op& op, acc_type<scalar_t>* first, acc_type<scalar_t>* second) {
   using L = Lanes<scalar_t>;
@@ -161,8 +161,8 @@ void reduce_rows(const RowsBlock& block, const Op& op, acc_type<scalar_t>* first
   }
 }
 
-// The two sums over one channel's block: four running sums in float, each restarted every kRun vectors to keep the chain
-// of roundings short, folded per plane into double.
+// The two sums over one channel's block: four running sums, each restarted every kRun vectors to keep the chain of
+// roundings short, folded per plane into double.
 template <typename scalar_t, typename Op>
 void reduce_planes(const PlanesBlock& block, const Op& op, double& first, double& second) {
   constexpr int64_t step = Lanes<scalar_t>::size;

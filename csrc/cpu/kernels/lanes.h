@@ -16,7 +16,7 @@ using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, fl
 // How much of a vector a step covers: all of it (known at compile time) or the first `count` lanes.
 struct Full {};
 struct Part {
-  int64_t count;
+  int64_t count;  // more than none, less than all
 };
 
 template <typename scalar_t>
@@ -38,7 +38,10 @@ struct Lanes {
 
   // Values of scalar_t, widened. Lanes past a Part's count are zero.
   static C10_ALWAYS_INLINE Lanes load(const scalar_t* p, Full) { return widen(Storage::loadu(p)); }
-  static C10_ALWAYS_INLINE Lanes load(const scalar_t* p, Part part) { return widen(Storage::loadu(p, part.count)); }
+  static C10_ALWAYS_INLINE Lanes load(const scalar_t* p, Part part) {
+    if (part.count <= 0 || part.count >= size) __builtin_unreachable();  // spares the compiler a doubt, and a warning
+    return widen(Storage::loadu(p, part.count));
+  }
 
   C10_ALWAYS_INLINE void store(scalar_t* p, Full) const { narrow().store(p); }
   C10_ALWAYS_INLINE void store(scalar_t* p, Part part) const { narrow().store(p, static_cast<int>(part.count)); }
