@@ -1,4 +1,4 @@
-"""What every test gets: a seed, a clean log, dispatch without memory, uninitialised memory full of NaN; and backends."""
+"""What every test gets: a seed, a clean log, a dispatch that forgets, memory full of NaN on request; and backends."""
 
 import os
 import shutil
@@ -68,7 +68,10 @@ def _clean_state(monkeypatch):
 @pytest.fixture
 def poison():
     """Uninitialised tensors are NaN while the test runs, so an output that is not fully written shows."""
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(4).isnan().all()

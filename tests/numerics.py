@@ -22,6 +22,9 @@ def assert_all_match(
     compute_dtype: torch.dtype | None = None,
     terms: Mapping[str, float] | None = None,
 ) -> None:
-    """Judge every tensor by name, as `resnet_fast.numerics.compare`. `compute_dtype` is that of the arithmetic, where results are wider."""
+    """Judge every tensor by name, as `resnet_fast.numerics.compare`.
+
+    `compute_dtype` is that of the arithmetic, where results are wider.
+    """
     assert ours.keys() == stock.keys() == exact.keys(), f"{sorted(ours)}, PyTorch's {sorted(stock)}, {sorted(exact)}"
     assert_match(compare_all(ours, stock, exact, compute_dtype=compute_dtype, terms=terms))

@@ -26,7 +26,7 @@ def conv_bn_act(x, conv_weight, running_mean, running_var, weight=None, bias=Non
 
 
 def run(function: Callable[..., Tensor], tensors: dict[str, Tensor], **keywords) -> dict[str, Tensor]:
-    """Call `function` on fresh copies of `tensors`; returns y, the gradient of every input ("d" + name), the buffers."""
+    """Call `function` on copies of `tensors`; returns y, the gradient of every input ("d" + name), the buffers."""
     inputs = {name: clone(tensor) for name, tensor in tensors.items() if name != "dy"}
     wants = [name for name in inputs if name not in STATISTICS]
     for name in wants:

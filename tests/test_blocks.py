@@ -94,7 +94,9 @@ def test_eval_numerics(name, layout, dtype, backend):
     stock_block, exact_block = copy.deepcopy(exact_block), exact_block.double()
     x = inputs(stock_block, dtype, layout, 1)[0]
     with torch.no_grad():
-        results = [{"y": block(value)} for block, value in ((fast_block, x), (stock_block, x), (exact_block, x.double()))]
+        results = [
+            {"y": block(value)} for block, value in ((fast_block, x), (stock_block, x), (exact_block, x.double()))
+        ]
     assert_all_match(*results)
 
 

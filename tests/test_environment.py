@@ -98,7 +98,9 @@ def test_extension_of_another_torch(bare):
 
 def test_extension_that_misses_a_library(bare):
     folder, _ = bare
-    (folder / "resnet_fast" / "_C.py").write_text('raise ImportError("libcudart.so.99: cannot open shared object file")\n')
+    (folder / "resnet_fast" / "_C.py").write_text(
+        'raise ImportError("libcudart.so.99: cannot open shared object file")\n'
+    )
     reason, warnings = use(folder)
     assert "libcudart.so.99" in reason
     assert len(warnings) == 1

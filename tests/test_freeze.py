@@ -21,7 +21,9 @@ MODELS = {
     "bottleneck": lambda: ResNet(Bottleneck, [2, 1, 1, 1], num_classes=7),
     "grouped": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=7, groups=32, width_per_group=4),
     "frozen_batch_norm": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=7, norm_layer=FrozenBatchNorm2d),
-    "dilated": lambda: ResNet(Bottleneck, [1, 2, 1, 1], num_classes=7, replace_stride_with_dilation=[False, True, True]),
+    "dilated": lambda: ResNet(
+        Bottleneck, [1, 2, 1, 1], num_classes=7, replace_stride_with_dilation=[False, True, True]
+    ),
     "segmentation": lambda: torchvision.models.segmentation.fcn_resnet50(
         weights=None, weights_backbone=None, num_classes=3
     ),
@@ -68,7 +70,9 @@ def test_the_model_itself_is_untouched(backend):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies_answer_the_same(copied, dtype):
     frozen = freeze(model_for("bottleneck"), dtype=dtype)
     x = draw((2, 3, 32, 32), torch.float32)
@@ -129,7 +133,13 @@ def test_bad_arguments(argument, error, word):
 
 def test_report_names_every_block():
     frozen = freeze(model_for())
-    assert [row.name for row in frozen.resnet_fast_report] == ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
+    assert [row.name for row in frozen.resnet_fast_report] == [
+        "layer1.0",
+        "layer1.1",
+        "layer2.0",
+        "layer3.0",
+        "layer4.0",
+    ]
     assert frozen.resnet_fast_report.fused == 5
 
 
@@ -183,4 +193,6 @@ def test_compile_fullgraph():
     x = draw((1, 3, 32, 32), torch.float32)
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(frozen, fullgraph=True, backend="aot_eager")(x), frozen(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.compile(frozen, fullgraph=True, backend="aot_eager")(x), frozen(x), rtol=1e-4, atol=1e-4
+        )

@@ -112,13 +112,19 @@ def test_inputs_are_never_written(training, backend):
     x, weight = draw((2, 6, 7, 7), torch.float32, "channels_last"), draw((6, 6, 3, 3), torch.float32)
     tensors = bn_tensors(6, torch.float32)
     residual = draw((2, 6, 7, 7), torch.float32)
-    parameters = {"x": x, "conv_weight": weight, "residual": residual, "weight": tensors["weight"], "bias": tensors["bias"]}
+    parameters = {
+        "x": x,
+        "conv_weight": weight,
+        "residual": residual,
+        "weight": tensors["weight"],
+        "bias": tensors["bias"],
+    }
     for tensor in parameters.values():
         tensor.requires_grad_()
     versions = {name: (tensor._version, tensor.detach().clone()) for name, tensor in parameters.items()}
     y = functional.conv_bn_act(**parameters, **{n: tensors[n] for n in stock.STATISTICS}, padding=1, training=training,
                                backend=backend)  # fmt: skip
-    assert not y.untyped_storage().data_ptr() == residual.untyped_storage().data_ptr()
+    assert y.untyped_storage().data_ptr() != residual.untyped_storage().data_ptr()
     dy = draw(y.shape, torch.float32)
     before = dy.clone()
     y.backward(dy)
@@ -159,13 +165,17 @@ BAD_CALLS = [  # what is changed in a good call; the error; a word that the mess
     pytest.param({"x": torch.ones(2, 3, 5, 5)}, ValueError, "x has 3 channels", id="channels"),
     pytest.param({"x": torch.ones(2, 4, 5, 5, dtype=torch.float64)}, TypeError, "conv_weight is", id="mixed_dtypes"),
     pytest.param({"x": torch.ones(2, 4, 2, 2)}, ValueError, "too small", id="input_below_kernel"),
-    pytest.param({"conv_weight": torch.ones(6, 4, 3, 3, device="meta")}, ValueError, "conv_weight is on meta", id="device"),
+    pytest.param(
+        {"conv_weight": torch.ones(6, 4, 3, 3, device="meta")}, ValueError, "conv_weight is on meta", id="device"
+    ),
     pytest.param({"weight": torch.ones(6, device="meta")}, ValueError, "weight is on meta", id="bn_device"),
     pytest.param({"weight": torch.ones(5)}, ValueError, "weight must have shape (6,)", id="weight_length"),
     pytest.param({"bias": torch.ones(6, 1)}, ValueError, "bias must have shape (6,)", id="bias_rank"),
     pytest.param({"bias": torch.ones(6, dtype=torch.float16)}, TypeError, "bias is torch.float16", id="bias_dtype"),
     pytest.param({"running_var": None}, ValueError, "given together", id="half_the_statistics"),
-    pytest.param({"running_mean": None, "running_var": None}, ValueError, "needed when training=False", id="no_statistics"),
+    pytest.param(
+        {"running_mean": None, "running_var": None}, ValueError, "needed when training=False", id="no_statistics"
+    ),
     pytest.param({"residual": torch.ones(2, 6, 5, 5)}, ValueError, "residual must have", id="residual_shape"),
     pytest.param({"residual": 1.0}, TypeError, "residual must be a torch.Tensor", id="residual_type"),
     pytest.param({"conv_bias": torch.ones(4)}, ValueError, "conv_bias must have shape (6,)", id="conv_bias_length"),
@@ -177,7 +187,7 @@ BAD_CALLS = [  # what is changed in a good call; the error; a word that the mess
     pytest.param({"dilation": 0}, ValueError, "dilation", id="dilation_zero"),
     pytest.param({"act": "gelu"}, ValueError, "act='gelu'", id="activation"),
     pytest.param({"backend": "cudnn"}, ValueError, "backend='cudnn' is not a backend", id="unknown_backend"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "error", "word"), BAD_CALLS)
@@ -229,7 +239,7 @@ def test_a_backend_that_cannot_run_raises_with_its_reason(monkeypatch):
     from resnet_fast import dispatch
 
     monkeypatch.setattr(dispatch.load("native"), "why_not", lambda *call: "it is switched off in this test")
-    with pytest.raises(BackendUnavailable, match="switched off in this test.*Usable here: reference"):
+    with pytest.raises(BackendUnavailable, match=r"switched off in this test.*Usable here: reference"):
         functional.bn_act(torch.ones(2, 3, 4, 4), torch.zeros(3), torch.ones(3), backend="native")
 
 

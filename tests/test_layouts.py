@@ -93,7 +93,9 @@ def test_mixed_memory_formats_follow_x(layout, residual_layout, dy_layout, backe
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 8, 1, 1), (4, 1, 3, 3), (1, 1, 1, 5)], ids=["plane_1x1", "one_channel", "one_row"])
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 1, 1), (4, 1, 3, 3), (1, 1, 1, 5)], ids=["plane_1x1", "one_channel", "one_row"]
+)
 def test_ambiguous_strides(shape, layout, backend):
     """Where both formats describe the same memory, the result still must be dense and right."""
     tensors = {"x": draw(shape, torch.float64, layout)} | bn_tensors(shape[1], torch.float64)
@@ -117,7 +119,21 @@ def test_every_output_mask(name, training, backend):
     call = [dy, conv_out, y, weight, bias, mean, var, 1e-5, True, training]
     if count == 6:
         conv = ([1, 1], [1, 1], [1, 1], 1)
-        call = [dy, x, draw((6, 4, 3, 3), torch.float64), conv_out, y, weight, bias, mean, var, *conv, 1e-5, True, training]
+        call = [
+            dy,
+            x,
+            draw((6, 4, 3, 3), torch.float64),
+            conv_out,
+            y,
+            weight,
+            bias,
+            mean,
+            var,
+            *conv,
+            1e-5,
+            True,
+            training,
+        ]
     op = getattr(torch.ops.resnet_fast, name)
     everything = op(*call, [True] * count, "reference")
     for bits in range(1, 2**count):

@@ -1,6 +1,6 @@
 """The tests must bite: each mutant is one plausible mistake, seeded into the arithmetic, and has to be noticed.
 
-`notices` runs the same comparisons as the other files, on the named cases; it is checked to pass without a mutant first.
+`notices` runs the same comparisons as the other files, on the named cases; without a mutant it has to pass.
 """
 
 import contextlib
@@ -96,7 +96,12 @@ def positive_mask(call, grads):
     """`y > 0` instead of `!(y <= 0)`: the same but for NaN."""
     dx, dweight, dbias, dresidual = grads
     stopped = call[1].isnan() if dresidual.numel() == 0 else call[2].isnan()
-    return dx.masked_fill(stopped, 0.0), dweight, dbias, dresidual.masked_fill(stopped, 0.0) if dresidual.numel() else dresidual
+    return (
+        dx.masked_fill(stopped, 0.0),
+        dweight,
+        dbias,
+        dresidual.masked_fill(stopped, 0.0) if dresidual.numel() else dresidual,
+    )
 
 
 def tail_channels(call, grads):
@@ -129,34 +134,56 @@ MUTANTS = {  # name -> (mutant, what must notice it)
     "dropped_eps": (dropped_eps, lambda: compare_bn(False)),
     "eps_outside_the_root": (eps_outside_the_root, lambda: compare_bn(True)),
     "dropped_residual": (
-        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, b, m, v, None, eps, relu)), lambda: compare_bn(False)),
+        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, b, m, v, None, eps, relu)),
+        lambda: compare_bn(False),
+    ),
     "dropped_relu": (
-        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, b, m, v, r, eps, False)), lambda: compare_bn(False)),
+        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, b, m, v, r, eps, False)),
+        lambda: compare_bn(False),
+    ),
     "dropped_bias": (
-        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, None, m, v, r, eps, relu)), lambda: compare_bn(False)),
+        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, w, None, m, v, r, eps, relu)),
+        lambda: compare_bn(False),
+    ),
     "dropped_weight": (
-        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, None, b, m, v, r, eps, relu)), lambda: compare_bn(True)),
-    "dropped_residual_gradient": (mutate_grads(lambda call, grads: (*grads[:3], torch.zeros_like(grads[3]))),
-                                  lambda: compare_bn(True)),
+        mutate_forward(lambda x, w, b, m, v, r, eps, relu: (x, None, b, m, v, r, eps, relu)),
+        lambda: compare_bn(True),
+    ),
+    "dropped_residual_gradient": (
+        mutate_grads(lambda call, grads: (*grads[:3], torch.zeros_like(grads[3]))),
+        lambda: compare_bn(True),
+    ),
     "unmasked_residual_gradient": (mutate_grads(lambda call, grads: (*grads[:3], call[0])), lambda: compare_bn(True)),
-    "dweight_without_rstd": (mutate_grads(lambda call, grads: (grads[0], grads[1] * 1.001, *grads[2:])),
-                             lambda: compare_bn(True)),
+    "dweight_without_rstd": (
+        mutate_grads(lambda call, grads: (grads[0], grads[1] * 1.001, *grads[2:])),
+        lambda: compare_bn(True),
+    ),
     "dx_off_by_one_in_ten_thousand": (mutate_grads(no_projection), lambda: compare_bn(True)),
-    "dx_off_in_bfloat16": (mutate_grads(lambda call, grads: (grads[0] * 1.03, *grads[1:])),
-                           lambda: compare_bn(True, dtype=torch.bfloat16)),
+    "dx_off_in_bfloat16": (
+        mutate_grads(lambda call, grads: (grads[0] * 1.03, *grads[1:])),
+        lambda: compare_bn(True, dtype=torch.bfloat16),
+    ),
     "positive_mask": (mutate_grads(positive_mask), lambda: compare_bn(False, nan=True)),
     "missing_tail": (mutate_grads(tail_channels), lambda: compare_bn(True)),
     "missing_tail_in_bfloat16": (mutate_grads(tail_channels), lambda: compare_bn(True, dtype=torch.bfloat16)),
     "swapped_strides": (geometry(swapped_strides), lambda: compare_conv(True, "rows_unlike_columns")),
-    "swapped_padding": (geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, p[::-1], d, g)),
-                        lambda: compare_conv(True, "rows_unlike_columns")),
-    "swapped_dilation": (geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, p, d[::-1], g)),
-                         lambda: compare_conv(True, "rows_unlike_columns")),
-    "dropped_dilation": (geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, [1, 1], [1, 1], g)),
-                         lambda: compare_conv(True, "dilated")),
-    "dropped_conv_bias": (geometry(lambda x, w, b, s, p, d, g: (x, w, None, s, p, d, g)),
-                          lambda: compare_conv(True, "conv_bias_no_affine")),
-}  # fmt: skip
+    "swapped_padding": (
+        geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, p[::-1], d, g)),
+        lambda: compare_conv(True, "rows_unlike_columns"),
+    ),
+    "swapped_dilation": (
+        geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, p, d[::-1], g)),
+        lambda: compare_conv(True, "rows_unlike_columns"),
+    ),
+    "dropped_dilation": (
+        geometry(lambda x, w, b, s, p, d, g: (x, w, b, s, [1, 1], [1, 1], g)),
+        lambda: compare_conv(True, "dilated"),
+    ),
+    "dropped_conv_bias": (
+        geometry(lambda x, w, b, s, p, d, g: (x, w, None, s, p, d, g)),
+        lambda: compare_conv(True, "conv_bias_no_affine"),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -187,7 +214,9 @@ def forget_counter(monkeypatch):
 
 def forget_momentum(monkeypatch):
     original = blocks.conv_bn_act
-    monkeypatch.setattr(blocks, "conv_bn_act", lambda *call, **keywords: original(*call, **keywords | {"momentum": 0.11}))
+    monkeypatch.setattr(
+        blocks, "conv_bn_act", lambda *call, **keywords: original(*call, **keywords | {"momentum": 0.11})
+    )
 
 
 def drop_eps_by_a_hair(monkeypatch):
@@ -204,8 +233,8 @@ def test_every_block_mutant_is_noticed(mutant, monkeypatch):
 
 
 def test_memory_format_is_compared():
+    x = torch.randn(2, 3, 4, 5)
     with pytest.raises(AssertionError, match="memory format"):
-        x = torch.randn(2, 3, 4, 5)
         assert_all_match({"y": x}, {"y": x.to(memory_format=torch.channels_last)}, {"y": x.double()})
 
 

@@ -1,7 +1,8 @@
 """Whole networks beside stock ones: three optimiser steps in training and in eval, and the detection backbone.
 
 In float64 both are the same computation in another order, so every output, gradient, weight and buffer must agree over
-three steps (models.assert_trains_alike says how nearly); a wrong factor anywhere shows at once. float32 and bfloat16 are judged by their own error.
+three steps (models.assert_trains_alike says how nearly); a wrong factor anywhere shows at once. float32 and bfloat16 are
+judged by their own error.
 """
 
 import copy
@@ -77,7 +78,7 @@ def test_inference(name, dtype, backend):
 
 def test_float32_training_is_as_near_to_float64_as_stock(backend):
     """One step of resnet18: every gradient's and buffer's error against float64 beside stock PyTorch's."""
-    model, size = network("resnet18")
+    model, _ = network("resnet18")
     stock_model, fast_model = pair(model.train(), backend)
     exact_model = copy.deepcopy(stock_model).double()
     x = draw((4, 3, 64, 64), torch.float32, "channels_last")
@@ -90,7 +91,9 @@ def test_float32_training_is_as_near_to_float64_as_stock(backend):
         results[-1]["y"] = y
     ours, theirs, exact = (torch.cat([t.detach().double().flatten() for t in result.values()]) for result in results)
     error, stock_error = (ours - exact).norm(), (theirs - exact).norm()
-    assert error <= 2 * stock_error, f"relative error {error / exact.norm():.3g}, PyTorch's {stock_error / exact.norm():.3g}"
+    assert error <= 2 * stock_error, (
+        f"relative error {error / exact.norm():.3g}, PyTorch's {stock_error / exact.norm():.3g}"
+    )
     assert stock_error <= 1e-3 * exact.norm()
 
 
@@ -133,8 +136,18 @@ def test_whole_detector(backend):
 
 def test_every_torchvision_resnet_is_known():
     """resnet18 to 152, resnext, wide_resnet and the segmentation models: all their blocks, on the meta device."""
-    counts = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50, "resnext50_32x4d": 16,
-              "resnext101_32x8d": 33, "resnext101_64x4d": 33, "wide_resnet50_2": 16, "wide_resnet101_2": 33}  # fmt: skip
+    counts = {
+        "resnet18": 8,
+        "resnet34": 16,
+        "resnet50": 16,
+        "resnet101": 33,
+        "resnet152": 50,
+        "resnext50_32x4d": 16,
+        "resnext101_32x8d": 33,
+        "resnext101_64x4d": 33,
+        "wide_resnet50_2": 16,
+        "wide_resnet101_2": 33,
+    }
     with torch.device("meta"):
         for name, count in counts.items():
             model = resnet_fast.optimize(getattr(torchvision.models, name)(), backend="reference", strict=True)

@@ -90,7 +90,9 @@ def test_a_single_block_can_be_optimized(backend):
 
 def test_unknown_backend_changes_nothing():
     model = small()
-    with pytest.raises(ValueError, match="backend='cudnn' is not a backend; it must be one of: auto, native, reference"):
+    with pytest.raises(
+        ValueError, match="backend='cudnn' is not a backend; it must be one of: auto, native, reference"
+    ):
         optimize(model, backend="cudnn")
     assert not fast_blocks(model)
     assert "resnet_fast_report" not in model.__dict__
@@ -243,7 +245,9 @@ def test_disable_environment_variable(value, fused, backend, monkeypatch):
 
 def test_the_backend_argument_is_the_one_that_runs(backend, monkeypatch):
     other = "native" if backend == "reference" else "reference"
-    monkeypatch.setenv("RESNET_FAST_BACKEND", other if dispatch.why_not(other, "bn_act", "cpu", torch.float32) is None else "")
+    monkeypatch.setenv(
+        "RESNET_FAST_BACKEND", other if dispatch.why_not(other, "bn_act", "cpu", torch.float32) is None else ""
+    )
     model = optimize(small(), backend=backend, strict=True)
     ran = []
     module = dispatch.load(backend)
