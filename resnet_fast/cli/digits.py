@@ -1,9 +1,9 @@
 """A real training run: scikit-learn's 1,797 handwritten digits, a ResNet-18 with a stem for 8 x 8 images.
 
 Stock and fast start from the same weights and see the same batches. They take turns, step by step, so that their times
-are comparable too. Rounding differs, and training amplifies it: the same stock network in another memory format drifts
-just as far (TOLERANCE's values are some five times that, measured), so the curves coincide within tolerances:
-the first steps closely, the means of each epoch loosely.
+are comparable too. Rounding differs, and training amplifies it, in one stock network against another (in NCHW) as well:
+so the curves coincide closely in the first steps, before that (measured: 1e-4 at most), and in each epoch's mean loosely
+(measured: 7 %).
 """
 
 import copy
@@ -22,7 +22,7 @@ from .. import numerics, optimize
 from ..numerics import Comparison
 
 FIRST_STEPS = 10
-TOLERANCE = {"first steps, relative": 1e-3, "epoch means, absolute": 0.05}
+TOLERANCE = {"first steps": 1e-3, "epoch means": 0.15}
 BATCH = 48
 
 
@@ -120,10 +120,11 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def coincide(stock: Curve, fast: Curve) -> dict[str, tuple[float, float]]:
-    """Largest distances of the curves: name -> (found, allowed)."""
+    """Largest relative distances of the curves: name -> (found, allowed)."""
     pairs = zip(stock.losses[:FIRST_STEPS], fast.losses[:FIRST_STEPS], strict=True)
     means = zip(stock.epoch_means(), fast.epoch_means(), strict=True)
-    found = (max(abs(a - b) / a for a, b in pairs), max(abs(a - b) for a, b in means))
+    # Late losses are near zero, where a relative distance says nothing: hence the 0.1.
+    found = (max(abs(a - b) / a for a, b in pairs), max(abs(a - b) / (a + 0.1) for a, b in means))
     return {name: (value, allowed) for (name, allowed), value in zip(TOLERANCE.items(), found, strict=True)}
 
 
