@@ -2,8 +2,8 @@
 
 A backend is one module in `resnet_fast.backends`: a function per op, plus `available()`, `why_not()` and `kernel()`.
 Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of `PRIORITY` that has
-been measured on the device. An explicit choice that cannot run raises; "auto" always ends at `reference`, which is plain
-PyTorch.
+been measured on the device. An explicit choice that cannot run raises; "auto" always ends at `reference`, which is
+plain PyTorch.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""`freeze`: the explicit, inference-only step that folds batch norm and packs weights."""
+"""`freeze`: the explicit, inference-only step that folds batch norm and fuses what follows into the convolutions."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .blocks import fast_type, why_not_downsample, why_not_fusable, why_not_stage
-from .frozen import FrozenBlock, FrozenConv2d, FrozenStage, onednn_runs
+from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
 from .report import BlockReport, Report
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,9 +51,6 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     frozen.requires_grad_(False)
     if dtype is not None:
         frozen.to(dtype)
-    for module in frozen.modules():
-        if isinstance(module, FrozenConv2d):
-            module.pack()
     frozen.resnet_fast_report = Report(tuple(rows))
     return frozen
 
@@ -91,7 +88,7 @@ def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
 
 
 def _freeze_stem(module: nn.Module, dtype) -> None:
-    """conv1-bn1-relu of a ResNet, or of the layers that a segmentation or detection model takes from one."""
+    """conv1-bn1-relu-maxpool of a ResNet, or of the layers that a segmentation or detection model takes from one."""
     if type(module) not in (ResNet, IntermediateLayerGetter):
         return
     if {"conv1", "bn1", "relu"} & set(getattr(module, "return_layers", ())):
@@ -99,6 +96,8 @@ def _freeze_stem(module: nn.Module, dtype) -> None:
     children = dict(module.named_children())
     if {"conv1", "bn1", "relu"} <= children.keys():
         _replace_run(module, [("conv1", module.conv1), ("bn1", module.bn1), ("relu", module.relu)], dtype)
+    if type(children.get("maxpool")) is nn.MaxPool2d:
+        module.maxpool.__class__ = FrozenMaxPool2d
 
 
 def _freeze_runs(module: nn.Module, dtype) -> None:
