@@ -2,8 +2,8 @@
 
 Stock and fast start from the same weights and see the same batches. They take turns, step by step, so that their times
 are comparable too. Rounding differs, and training amplifies it, in one stock network against another (in NCHW) as well:
-so the curves coincide closely in the first steps, before that (measured: 1e-4 at most), and in each epoch's mean loosely
-(measured: 7 %).
+so the curves coincide closely in the first steps, before that (measured: 1e-4 at most), and in each epoch's mean
+loosely (measured: 7 %).
 """
 
 import copy
