@@ -1,8 +1,8 @@
 """Whole networks beside stock ones: three optimiser steps in training and in eval, and the detection backbone.
 
 In float64 both are the same computation in another order, so every output, gradient, weight and buffer must agree over
-three steps (models.assert_trains_alike says how nearly); a wrong factor anywhere shows at once. float32 and bfloat16 are
-judged by their own error.
+three steps (models.assert_trains_alike says how nearly); a wrong factor anywhere shows at once. float32 and bfloat16
+are judged by their own error.
 """
 
 import copy
