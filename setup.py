@@ -1,7 +1,8 @@
 """Builds resnet_fast with, where it can, its native extension resnet_fast._C. Metadata lives in pyproject.toml.
 
 RESNET_FAST_BUILD chooses what is compiled:
-    auto  (default) C++ where a compiler is; CUDA as well where nvcc and a CUDA build of PyTorch agree. What cannot be built is left out, with the reason.
+    auto  (default) C++ where a compiler is; CUDA as well where nvcc and a CUDA build of PyTorch agree. What cannot be
+          built is left out, with the reason.
     cuda  C++ and CUDA, or an error        cpu   C++, or an error        none  pure Python
 MAX_JOBS limits the compilers run at once (default: the cores); TORCH_CUDA_ARCH_LIST overrides "8.0;9.0+PTX".
 """

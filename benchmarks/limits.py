@@ -3,8 +3,8 @@
     python benchmarks/limits.py --model resnet50 -b 16 [--json FILE]
 
 The limit of a fused layer (convolution, batch norm, residual and ReLU in one kernel) is max(FLOPs / peak, bytes /
-bandwidth): it reads its input, its weight and its residual once and writes its output once. A network's limit is the sum
-over its layers. The peak is what the CPU's registers sustain: the best of large matrix products over a few shapes; the
+bandwidth): it reads its input, its weight and its residual once and writes its output once. A network's limit is the
+sum over its layers. The peak is what the CPU's registers sustain: the best of large matrix products over a few shapes; the
 bandwidth is a copy of 16 MiB, which is what a layer's activations are to the caches.
 """
 

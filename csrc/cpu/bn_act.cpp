@@ -268,8 +268,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
   const Tensor none = at::empty({0}, p.x.options());
   Tensor dx = want_dx ? at::empty_like(p.x) : none;
   Tensor dresidual = want_dresidual ? at::empty_like(p.x) : at::empty({0}, p.x.options());
-  Tensor dweight = at::empty({want_dweight ? p.channels : 0}, p.x.options().dtype(p.acc));
-  Tensor dbias = at::empty({want_dbias ? p.channels : 0}, p.x.options().dtype(p.acc));
+  const auto channel_grad = [&](bool wanted) {
+    return wanted ? at::empty({p.channels}, p.x.options().dtype(p.acc)) : at::empty({0}, p.x.options());
+  };
+  Tensor dweight = channel_grad(want_dweight);
+  Tensor dbias = channel_grad(want_dbias);
 
   Columns columns(p);
   BackwardArgs args;
