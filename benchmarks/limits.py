@@ -4,8 +4,8 @@
 
 The limit of a fused layer (convolution, batch norm, residual and ReLU in one kernel) is max(FLOPs / peak, bytes /
 bandwidth): it reads its input, its weight and its residual once and writes its output once. A network's limit is the
-sum over its layers. The peak is what the CPU's registers sustain: the best of large matrix products over a few shapes; the
-bandwidth is a copy of 16 MiB, which is what a layer's activations are to the caches.
+sum over its layers. The peak is the best of a few large matrix products through oneDNN; the bandwidth is a copy of
+16 MiB, which is what a layer's activations are to the caches.
 """
 
 import argparse
