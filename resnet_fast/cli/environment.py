@@ -116,7 +116,8 @@ def device_name(device: str) -> str:
     """The hardware's name, for titles."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def variables() -> dict[str, str]:

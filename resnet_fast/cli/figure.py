@@ -21,7 +21,7 @@ def draw(result, found: list, images: Tensor, path: Path) -> None:
         fontsize=14,
         fontweight="bold",
     )
-    rows = figure.subfigures(3, 1, height_ratios=(1.12, 1, 0.95))
+    rows = figure.subfigures(3, 1, height_ratios=(1.02, 1, 0.95))
     _photos(rows[0], result, found[:MOST_PHOTOS])
     _training(rows[1], result)
     for axis, (model, dtype, measured) in zip(
@@ -43,6 +43,7 @@ def _photos(part, result, found: list) -> None:
     for axis, photo in zip(part.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         axis.imshow(np.asarray(photos.crop(photo)))
         axis.axis("off")
+        axis.set_anchor("N")
         stock, fast = rows[photo.name]["stock"], rows[photo.name]["fast"]
         mark, colour = ("same top-5", "#17998b") if stock == fast else ("DIFFERENT", "#b00020")
         axis.set_title(f"{photo.name}: {mark}", fontsize=9, color=colour)
