@@ -166,15 +166,16 @@ def _plain(x, running_mean, running_var, weight, bias, residual, training, momen
 @torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, count: int, momentum: float) -> None:
     if running_mean is not None:
-        _lerp_(running_mean, mean, momentum)
-        _lerp_(running_var, var * (count / (count - 1)), momentum)
+        _average_(running_mean, mean, momentum)
+        _average_(running_var, var * (count / (count - 1)), momentum)
 
 
-def _lerp_(running: Tensor, batch: Tensor, momentum: float) -> None:
+def _average_(running: Tensor, batch: Tensor, momentum: float) -> None:
+    """Not lerp_, whose other forms of the same sum differ where the batch is infinite."""
     if running.dtype == batch.dtype:
-        running.lerp_(batch, momentum)
+        running.mul_(1 - momentum).add_(batch, alpha=momentum)
     else:
-        running.copy_(running.to(batch.dtype).lerp_(batch, momentum))
+        running.copy_(running.to(batch.dtype).mul_(1 - momentum).add_(batch, alpha=momentum))
 
 
 def autocasts(x: Tensor) -> bool:

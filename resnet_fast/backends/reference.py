@@ -51,7 +51,9 @@ def bn_act_train(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_act` with x's own statistics. Returns y, and mean (C,) and biased var (C,) in the accumulation dtype."""
-    var, mean = torch.var_mean(x.to(_acc_dtype(x)), dim=(0, 2, 3), correction=0)
+    x_acc = x.to(_acc_dtype(x))
+    mean = x_acc.mean(dim=(0, 2, 3))  # not var_mean: its mean of an infinite x is NaN, and batch_norm's is infinite
+    var = (x_acc - _channels(mean, mean.dtype)).square().mean(dim=(0, 2, 3))
     return bn_act(x, weight, bias, mean, var, residual, eps, relu), mean, var
 
 

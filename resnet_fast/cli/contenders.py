@@ -21,7 +21,7 @@ from ..numerics import Comparison
 from . import checks, networks
 from .harness import CONTENDERS, Contender
 
-CHECKED_IMAGES = 8
+CHECKED_IMAGES = 2
 """Most images a gate uses: float64 is slow, and more of the same shows nothing new."""
 
 
