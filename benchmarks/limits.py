@@ -4,8 +4,9 @@
 
 The limit of a fused layer (convolution, batch norm, residual and ReLU in one kernel) is max(FLOPs / peak, bytes /
 bandwidth): it reads its input, its weight and its residual once and writes its output once. A network's limit is the
-sum over its layers. The peak is the best of a few large matrix products through oneDNN; the bandwidth is a copy of
-16 MiB, which is what a layer's activations are to the caches.
+sum over its layers. The peak is the best rate seen here, over a few large matrix products and every one of the
+network's own convolutions; the bandwidth is a copy of 16 MiB, which is what a layer's activations are to the caches.
+FLOPs are those of real pixels: taps that fall on padding are not counted, since a good kernel skips them.
 """
 
 import argparse
@@ -40,7 +41,8 @@ def layers(model: str, batch: int, size: int) -> list[Layer]:
 
     def record(name: str):
         def hook(conv: nn.Conv2d, inputs, output) -> None:
-            macs = output.numel() * conv.weight[0].numel()
+            taps = [_real_taps(conv, inputs[0].shape[2:], axis) for axis in (0, 1)]
+            macs = output.shape[0] * conv.weight.shape[0] * conv.weight.shape[1] * taps[0] * taps[1]
             # the block's last convolution also reads the residual
             last = name.endswith("conv3") or (name.endswith("conv2") and not hasattr(parents[name], "conv3"))
             elements = inputs[0].numel() + conv.weight.numel() + output.numel() * (2 if last else 1)
@@ -58,6 +60,15 @@ def layers(model: str, batch: int, size: int) -> list[Layer]:
     return found
 
 
+def _real_taps(conv: nn.Conv2d, size: torch.Size, axis: int) -> int:
+    """Over all outputs along one axis, the kernel taps that fall on a pixel rather than on padding."""
+    length, kernel, stride = size[axis], conv.kernel_size[axis], conv.stride[axis]
+    padding, dilation = conv.padding[axis], conv.dilation[axis]
+    outputs = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    positions = (o * stride - padding + tap * dilation for o in range(outputs) for tap in range(kernel))
+    return sum(0 <= position < length for position in positions)
+
+
 def best_seconds(run, repeats: int = 7) -> float:
     """The fastest of a few runs: a ceiling is a best case."""
     run()
@@ -69,7 +80,7 @@ def best_seconds(run, repeats: int = 7) -> float:
     return min(times)
 
 
-def peak_flops(dtype: torch.dtype) -> float:
+def matmul_flops(dtype: torch.dtype) -> float:
     """FLOP/s of the best large matrix product."""
     best = 0.0
     for m, n, k in ((2048, 2048, 2048), (4096, 512, 1024), (3136, 1024, 512)):
@@ -85,29 +96,29 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), 30)
 
 
-def convolution_seconds(model: str, batch: int, size: int, dtype: torch.dtype) -> float:
-    """What PyTorch's own convolutions alone take, summed over the network: nothing but them is run or timed."""
+def convolution_seconds(model: str, batch: int, size: int, dtype: torch.dtype) -> list[float]:
+    """What each of PyTorch's own convolutions takes alone, in the order of `layers`; medians."""
     network = torchvision.models.get_model(model).eval().to(dtype).to(memory_format=torch.channels_last)
-    shapes: list[tuple[nn.Conv2d, torch.Size]] = []
+    calls: list[tuple[nn.Conv2d, torch.Size]] = []
     hooks = [
-        module.register_forward_hook(lambda conv, inputs, _: shapes.append((conv, inputs[0].shape)))
+        module.register_forward_hook(lambda conv, inputs, _: calls.append((conv, inputs[0].shape)))
         for module in network.modules()
         if isinstance(module, nn.Conv2d)
     ]
-    total = 0.0
+    seconds = []
     with torch.no_grad():
         network(torch.randn(batch, 3, size, size, dtype=dtype))
         for hook in hooks:
             hook.remove()
-        for conv, shape in shapes:
+        for conv, shape in calls:
             x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
             times = []
             for _ in range(5):
                 start = time.perf_counter()
                 conv(x)
                 times.append(time.perf_counter() - start)
-            total += statistics.median(times)
-    return total
+            seconds.append(statistics.median(times))
+    return seconds
 
 
 def main() -> None:
@@ -124,7 +135,9 @@ def main() -> None:
     table = Table("dtype", "peak TFLOP/s", "GFLOP", "MB", "limit ms", "limit img/s", "PyTorch's convolutions ms")
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        peak = peak_flops(dtype)
+        convolutions = convolution_seconds(args.model, args.batch_size, args.img_size, dtype)
+        rates = (layer.flops / took for layer, took in zip(network, convolutions, strict=True))
+        peak = max(matmul_flops(dtype), *rates)
         seconds = sum(layer.seconds(peak, bandwidth, dtype.itemsize) for layer in network)
         row = {
             "model": args.model,
@@ -141,7 +154,7 @@ def main() -> None:
             "megabytes": sum(layer.elements for layer in network) * dtype.itemsize / 1e6,
             "limit_ms": seconds * 1e3,
             "limit_img_per_s": args.batch_size / seconds,
-            "pytorch_convolutions_ms": convolution_seconds(args.model, args.batch_size, args.img_size, dtype) * 1e3,
+            "pytorch_convolutions_ms": sum(convolutions) * 1e3,
         }
         rows.append(row)
         shown = ("peak_tflops", "gflop", "megabytes", "limit_ms", "limit_img_per_s", "pytorch_convolutions_ms")

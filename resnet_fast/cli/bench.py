@@ -111,6 +111,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return result
 
 
+_NOT_SETTINGS = ("command", "version", "json", "csv", "png")
 _TASKS = {"infer": "inference", "train": "training step"}
 
 
@@ -163,7 +164,7 @@ def _write(args: argparse.Namespace, device: str, groups: dict[str, list[Row]], 
     shared |= {"batch_size": args.batch_size, "img_size": args.img_size, "device": device}
     rows = [shared | {"task": task} | row.to_dict() for task, found in groups.items() for row in found]
     if args.json:
-        flags = {name: value for name, value in vars(args).items() if name != "command"}
+        flags = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS}
         record = {"schema": "resnet_fast.bench/1", "environment": environment.record(), "flags": flags, "rows": rows}
         output.write_json(record, args.json)
     if args.csv:
