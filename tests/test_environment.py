@@ -37,10 +37,18 @@ resnet_fast.freeze(model)(x)
 """
 
 
+# An editable install's finder answers for every module of the package, wherever the package itself was found.
+NO_EDITABLE_FINDER = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+"""
+
+
 @pytest.fixture
 def bare(tmp_path):
     """A copy of the package without its extension: (its parent folder, where an extension would be)."""
     shutil.copytree(PACKAGE, tmp_path / "resnet_fast", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (tmp_path / "sitecustomize.py").write_text(NO_EDITABLE_FINDER)
     return tmp_path, tmp_path / "resnet_fast" / f"_C{SUFFIX}"
 
 

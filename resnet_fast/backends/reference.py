@@ -52,8 +52,8 @@ def bn_act_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_act` with x's own statistics. Returns y, and mean (C,) and biased var (C,) in the accumulation dtype."""
     x_acc = x.to(_acc_dtype(x))
-    mean = x_acc.mean(dim=(0, 2, 3))  # not var_mean: its mean of an infinite x is NaN, and batch_norm's is infinite
-    var = (x_acc - _channels(mean, mean.dtype)).square().mean(dim=(0, 2, 3))
+    var, mean = torch.var_mean(x_acc, dim=(0, 2, 3), correction=0)
+    mean = torch.where(mean.isnan(), x_acc.mean(dim=(0, 2, 3)), mean)  # infinite x: batch_norm's mean is infinite too
     return bn_act(x, weight, bias, mean, var, residual, eps, relu), mean, var
 
 
