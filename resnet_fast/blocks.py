@@ -131,15 +131,11 @@ def fast_type(block: nn.Module) -> type | None:
 def why_not_fusable(block: nn.Module) -> str | None:
     """Why `block`'s children, as they are now, cannot be fused; None where they can. Its own type is not looked at."""
     stages = fast_type(block)._stages(block)
-    for (conv_name, conv), (bn_name, bn) in zip(_names("conv", stages, 0), _names("bn", stages, 1), strict=True):
-        reason = why_not_stage(conv_name, conv, bn_name, bn)
+    for number, (conv, bn) in enumerate(stages, 1):
+        reason = why_not_stage(f"conv{number}", conv, f"bn{number}", bn)
         if reason is not None:
             return reason
     return _why_not_module("relu", block.relu, (nn.ReLU,))
-
-
-def _names(prefix: str, stages, index: int):
-    return [(f"{prefix}{number}", stage[index]) for number, stage in enumerate(stages, 1)]
 
 
 def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
@@ -192,9 +188,7 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
         if type(bn) is FrozenBatchNorm2d and bn.weight.dtype != dtype:
             return f"FrozenBatchNorm2d is {bn.weight.dtype} beside {dtype} activations and would promote them"
     op = "conv_bn_act_train" if block.training else "conv_bn_act"
-    if dispatch.select(op, x.device.type, dtype, block.fast_backend) != "reference":
-        return None
-    if dispatch.requested(block.fast_backend) == "reference":
+    if dispatch.runs_fused(op, x.device.type, dtype, block.fast_backend):
         return None
     return f"no fused backend for {x.device.type} {dtype} ({dispatch.why_not_fused(op, x.device.type, dtype)})"
 

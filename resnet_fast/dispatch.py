@@ -70,20 +70,26 @@ def _select(op: str, device_type: str, dtype: torch.dtype, backend: str) -> str:
                 f"Usable here: {', '.join(usable)}."
             )
         return backend
-    return next(name for name in PRIORITY if _why_not_auto(name, op, device_type, dtype) is None)
+    return next(name for name in PRIORITY if why_not_auto(name, op, device_type, dtype) is None)
 
 
-def _why_not_auto(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def why_not_auto(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why "auto" passes backend `name` over; None where it may take it. What can run may still be by request only."""
     reason = why_not(name, op, device_type, dtype)
     if reason is None and name != "reference" and device_type not in load(name).MEASURED_DEVICES:
         return f"not yet verified and timed on {device_type}, so only by request (backend={name!r})"
     return reason
 
 
+def runs_fused(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto") -> bool:
+    """Whether a fused backend runs `op`, or `reference` by request. Raises as `select`."""
+    return select(op, device_type, dtype, backend) != "reference" or requested(backend) == "reference"
+
+
 def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Why "auto" ends at plain PyTorch: the reason of every faster backend, in one line."""
     fused = PRIORITY[: PRIORITY.index("reference")]
-    return "; ".join(f"{name}: {_why_not_auto(name, op, device_type, dtype)}" for name in fused)
+    return "; ".join(f"{name}: {why_not_auto(name, op, device_type, dtype)}" for name in fused)
 
 
 def clear_cache() -> None:

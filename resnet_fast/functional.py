@@ -108,10 +108,12 @@ def conv_bn_act(
     _check_conv(x, conv_weight, conv_bias, groups)
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
     dtype = conv_dtype(x)
-    if dtype != conv_weight.dtype:
-        x, conv_weight, conv_bias = _cast_conv(x, conv_weight, conv_bias, dtype)
-    else:
-        x = _cast(x, dtype)
+    if dtype != conv_weight.dtype and not autocasts(x):
+        raise TypeError(
+            f"conv_weight is {conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
+            f"(convert one, or run under torch.autocast)"
+        )
+    x, conv_weight, conv_bias = _cast(x, dtype), _cast(conv_weight, dtype), _cast(conv_bias, dtype)
     channels = conv_weight.shape[0]
     _check_batch_norm(dtype, x.device, channels, running_mean, running_var, weight, bias, training)
     relu = _relu(act)
@@ -191,15 +193,6 @@ def conv_dtype(x: Tensor) -> torch.dtype:
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _cast_conv(x, conv_weight, conv_bias, dtype):
-    if not autocasts(x):
-        raise TypeError(
-            f"conv_weight is {conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
-            f"(convert one, or run under torch.autocast)"
-        )
-    return _cast(x, dtype), _cast(conv_weight, dtype), _cast(conv_bias, dtype)
 
 
 def _check_input(name: str, x) -> None:

@@ -115,11 +115,12 @@ def _row(name: str, block: nn.Module, reason: str | None, backend: str) -> Block
         weight = block.conv1.weight if hasattr(block.conv1, "weight") else next(block.parameters())
         op = "conv_bn_act_train" if block.training else "conv_bn_act"
         call = (op, weight.device.type, weight.dtype)
-        chosen = dispatch.select(*call, backend)
+        runs_fused = dispatch.runs_fused(*call, backend)  # raises for a backend that cannot run, whatever the block
         unfusable = why_not_fusable(block)
-        if unfusable is None and (chosen != "reference" or dispatch.requested(backend) == "reference"):
-            note = "" if reason is None else reason
-            return BlockReport(name, type(block).__name__, True, chosen, dispatch.load(chosen).kernel(*call), note)
+        if unfusable is None and runs_fused:
+            chosen = dispatch.select(*call, backend)
+            kernel = dispatch.load(chosen).kernel(*call)
+            return BlockReport(name, type(block).__name__, True, chosen, kernel, reason or "")
         reason = unfusable or f"no fused backend: {dispatch.why_not_fused(*call)}"
     return BlockReport(name, type(block).__name__, False, "-", "stock forward", reason)
 

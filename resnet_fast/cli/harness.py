@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import memory, numerics
@@ -151,15 +152,6 @@ def time_interleaved(
                 contender.samples.append(_milliseconds(contender))
 
 
-def quantile(samples: Sequence[float], fraction: float) -> float:
-    """Linear interpolation between order statistics."""
-    ordered = sorted(samples)
-    position = fraction * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
 def peak_memory(contender: Contender) -> int | None:
     """Bytes that one step needs at its peak, above what was in use before it; None where the system does not say."""
     memory.empty_cache()
@@ -202,7 +194,7 @@ def _row(
     if not timed:
         return Row(*head)
     median = statistics.median(contender.samples)
-    p20, p80 = quantile(contender.samples, 0.2), quantile(contender.samples, 0.8)
+    p20, p80 = np.quantile(contender.samples, (0.2, 0.8)).tolist()
     per_s = [contender.items * 1e3 / milliseconds for milliseconds in (median, p20, p80)]
     return Row(
         *head,

@@ -89,7 +89,10 @@ def _backends() -> list[dict]:
                     reason = dispatch.why_not(backend, op, device, dtype)
                     if reason is None and device not in environment.devices():
                         reason = f"no {device} device here"
-                    kernel = dispatch.load(backend).kernel(op, device, dtype) if reason is None else None
+                    kernel = None
+                    if reason is None:
+                        by_request = dispatch.why_not_auto(backend, op, device, dtype)
+                        kernel = "; ".join(filter(None, (dispatch.load(backend).kernel(op, device, dtype), by_request)))
                     row = {"backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch."), "op": op}
                     rows.append(row | {"usable": reason is None, "kernel": kernel, "reason": reason})
     return rows
