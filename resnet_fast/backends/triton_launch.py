@@ -1,0 +1,266 @@
+"""Launching the Triton kernels: views, descriptors, grids, constants. Nothing is chosen and no output allocated here.
+
+Activations are (N, C, H, W) tensors dense in channels_last; weights come from the `pack_*` functions. Importing this
+module needs Triton; `backends.triton` imports it once it knows that Triton is usable.
+"""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..kernels.bn_act import bn_act as bn_act_kernel
+from ..kernels.configs import PointerConfig, StemConfig, TailConfig, TmaConfig, group_shape, programs
+from ..kernels.conv_pointer import conv_bn_act_pointer
+from ..kernels.conv_tma import conv_bn_act_tma
+from ..kernels.stem import stem as stem_kernel
+from ..kernels.tail import bottleneck_tail
+from ..problems import Conv, ConvProblem, StemProblem, TailProblem
+
+_BN_ACT_BLOCK = 1024
+
+
+class Norm(NamedTuple):
+    """What the epilogue applies: (acc + conv_bias - mean) * rsqrt(var + eps) * weight + bias; None is left out.
+
+    Vectors (C,) of any float dtype. A folded convolution has conv_bias alone; then mean is None.
+    """
+
+    conv_bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+def pack_conv(weight: Tensor, problem: ConvProblem) -> Tensor:
+    """conv2d's weight (K, C / groups, R, S) as the kernels read it, (K, R, S, channels of a group as they see it).
+
+    Small groups are packed together, each output channel with zeros for the inputs that are not its group's: a NaN or
+    Inf in one of those spreads to it. For channels_last dense weights this is a view.
+    """
+    weight = weight.permute(0, 2, 3, 1)
+    groups, group_in, group_out = group_shape(problem)
+    together = problem.conv.groups // groups
+    if together == 1:
+        return weight.contiguous()
+    taps = weight.shape[1:3]
+    weight = weight.reshape(groups, together, group_out // together, *taps, 1, group_in // together)
+    own = torch.eye(together, dtype=torch.bool, device=weight.device).view(1, together, 1, 1, 1, together, 1)
+    return torch.where(own, weight, 0.0).reshape(groups * group_out, *taps, group_in).contiguous()
+
+
+def pack_stem(weight: Tensor, config: StemConfig) -> Tensor:
+    """The stem's weight (K, C, R, S) as (K, terms): rows, pairs of columns, channels; zeros before and behind."""
+    out_channels, channels, rows, columns = weight.shape
+    pairs = (columns + 2) // 2
+    packed = weight.new_zeros(out_channels, rows, 2 * pairs, channels)
+    packed[:, :, 1 : columns + 1] = weight.permute(0, 2, 3, 1)
+    packed = packed.flatten(1)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % config.block_in))
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: ConvProblem,
+    config: PointerConfig | TmaConfig,
+    norm: Norm,
+    residual: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    shortcut_norm: Norm | None = None,
+) -> None:
+    """Write `problem`'s result to y: act(norm(conv(x)) + residual, or + shortcut_norm(conv1x1(shortcut)))."""
+    geometry, (groups, group_in, group_out) = problem.conv, group_shape(problem)
+    branch = problem.shortcut or Conv(1, 1, 1, 1, 1)
+    common = {
+        "GROUP_IN": group_in,
+        "GROUP_OUT": group_out,
+        "R": geometry.kernel[0],
+        "S": geometry.kernel[1],
+        "PAD_H": geometry.padding[0],
+        "PAD_W": geometry.padding[1],
+        "DILATION_H": geometry.dilation[0],
+        "DILATION_W": geometry.dilation[1],
+        "SHORTCUT_IN": branch.in_channels,
+        "RELU": problem.relu,
+        "PRECISION": _precision(x.dtype),
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+    }
+    norms = (tuple(norm), tuple(shortcut_norm or Norm()))
+    if isinstance(config, PointerConfig):
+        args = (x, weight, y, residual, norms[0], shortcut, shortcut_weight, norms[1])
+        sizes = (geometry.batch, geometry.height, geometry.width, geometry.out_height, geometry.out_width)
+        constants = common | {
+            "GROUPS": groups,
+            "STRIDE_H": geometry.stride[0],
+            "STRIDE_W": geometry.stride[1],
+            "SHORTCUT_STRIDE_H": branch.stride[0],
+            "SHORTCUT_STRIDE_W": branch.stride[1],
+            "BLOCK_PIXELS": config.block_pixels,
+        }
+        kernel, args = conv_bn_act_pointer, (*args, *sizes, branch.height, branch.width)
+    else:
+        box, weights = config.box, [config.block_out, config.block_in]
+        args = (
+            split_by_stride(x, geometry, (*box, config.block_in)),
+            _matrix(weight, weights),
+            _image(y, (*box, config.block_out)),
+            None if residual is None else _image(residual, (*box, config.block_out)),
+            norms[0],
+            None if shortcut is None else strided(shortcut, branch, (*box, config.block_in)),
+            None if shortcut is None else _matrix(shortcut_weight, weights),
+            norms[1],
+            geometry.out_height,
+            geometry.out_width,
+        )
+        constants = common | {
+            "OUT_CHANNELS": geometry.out_channels,
+            "IN_CHANNELS": geometry.in_channels,
+            "STRIDE": _kernel_stride(geometry),
+            **_box(box),
+        }
+        kernel = conv_bn_act_tma
+    launch(kernel, x, programs(config, problem), args, constants, config)
+
+
+def tail(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    y: Tensor,
+    next_y: Tensor | None,
+    problem: TailProblem,
+    config: TailConfig,
+    shortcut: Tensor,
+) -> None:
+    """Write `problem`'s results to y and next_y.
+
+    weights, biases: packed, of conv2, conv3, then the shortcut's and the next convolution's where `problem` has them.
+    shortcut: the shortcut convolution's input, or the residual where there is no such convolution.
+    """
+    conv2, branch, following = problem.conv2, problem.shortcut, problem.next_conv
+    more = iter(zip(weights[2:], biases[2:], strict=True))
+    branch_weight, branch_bias = next(more) if branch else (None, None)
+    next_weight, next_bias = next(more) if following else (None, None)
+    box, last, mid = config.box, problem.conv3.out_channels, conv2.out_channels
+    out_box = (*box, config.block_out)
+    args = (
+        split_by_stride(x, conv2, (*box, config.block_in)),
+        _matrix(weights[0], [mid, config.block_in]),
+        biases[0],
+        _matrix(weights[1], [config.block_out, mid]),
+        biases[1],
+        None if branch else _image(shortcut, out_box),
+        strided(shortcut, branch, (*box, branch.in_channels)) if branch else None,
+        _matrix(branch_weight, [config.block_out, branch.in_channels]) if branch else None,
+        branch_bias,
+        _image(y, out_box),
+        _matrix(next_weight, [following.out_channels, config.block_out]) if following else None,
+        next_bias,
+        _image(next_y, (*box, following.out_channels)) if following else None,
+        conv2.out_height,
+        conv2.out_width,
+    )
+    constants = {
+        "MID": mid,
+        "OUT": last,
+        "NEXT": following.out_channels if following else 0,
+        "SHORTCUT_IN": branch.in_channels if branch else 0,
+        "STRIDE": _kernel_stride(conv2),
+        "DILATION": conv2.dilation[0],
+        "BLOCK_IN": config.block_in,
+        "BLOCK_OUT": config.block_out,
+        **_box(box),
+    }
+    launch(bottleneck_tail, x, programs(config, problem), args, constants, config)
+
+
+def stem(x: Tensor, weight: Tensor, y: Tensor, problem: StemProblem, config: StemConfig, norm: Norm) -> None:
+    """Write max_pool(relu(norm(conv(x)))) to y; weight from `pack_stem`."""
+    geometry = problem.conv
+    sizes = (geometry.height, geometry.width, geometry.out_height, geometry.out_width)
+    constants = {
+        "CHANNELS": geometry.in_channels,
+        "OUT_CHANNELS": geometry.out_channels,
+        "R": geometry.kernel[0],
+        "PAIRS": (geometry.kernel[1] + 2) // 2,
+        "PAD": geometry.padding[0],
+        "PRECISION": _precision(x.dtype),
+        "TILE_H": config.tile_h,
+        "TILE_W": config.tile_w,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+    }
+    args = (x, weight, y, tuple(norm), *sizes, problem.pool_height, problem.pool_width)
+    launch(stem_kernel, x, programs(config, problem), args, constants, config)
+
+
+def bn_act(x: Tensor, y: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> None:
+    """Write act(norm(x) + residual) to y; all three dense in the same memory format, channels_last or contiguous."""
+    plane = 1 if x.is_contiguous(memory_format=torch.channels_last) else x.shape[2] * x.shape[3]
+    constants = {"CHANNELS": x.shape[1], "PLANE": plane, "RELU": relu, "BLOCK": _BN_ACT_BLOCK}
+    args = (x, y, residual, tuple(norm), x.numel())
+    launch(bn_act_kernel, x, -(-x.numel() // _BN_ACT_BLOCK), args, constants, None)
+
+
+def launch(kernel, x: Tensor, grid: int, args: tuple, constants: dict, config) -> None:
+    """The one place where a kernel starts, on x's device; the compile-only tests put theirs in its place."""
+    options = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
+    device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with device:
+        kernel[(grid,)](*args, **constants, **options)
+
+
+def split_by_stride(x: Tensor, geometry: Conv, box: tuple[int, ...]) -> TensorDescriptor:
+    """Descriptor (N, H / s, s, W / s, s * C) of x for a convolution of stride s; of a 1x1, the pixels it reads."""
+    if geometry.pointwise:
+        return strided(x, geometry, box, split=True)
+    batch, channels, height, width = x.shape
+    step = geometry.stride[0]
+    shape = [batch, height // step, step, width // step, step * channels]
+    row = width * channels
+    return TensorDescriptor(x, shape, [height * row, step * row, row, step * channels, 1], [*box[:2], 1, *box[2:]])
+
+
+def strided(x: Tensor, geometry: Conv, box: tuple[int, ...], split: bool = False) -> TensorDescriptor:
+    """Descriptor (N, P, Q, C) of the pixels that a 1x1 reads, with `split` as (N, P, 1, Q, C)."""
+    batch, channels, height, width = x.shape
+    down, right = geometry.stride
+    row = width * channels
+    shape, strides = [batch, geometry.out_height], [height * row, down * row]
+    if split:
+        shape, strides, box = [*shape, 1], [*strides, row], (*box[:2], 1, *box[2:])
+    shape, strides = [*shape, geometry.out_width, channels], [*strides, right * channels, 1]
+    return TensorDescriptor(x, shape, strides, list(box))
+
+
+def _image(tensor: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
+    batch, channels, height, width = tensor.shape
+    row = width * channels
+    return TensorDescriptor(tensor, [batch, height, width, channels], [height * row, row, channels, 1], list(box))
+
+
+def _matrix(weight: Tensor, block: list[int]) -> TensorDescriptor:
+    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
+    return TensorDescriptor(weight, [rows, columns], [columns, 1], block)
+
+
+def _kernel_stride(geometry: Conv) -> int:
+    return 1 if geometry.pointwise else geometry.stride[0]
+
+
+def _box(box: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("BOX_N", "BOX_H", "BOX_W"), box, strict=True))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are TF32 exactly where PyTorch's own convolutions may use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"

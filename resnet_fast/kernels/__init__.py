@@ -1,0 +1,1 @@
+"""Triton kernels: @triton.jit functions only. They allocate nothing and know no tensor; launchers are in `backends`."""

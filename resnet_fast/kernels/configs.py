@@ -1,0 +1,362 @@
+"""Launch configurations as data: which exist, which are valid for a problem on a GPU, and which should be fastest.
+
+`why_not` is the one validity function, `candidates` what tuning measures, `predicted_seconds` the cost model that ranks
+them where nothing has been measured. A kernel's tile sizes are chosen nowhere else.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from ..gpus import Gpu
+from ..problems import ITEMSIZE, Conv, ConvProblem, Problem, StemProblem, TailProblem
+
+SUPERGROUP = 64
+"""Grouped convolutions are computed as dense ones over groups packed together, this many channels at least."""
+
+
+@dataclass(frozen=True)
+class PointerConfig:
+    """conv_pointer: a program computes block_pixels x block_out outputs, block_in channels at a time."""
+
+    block_pixels: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class TmaConfig:
+    """conv_tma: a program computes a box of (images, rows, columns) x block_out, block_in channels at a time."""
+
+    box: tuple[int, int, int]
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    @property
+    def block_pixels(self) -> int:
+        return math.prod(self.box)
+
+
+@dataclass(frozen=True)
+class TailConfig:
+    """tail: a program computes all channels of a box of pixels, block_out of the block's output at a time."""
+
+    box: tuple[int, int, int]
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    @property
+    def block_pixels(self) -> int:
+        return math.prod(self.box)
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """stem: a program computes tile_h x tile_w convolution outputs x block_out channels and pools them."""
+
+    tile_h: int
+    tile_w: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    @property
+    def block_pixels(self) -> int:
+        return self.tile_h * self.tile_w
+
+
+Config = PointerConfig | TmaConfig | TailConfig | StemConfig
+KERNELS: dict[str, type] = {
+    "conv_pointer": PointerConfig,
+    "conv_tma": TmaConfig,
+    "bottleneck_tail": TailConfig,
+    "stem": StemConfig,
+}
+"""Kernel name -> its configuration's type."""
+
+
+def kernel_name(config: Config) -> str:
+    """The kernel that `config` is for."""
+    return next(name for name, kind in KERNELS.items() if type(config) is kind)
+
+
+def to_dict(config: Config) -> dict:
+    """Plain data for JSON; `from_dict` reads it back."""
+    return {"kernel": kernel_name(config), **asdict(config)}
+
+
+def from_dict(data: dict) -> Config:
+    """Raises KeyError or TypeError for a kernel or a field that does not exist."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kernel"}
+    return KERNELS[data["kernel"]](**fields)
+
+
+def group_shape(problem: ConvProblem) -> tuple[int, int, int]:
+    """(groups, input channels, output channels of each) as the kernels see them: small groups are packed together."""
+    conv = problem.conv
+    group_in, group_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    together = 1
+    if conv.groups > 1:
+        divisors = (count for count in range(1, conv.groups + 1) if conv.groups % count == 0)
+        wide_enough = (count for count in divisors if count * max(group_in, group_out) >= SUPERGROUP)
+        together = next(wide_enough, conv.groups)
+    return conv.groups // together, group_in * together, group_out * together
+
+
+def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
+    """Why `config` cannot compute `problem` on `gpu`; None where it can."""
+    if gpu.capability < (8, 0):
+        return f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}; the kernels need sm_80 or newer"
+    wanted = {ConvProblem: (PointerConfig, TmaConfig), StemProblem: (StemConfig,), TailProblem: (TailConfig,)}
+    if type(config) not in wanted[type(problem)]:
+        return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
+    reason = _WHY_NOT[type(config)](config, problem, gpu)
+    if reason is None and (needed := shared_memory(config, problem)) > gpu.shared_memory:
+        reason = f"needs {needed} bytes of shared memory and {gpu.name} gives a block {gpu.shared_memory}"
+    return reason
+
+
+def _why_not_pointer(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> str | None:
+    _, group_in, group_out = group_shape(problem)
+    if config.block_out > 16 and config.block_out >= 2 * group_out:
+        return f"block_out={config.block_out} is mostly empty beside {group_out} output channels"
+    if config.block_in > 16 and config.block_in >= 2 * group_in:
+        return f"block_in={config.block_in} is mostly empty beside {group_in} input channels"
+    return _why_not_warps(config, problem)
+
+
+def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | None:
+    conv, (groups, group_in, group_out) = problem.conv, group_shape(problem)
+    if gpu.capability < (9, 0):
+        return "descriptors compile to unpipelined loads before sm_90"
+    reason = _why_not_split(conv)
+    if reason is not None:
+        return reason
+    inputs = [conv.in_channels] + ([problem.shortcut.in_channels] if problem.shortcut else [])
+    if any(channels * ITEMSIZE[problem.dtype] % 16 for channels in (*inputs, conv.out_channels)):
+        return "channels are not a multiple of 16 bytes, which descriptors need"
+    if group_in % config.block_in and (conv.kernel != (1, 1) or groups > 1):
+        return f"block_in={config.block_in} does not divide {group_in} input channels, so it would cross taps"
+    if group_out % config.block_out and groups > 1:
+        return f"block_out={config.block_out} does not divide a group's {group_out} output channels"
+    if config.block_out > max(64, conv.out_channels):
+        return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
+    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem)
+
+
+def _why_not_tail(config: TailConfig, problem: TailProblem, gpu: Gpu) -> str | None:
+    conv2, conv3 = problem.conv2, problem.conv3
+    if gpu.capability < (9, 0):
+        return "descriptors compile to unpipelined loads before sm_90"
+    if conv2.kernel != (3, 3) or conv2.padding != conv2.dilation or conv2.groups > 1:
+        return "conv2 is not a dense 3x3 that keeps its size"
+    reason = _why_not_split(conv2)
+    if reason is not None:
+        return reason
+    if problem.dtype == "float32":
+        return "only for bfloat16 and float16: float32 blocks do not fit into shared memory"
+    if conv2.in_channels != conv2.out_channels or not _fits_on_chip(conv2.out_channels):
+        return f"conv2 has {conv2.in_channels} -> {conv2.out_channels} channels; 64, 128 and 256 fit on chip"
+    if conv3.out_channels % config.block_out or conv2.in_channels % config.block_in:
+        return "blocks do not divide the channels"
+    if problem.next_conv and not _fits_on_chip(problem.next_conv.out_channels):
+        return f"the next convolution's {problem.next_conv.out_channels} channels do not fit on chip"
+    if problem.shortcut and not _fits_on_chip(problem.shortcut.in_channels):
+        return f"the shortcut's {problem.shortcut.in_channels} channels do not fit on chip"
+    widest = max(conv2.out_channels, _next_channels(problem))
+    registers = config.block_pixels * (widest + config.block_out) // (32 * config.warps)
+    if registers > 96:
+        return f"{registers} accumulator registers a thread; beyond 96 the compiler spills"
+    return _why_not_box(config, conv2, problem)
+
+
+def _fits_on_chip(channels: int) -> bool:
+    return channels in (64, 128, 256)
+
+
+def _why_not_stem(config: StemConfig, problem: StemProblem, gpu: Gpu) -> str | None:
+    conv = problem.conv
+    if conv.stride != (2, 2) or conv.dilation != (1, 1) or conv.groups != 1 or conv.kernel[0] != conv.kernel[1]:
+        return "the stem kernel is for a square, dense convolution of stride 2"
+    if conv.padding[0] != conv.padding[1] or conv.padding[0] % 2 == 0:
+        return f"padding {conv.padding} is not odd, so windows would start at odd columns"
+    if conv.width % 2:
+        return f"width {conv.width} is odd, and columns are taken in pairs"
+    if conv.in_channels > 4:
+        return f"{conv.in_channels} input channels; the stem kernel flattens at most 4"
+    return None
+
+
+def _why_not_split(conv: Conv) -> str | None:
+    """A stride is a dense box of a view: of every other pixel for a 1x1, else of rows and columns split in two."""
+    if conv.stride == (1, 1) or conv.pointwise:
+        return None
+    if conv.stride == (2, 2) and conv.height % 2 == 0 and conv.width % 2 == 0:
+        return None
+    return f"stride {conv.stride} over {conv.height}x{conv.width} is no dense view of it"
+
+
+def _why_not_box(config: TmaConfig | TailConfig, conv: Conv, problem: Problem) -> str | None:
+    images = config.box[0]
+    covered = _boxes(config.box, conv) * config.block_pixels
+    if images > max(1, conv.batch) * 2 or covered > 4 * max(conv.pixels, 64):
+        return f"box {config.box} is mostly empty over {conv.batch} images of {conv.out_height}x{conv.out_width}"
+    if config.block_in * ITEMSIZE[problem.dtype] > 128:
+        return f"block_in={config.block_in} is wider than the 128 bytes of a swizzled row"
+    return None
+
+
+def _why_not_warps(config: PointerConfig | TmaConfig, problem: ConvProblem) -> str | None:
+    accumulators = 2 if problem.shortcut and not problem.folded else 1
+    registers = accumulators * config.block_pixels * config.block_out // (32 * config.warps)
+    if config.block_pixels * config.block_out < 256 * config.warps:
+        return f"{config.warps} warps have too little to do"
+    if registers > 128:
+        return f"{registers} accumulator registers a thread; beyond 128 the compiler spills"
+    return None
+
+
+_WHY_NOT = {
+    PointerConfig: _why_not_pointer,
+    TmaConfig: _why_not_tma,
+    TailConfig: _why_not_tail,
+    StemConfig: _why_not_stem,
+}
+
+
+def shared_memory(config: Config, problem: Problem) -> int:
+    """An upper estimate of the bytes of shared memory a block takes; the compile-only tests hold it against ptxas."""
+    itemsize = ITEMSIZE[problem.dtype]
+    if isinstance(config, TailConfig):
+        mid, last = problem.conv2.out_channels, problem.next_conv.out_channels if problem.next_conv else 0
+        shortcut = problem.shortcut.in_channels if problem.shortcut else 0
+        first = config.stages * config.block_in * (config.block_pixels + mid)
+        second = config.block_pixels * (mid + shortcut + 2 * config.block_out) + config.block_out * (mid + shortcut)
+        return itemsize * max(first, second + last * config.block_out) + 1024
+    if isinstance(config, StemConfig):
+        stages = config.stages * config.block_in * (config.block_pixels + config.block_out)
+        return itemsize * max(stages, config.block_pixels * config.block_out) + 8192
+    tile = config.block_in * (config.block_pixels + config.block_out)
+    stages = config.stages + (1 if problem.shortcut else 0)
+    return max(itemsize * stages * tile, itemsize * config.block_pixels * config.block_out) + 1024
+
+
+def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
+    """Every valid configuration there is for `problem` on `gpu`, the most promising first."""
+    if isinstance(problem, ConvProblem):
+        everything: Iterator[Config] = _conv_configs(problem)
+    elif isinstance(problem, StemProblem):
+        everything = (
+            StemConfig(*tile, 64, block_in, warps, stages)
+            for tile, warps in (((16, 16), 8), ((8, 16), 4), ((8, 8), 4))
+            for block_in, stages in ((32, 2), (32, 3), (64, 2))
+        )
+    else:
+        everything = (
+            TailConfig(box, 64, 64, warps, stages)
+            for box in boxes(problem.conv2)
+            for warps in (4, 8)
+            for stages in (2, 3)
+        )
+    valid = [config for config in everything if why_not(config, problem, gpu) is None]
+    return sorted(valid, key=lambda config: predicted_seconds(config, problem, gpu))
+
+
+_BOXES = {
+    64: ((1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1), (1, 4, 16), (1, 2, 32)),
+    128: ((2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1), (1, 8, 16), (1, 4, 32)),
+    256: ((4, 8, 8), (16, 4, 4), (64, 2, 2), (256, 1, 1), (1, 16, 16), (1, 8, 32)),
+}
+"""Pixels -> boxes, the ones that share most of a 3x3's inputs first. 56, 28, 14 and 7 square images fill one each."""
+
+
+def boxes(conv: Conv) -> list[tuple[int, int, int]]:
+    """The box of each size that covers `conv`'s output with the least waste."""
+    return [min(shapes, key=lambda box: _boxes(box, conv)) for shapes in _BOXES.values()]
+
+
+_OUT_IN = ((64, 64), (128, 64), (256, 64), (64, 32), (128, 32), (32, 32), (32, 16), (16, 16))
+
+
+def _conv_configs(problem: ConvProblem) -> Iterator[Config]:
+    row = 128 // ITEMSIZE[problem.dtype]  # channels in the widest row that descriptors swizzle
+    for block_out, block_in in _OUT_IN:
+        for warps in (4, 8):
+            for stages in (3, 4):
+                for pixels in (64, 128, 256):
+                    yield PointerConfig(pixels, block_out, block_in, warps, stages)
+                if block_out >= 64 and block_in == row:
+                    for box in boxes(problem.conv):
+                        yield TmaConfig(box, block_out, block_in, warps, stages)
+
+
+def _next_channels(problem: TailProblem) -> int:
+    return problem.next_conv.out_channels if problem.next_conv else 0
+
+
+def _boxes(box: tuple[int, int, int], conv: Conv) -> int:
+    sizes = (conv.batch, conv.out_height, conv.out_width)
+    return math.prod(-(-size // side) for size, side in zip(sizes, box, strict=True))
+
+
+def programs(config: Config, problem: Problem) -> int:
+    """How many programs the launch has."""
+    if isinstance(config, StemConfig):
+        rows = -(-problem.pool_height // (config.tile_h // 2 - 1))
+        columns = -(-problem.pool_width // (config.tile_w // 2 - 1))
+        return problem.conv.batch * rows * columns * -(-problem.conv.out_channels // config.block_out)
+    if isinstance(config, TailConfig):
+        return _boxes(config.box, problem.conv2)
+    if isinstance(config, TmaConfig):
+        return _boxes(config.box, problem.conv) * -(-problem.conv.out_channels // config.block_out)
+    groups, _, group_out = group_shape(problem)
+    return -(-problem.conv.pixels // config.block_pixels) * groups * -(-group_out // config.block_out)
+
+
+def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
+    """The cost model: the slowest of tensor cores, memory and L2, in whole waves of programs.
+
+    Tensor cores lose to small tiles (operands are read from shared memory once per tile side) and to padding; the
+    last wave counts in full. Constants are from instruction counts of compiled kernels; `tune` replaces all this.
+    """
+    count = programs(config, problem)
+    itemsize = ITEMSIZE[problem.dtype]
+    concurrent = max(1, gpu.shared_memory_per_multiprocessor // (shared_memory(config, problem) + 1024))
+    concurrent = max(1, min(concurrent, 16 // config.warps, 4)) * gpu.multiprocessors
+    waves = math.ceil(count / concurrent) / (count / concurrent)
+
+    issued, loaded = _issued_and_loaded(config, problem)
+    intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
+    efficiency = min(1.0, intensity / 64) ** 0.5 * (0.85 if isinstance(config, PointerConfig) else 1.0)
+    efficiency *= 0.5 if isinstance(config, StemConfig) else 1.0  # two instructions of addressing per useful one
+    dtype = problem.dtype
+    compute = count * issued / (gpu.flops[dtype] * efficiency)
+    memory = problem.bytes / gpu.bandwidth
+    l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
+    return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
+
+
+def _issued_and_loaded(config: Config, problem: Problem) -> tuple[float, float]:
+    """FLOPs that one program issues, padding included, and elements it loads."""
+    pixels = config.block_pixels
+    if isinstance(config, TailConfig):
+        work = sum(conv.flops / conv.pixels for conv in problem.convs) * pixels
+        loads = sum(conv.weight_elements for conv in problem.convs)
+        return work, loads + pixels * (9 * problem.conv2.in_channels + 2 * problem.conv3.out_channels)
+    if isinstance(config, StemConfig):
+        terms = -(-problem.conv.kernel[0] * (problem.conv.kernel[1] + 1) * problem.conv.in_channels // config.block_in)
+        return 2 * pixels * config.block_out * terms * config.block_in, pixels * terms * config.block_in
+    _, group_in, _ = group_shape(problem)
+    taps = math.prod(problem.conv.kernel)
+    terms = taps * -(-group_in // config.block_in) * config.block_in
+    if problem.shortcut:
+        terms += -(-problem.shortcut.in_channels // config.block_in) * config.block_in
+    stored = pixels * config.block_out * (2 if problem.residual else 1)
+    return 2 * pixels * config.block_out * terms, terms * (pixels + config.block_out) + stored

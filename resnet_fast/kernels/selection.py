@@ -1,0 +1,76 @@
+"""Which kernel runs a problem: what a tuned table measured, else what the cost model predicts, else the library.
+
+Decided once per problem and GPU and remembered; nothing is tuned or timed inside a call.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from ..gpus import Gpu
+from ..problems import ConvProblem, Problem, StemProblem
+from . import tables
+from .configs import (
+    Config,
+    PointerConfig,
+    StemConfig,
+    TailConfig,
+    TmaConfig,
+    candidates,
+    kernel_name,
+    why_not,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """config: of the Triton kernel, or None for the library's path (backends.library), in its `variant`.
+
+    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size) or "predicted" (cost model).
+    reason: why the library's path was taken.
+    """
+
+    config: Config | None
+    source: str
+    reason: str = ""
+    variant: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """Short name for reports."""
+        return "library" if self.config is None else kernel_name(self.config)
+
+
+@functools.cache
+def choose(problem: Problem, gpu: Gpu) -> Choice:
+    """The choice for `problem` on `gpu`."""
+    measured = tables.lookup(problem, gpu)
+    if measured is not None:
+        row, key = measured
+        source = "tuned" if key == problem.key else f"tuned at {tables.batch_of(key)}"
+        if row.config is None:
+            return Choice(None, source, "measured faster than every Triton configuration", row.variant)
+        if why_not(row.config, problem, gpu) is None:  # a table may be older than the kernels
+            return Choice(row.config, source)
+    ranked = candidates(problem, gpu)
+    if ranked:
+        return Choice(ranked[0], "predicted")
+    return Choice(None, "predicted", why_no_kernel(problem, gpu))
+
+
+def forget() -> None:
+    """Choose anew, and from tables read anew: for `tune` and the tests."""
+    choose.cache_clear()
+    tables.forget()
+
+
+def why_no_kernel(problem: Problem, gpu: Gpu) -> str:
+    """Why no Triton configuration fits `problem`: the validity function's reasons, each once."""
+    tried: tuple[Config, ...]
+    if isinstance(problem, ConvProblem):
+        tried = (PointerConfig(64, 16, 16, 4, 3), TmaConfig((1, 8, 8), 64, 64, 4, 3))
+    elif isinstance(problem, StemProblem):
+        tried = (StemConfig(8, 16, 64, 32, 4, 2),)
+    else:
+        tried = (TailConfig((1, 8, 8), 64, 64, 8, 2),)
+    reasons = [f"{kernel_name(config)}: {why_not(config, problem, gpu)}" for config in tried]
+    return "; ".join(dict.fromkeys(reasons))

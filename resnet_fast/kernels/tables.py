@@ -1,0 +1,114 @@
+"""Tuned tables: what was measured fastest for a problem on one GPU, by `resnet-fast tune`.
+
+One JSON file a GPU: those under kernels/tuned/ ship with the package, and a user's own, in the cache directory, goes
+first. {"schema": "resnet_fast.tuned/1", "gpu", "environment": {...}, "rows": {problem key: row}}, with a row
+{"config": {...} or null for the library's path (cuDNN), "us", "library_us": microseconds, medians, "variant": which of
+the library's paths was its fastest}.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import _log
+from ..gpus import Gpu
+from ..problems import Problem
+from .configs import Config, from_dict
+
+SCHEMA = "resnet_fast.tuned/1"
+SHIPPED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Row:
+    """config: the fastest, None for the library's path, its fastest `variant`. us, library_us: medians."""
+
+    config: Config | None
+    us: float
+    library_us: float | None
+    variant: str = ""
+
+
+def user_directory() -> Path:
+    """Where `resnet-fast tune` writes: RESNET_FAST_CACHE, or resnet_fast in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RESNET_FAST_CACHE") or Path(cache) / "resnet_fast")
+
+
+def paths(gpu: Gpu) -> tuple[Path, Path]:
+    """The user's table and the shipped one, whether they exist or not."""
+    return user_directory() / "tuned" / f"{gpu.slug}.json", SHIPPED / f"{gpu.slug}.json"
+
+
+def why_none(gpu: Gpu) -> str | None:
+    """Why there is nothing measured for this GPU; None where there is."""
+    return None if _rows(gpu) else f"nothing measured for {gpu.name}: run `resnet-fast tune` on it"
+
+
+def lookup(problem: Problem, gpu: Gpu) -> tuple[Row, str] | None:
+    """What was measured for this problem and the key it was measured under: its own, or the nearest batch size's."""
+    rows = _rows(gpu)
+    if problem.key in rows:
+        return rows[problem.key], problem.key
+    size = _batch(problem.key)
+    same_shape = _by_shape(gpu).get(_BATCH.sub("n", problem.key), ())
+    nearest = min(same_shape, key=lambda key: abs(math.log(_batch(key) / size)), default=None)
+    return None if nearest is None else (rows[nearest], nearest)
+
+
+_BATCH = re.compile(r"\bn(\d+)\b")
+
+
+def batch_of(key: str) -> str:
+    """The part of a key that names its batch size: "n256"."""
+    return _BATCH.search(key)[0]
+
+
+def _batch(key: str) -> int:
+    return max(1, int(_BATCH.search(key)[1]))
+
+
+@functools.cache
+def _by_shape(gpu: Gpu) -> dict[str, list[str]]:
+    shapes: dict[str, list[str]] = {}
+    for key in _rows(gpu):
+        shapes.setdefault(_BATCH.sub("n", key), []).append(key)
+    return shapes
+
+
+def forget() -> None:
+    """Read the tables again, for `tune` and the tests."""
+    _rows.cache_clear()
+    _by_shape.cache_clear()
+
+
+@functools.cache
+def _rows(gpu: Gpu) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for path in reversed(paths(gpu)):
+        rows |= read(path)
+    return rows
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The rows of one file; none, with a logged reason, where it cannot be used."""
+    try:
+        data = json.loads(path.read_text())
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']!r} is not {SCHEMA!r}")
+        return {key: _row(row) for key, row in data["rows"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.once(f"tuned table {path} is not used: {type(error).__name__}: {error}")
+        return {}
+
+
+def _row(row: dict) -> Row:
+    config = None if row["config"] is None else from_dict(row["config"])
+    library_us = None if row["library_us"] is None else float(row["library_us"])
+    return Row(config, float(row["us"]), library_us, row.get("variant") or "")

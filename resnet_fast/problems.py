@@ -1,0 +1,228 @@
+"""What one kernel is asked to do, as plain data: shapes, fused parts, and the work and traffic that follow from them.
+
+A problem is the key of the tuned tables and the input of the cost model, the planner and `profile`. Sizes are counted
+in elements, work in FLOPs (2 per multiply-add, padding included), traffic in bytes, every tensor read or written once.
+"""
+
+from dataclasses import dataclass, replace
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes per element of the dtypes that Triton kernels take."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution of x (batch, in_channels, height, width); pairs are (rows, columns)."""
+
+    batch: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def out_height(self) -> int:
+        return self._out(self.height, 0)
+
+    @property
+    def out_width(self) -> int:
+        return self._out(self.width, 1)
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of the batch."""
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1x1 without padding: each output pixel reads one input pixel."""
+        return self.kernel == (1, 1) and self.padding == (0, 0)
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.in_channels, self.height, self.width
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel
+
+    @property
+    def x_elements(self) -> int:
+        """Elements of x that are read: a strided 1x1 skips pixels."""
+        return self.in_channels * (self.pixels if self.pointwise else self.batch * self.height * self.width)
+
+    @property
+    def weight_elements(self) -> int:
+        rows, columns = self.kernel
+        return self.out_channels * (self.in_channels // self.groups) * rows * columns
+
+    @property
+    def y_elements(self) -> int:
+        return self.out_channels * self.pixels
+
+    @property
+    def flops(self) -> int:
+        rows, columns = self.kernel
+        return 2 * self.y_elements * (self.in_channels // self.groups) * rows * columns
+
+    @property
+    def key(self) -> str:
+        """Short, exact, stable: it names rows of the tuned tables."""
+        parts = [f"n{self.batch}", f"{self.in_channels}x{self.height}x{self.width}", f"k{self.out_channels}"]
+        for letter, pair, usual in (
+            ("f", self.kernel, None),
+            ("s", self.stride, (1, 1)),
+            ("p", self.padding, (0, 0)),
+            ("d", self.dilation, (1, 1)),
+        ):
+            if pair != usual:
+                parts.append(f"{letter}{pair[0]}" if pair[0] == pair[1] else f"{letter}{pair[0]}x{pair[1]}")
+        return " ".join([*parts, f"g{self.groups}"] if self.groups > 1 else parts)
+
+    def with_batch(self, batch: int) -> "Conv":
+        """The same convolution for another batch size."""
+        return replace(self, batch=batch)
+
+    def _out(self, size: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1)
+        return (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """act(bn(conv(x)) [+ residual | + bn(shortcut(s))]): one convolution with its epilogue.
+
+    shortcut: a 1x1 on a second input whose output is added before the activation; then there is no residual.
+    folded: batch norm is in the weights already, so that one accumulator serves convolution and shortcut.
+    """
+
+    conv: Conv
+    dtype: str
+    residual: bool = False
+    shortcut: Conv | None = None
+    folded: bool = True
+    relu: bool = True
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops + (self.shortcut.flops if self.shortcut else 0)
+
+    @property
+    def bytes(self) -> int:
+        elements = self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements * (2 if self.residual else 1)
+        if self.shortcut:
+            elements += self.shortcut.x_elements + self.shortcut.weight_elements
+        return elements * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        parts = ["conv", self.conv.key, self.dtype]
+        parts += ["+residual"] if self.residual else []
+        parts += [f"+shortcut({self.shortcut.key})"] if self.shortcut else []
+        return " ".join(parts + ([] if self.folded else ["bn"]))
+
+
+@dataclass(frozen=True)
+class StemProblem:
+    """max_pool(relu(conv(x)), 3, stride 2, padding 1), batch norm folded."""
+
+    conv: Conv
+    dtype: str
+
+    @property
+    def pool_height(self) -> int:
+        return (self.conv.out_height - 1) // 2 + 1
+
+    @property
+    def pool_width(self) -> int:
+        return (self.conv.out_width - 1) // 2 + 1
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.conv.batch, self.conv.out_channels, self.pool_height, self.pool_width
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops
+
+    @property
+    def bytes(self) -> int:
+        pooled = self.conv.batch * self.conv.out_channels * self.pool_height * self.pool_width
+        return (self.conv.x_elements + self.conv.weight_elements + pooled) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        return f"stem {self.conv.key} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class TailProblem:
+    """relu(conv3(relu(conv2(x))) + residual or shortcut(s)), then relu(next_conv(that)) if a block follows; folded."""
+
+    conv2: Conv
+    conv3: Conv
+    dtype: str
+    shortcut: Conv | None = None
+    next_conv: Conv | None = None
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        return tuple(conv for conv in (self.conv2, self.conv3, self.shortcut, self.next_conv) if conv)
+
+    @property
+    def flops(self) -> int:
+        return sum(conv.flops for conv in self.convs)
+
+    @property
+    def bytes(self) -> int:
+        elements = self.conv2.x_elements + self.conv3.y_elements + sum(conv.weight_elements for conv in self.convs)
+        elements += self.shortcut.x_elements if self.shortcut else self.conv3.y_elements
+        elements += self.next_conv.y_elements if self.next_conv else 0
+        return elements * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        parts = ["tail", self.conv2.key, f"k{self.conv3.out_channels}", self.dtype]
+        parts += [f"+shortcut({self.shortcut.key})"] if self.shortcut else ["+residual"]
+        return " ".join(parts + ([f"+next(k{self.next_conv.out_channels})"] if self.next_conv else []))
+
+
+@dataclass(frozen=True)
+class PoolProblem:
+    """max_pool of x (batch, channels, height, width), 3x3 stride 2 padding 1: always PyTorch's own kernel."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: str
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channels, (self.height - 1) // 2 + 1, (self.width - 1) // 2 + 1
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        batch, channels, rows, columns = self.y_shape
+        return batch * channels * (self.height * self.width + rows * columns) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        return f"pool n{self.batch} {self.channels}x{self.height}x{self.width} {self.dtype}"
+
+
+Problem = ConvProblem | StemProblem | TailProblem
+"""What a Triton kernel can compute; a PoolProblem is always the library's."""
