@@ -107,6 +107,34 @@ def _conv_bn_act_train_backward(ctx, dy, _dconv_out, _dmean, _dvar):
     return *_conv_bn_act_grads(ctx, dy, list(ctx.needs_input_grad[:6])), *(None,) * 7
 
 
+def _setup_conv_bn_shortcut_act(ctx, inputs, output):
+    ctx.tensor_at = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(inputs[place] for place in ctx.tensor_at))
+    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _conv_bn_shortcut_act_backward(ctx, dy):
+    """An op for inference: its gradient is that of the two it stands for, computed again."""
+    inputs = list(ctx.inputs)
+    for place, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
+        inputs[place] = tensor
+    wanted = [place for place in ctx.tensor_at if ctx.needs_input_grad[place]]
+    differentiable = torch.is_grad_enabled()  # create_graph=True
+    with torch.enable_grad():
+        if not differentiable:
+            for place in wanted:
+                inputs[place] = inputs[place].detach().requires_grad_()
+        *main, eps = inputs[:12]
+        *branch, stride, shortcut_eps, relu, backend = inputs[12:]
+        residual = _ops.conv_bn_act(*branch, None, stride, [0, 0], [1, 1], 1, shortcut_eps, False, backend)
+        y = _ops.conv_bn_act(*main[:7], residual, *main[7:], eps, relu, backend)
+        grads = torch.autograd.grad(y, [inputs[place] for place in wanted], dy, create_graph=differentiable)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for place, grad in zip(wanted, grads, strict=True):
+        result[place] = grad
+    return tuple(result)
+
+
 def _differentiable_grads(z_input, inputs, dy, y, weight, bias, mean, var, eps, relu, training, mask):
     """The gradients as a differentiable function of `inputs` and `dy`; the residual's gradient, dz, comes last."""
     dz = dy.masked_fill(y <= 0, 0.0) if relu else dy
@@ -133,6 +161,7 @@ for _name, _setup, _backward in (
     ("bn_act", _setup_bn_act, _bn_act_backward),
     ("bn_act_train", _setup_bn_act_train, _bn_act_train_backward),
     ("conv_bn_act", _setup_conv_bn_act, _conv_bn_act_backward),
+    ("conv_bn_shortcut_act", _setup_conv_bn_shortcut_act, _conv_bn_shortcut_act_backward),
     ("conv_bn_act_train", _setup_conv_bn_act_train, _conv_bn_act_train_backward),
 ):
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import _log, dispatch
-from .functional import autocasts, conv_bn_act, conv_dtype, plain_pytorch_reason
+from .functional import ConvBn, autocasts, conv_bn_act, conv_bn_shortcut_act, conv_dtype, plain_pytorch_reason
 
 _disabled_depth = 0
 
@@ -58,13 +58,18 @@ class _FastBlock:
             _say(self, reason)
         return None
 
-    def _shortcut(self, x: Tensor) -> Tensor:
-        downsample = self.downsample
+    def _join(self, out: Tensor, conv: nn.Conv2d, bn: nn.Module, x: Tensor) -> Tensor:
+        """relu(bn(conv(out)) + shortcut(x)): the block's last stage; one op for inference statistics."""
+        downsample, backend = self.downsample, self.fast_backend
         if downsample is None:
-            return x
-        if why_not_downsample(downsample) is None:
-            return _stage(x, downsample[0], downsample[1], None, None, self.fast_backend)
-        return downsample(x)
+            return _stage(out, conv, bn, x, "relu", backend)
+        if why_not_downsample(downsample) is not None:
+            return _stage(out, conv, bn, downsample(x), "relu", backend)
+        if not _has_batch_statistics(bn) and not _has_batch_statistics(downsample[1]) and _is_pointwise(downsample[0]):
+            main, branch = _conv_bn(conv, bn), _conv_bn(downsample[0], downsample[1])
+            return conv_bn_shortcut_act(out, main, x, branch, backend=backend)
+        shortcut = _stage(x, downsample[0], downsample[1], None, None, backend)
+        return _stage(out, conv, bn, shortcut, "relu", backend)
 
 
 class FastBasicBlock(_FastBlock, BasicBlock):
@@ -86,7 +91,7 @@ class FastBasicBlock(_FastBlock, BasicBlock):
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
         out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
-        return _stage(out, self.conv2, self.bn2, self._shortcut(x), "relu", self.fast_backend)
+        return self._join(out, self.conv2, self.bn2, x)
 
     def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
@@ -113,7 +118,7 @@ class FastBottleneck(_FastBlock, Bottleneck):
     def _fused(self, x: Tensor) -> Tensor:
         out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
         out = _stage(out, self.conv2, self.bn2, None, "relu", self.fast_backend)
-        return _stage(out, self.conv3, self.bn3, self._shortcut(x), "relu", self.fast_backend)
+        return self._join(out, self.conv3, self.bn3, x)
 
     def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
@@ -202,7 +207,7 @@ def _stage(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None, a
             bn.num_batches_tracked.add_(1)
             if bn.momentum is None:  # cumulative average
                 momentum = 1.0 / float(bn.num_batches_tracked)
-        training = bn.training or (running_mean is None and running_var is None)
+        training = _has_batch_statistics(bn)
         if bn.training and not bn.track_running_stats:
             running_mean = running_var = None
     return conv_bn_act(
@@ -224,6 +229,19 @@ def _stage(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None, a
         act=act,
         backend=backend,
     )
+
+
+def _has_batch_statistics(bn: nn.Module) -> bool:
+    return type(bn) is nn.BatchNorm2d and (bn.training or (bn.running_mean is None and bn.running_var is None))
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
+    statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    return ConvBn(conv.weight, *statistics, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps)
 
 
 def _say(block: _FastBlock, reason: str) -> None:

@@ -1,9 +1,9 @@
 """Which backend runs an op, and why the others do not.
 
-A backend is one module in `resnet_fast.backends`: a function per op, plus `available()`, `why_not()` and `kernel()`.
-Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of `PRIORITY` that has
-been measured on the device. An explicit choice that cannot run raises; "auto" always ends at `reference`, which is
-plain PyTorch.
+A backend is one module in `resnet_fast.backends`: a function per op, plus `available()`, `why_not()`, `why_not_auto()`
+and `kernel()`. Order of decision: the `backend=` argument, then RESNET_FAST_BACKEND, then the first usable row of
+`PRIORITY` that has been measured on the device. An explicit choice that cannot run raises; "auto" always ends at
+`reference`, which is plain PyTorch.
 """
 
 import functools
@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-PRIORITY = ("native", "reference")
+PRIORITY = ("triton", "native", "reference")
 """Backend names, fastest first."""
 
 
@@ -73,11 +73,23 @@ def _select(op: str, device_type: str, dtype: torch.dtype, backend: str) -> str:
     return next(name for name in PRIORITY if why_not_auto(name, op, device_type, dtype) is None)
 
 
+def check_convolution(backend: str, x, conv_weight, stride, padding, dilation, groups, residual, relu) -> None:
+    """Raise BackendUnavailable where `backend`, asked for by name, has no kernel of its own for this convolution.
+
+    Only `triton` decides by shape; where it was not asked for by name, such a layer takes the library's path.
+    """
+    if torch.compiler.is_compiling() or requested(backend) != "triton":
+        return
+    reason = load("triton").why_not_convolution(x, conv_weight, stride, padding, dilation, groups, residual, relu)
+    if reason is not None:
+        raise BackendUnavailable(f"backend='triton' cannot run this convolution: {reason}")
+
+
 def why_not_auto(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why "auto" passes backend `name` over; None where it may take it. What can run may still be by request only."""
     reason = why_not(name, op, device_type, dtype)
-    if reason is None and name != "reference" and device_type not in load(name).MEASURED_DEVICES:
-        return f"not yet verified and timed on {device_type}, so only by request (backend={name!r})"
+    if reason is None and (reason := load(name).why_not_auto(device_type)):
+        return f"{reason}, so only by request (backend={name!r})"
     return reason
 
 

@@ -9,6 +9,7 @@ transforms, forward-mode AD, empty batches) the same arithmetic runs as plain Py
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,28 +105,20 @@ def conv_bn_act(
     Raises:
         As `bn_act`, and ValueError where x's channels, `conv_weight` and `groups` do not fit each other.
     """
-    _check_input("x", x)
-    _check_conv(x, conv_weight, conv_bias, groups)
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    dtype = conv_dtype(x)
-    if dtype != conv_weight.dtype and not autocasts(x):
-        raise TypeError(
-            f"conv_weight is {conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
-            f"(convert one, or run under torch.autocast)"
-        )
-    x, conv_weight, conv_bias = _cast(x, dtype), _cast(conv_weight, dtype), _cast(conv_bias, dtype)
-    channels = conv_weight.shape[0]
-    _check_batch_norm(dtype, x.device, channels, running_mean, running_var, weight, bias, training)
+    stage = ConvBn(
+        conv_weight, running_mean, running_var, weight, bias, conv_bias, stride, padding, dilation, groups, eps
+    )
+    x, stage, shape = _checked(x, stage, training)
     relu = _relu(act)
-    shape = _conv_shape(x, conv_weight, stride, padding, dilation)
     _check_residual(residual, shape, x.device)
+    conv_weight, conv_bias = stage.conv_weight, stage.conv_bias
+    conv = (stage.stride, stage.padding, stage.dilation, groups)
     if _plain_pytorch(x):
-        conv_out = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
+        conv_out = F.conv2d(x, conv_weight, conv_bias, *conv)
         return _plain(conv_out, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu)
     _check_batch(shape, training)
-    backend = dispatch.select("conv_bn_act", x.device.type, dtype, backend)
-    residual = _cast(residual, dtype)
-    conv = (stride, padding, dilation, groups)
+    requested, backend = backend, dispatch.select("conv_bn_act", x.device.type, x.dtype, backend)
+    residual = _cast(residual, x.dtype)
     if training:
         y, _, mean, var = _ops.conv_bn_act_train(
             x, conv_weight, conv_bias, weight, bias, residual, *conv, eps, relu, backend
@@ -136,9 +129,99 @@ def conv_bn_act(
         # weight's gradient needs the convolution's output: two ops keep it, where one would compute it twice
         conv_out = F.conv2d(x, conv_weight, conv_bias, *conv)
         return _ops.bn_act(conv_out, weight, bias, running_mean, running_var, residual, eps, relu, backend)
+    dispatch.check_convolution(requested, x, conv_weight, *conv, residual is not None, relu)
     return _ops.conv_bn_act(
         x, conv_weight, conv_bias, weight, bias, running_mean, running_var, residual, *conv, eps, relu, backend
     )
+
+
+class ConvBn(NamedTuple):
+    """A convolution and its batch norm: what `conv_bn_act` takes one by one."""
+
+    conv_weight: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    conv_bias: Tensor | None = None
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    eps: float = 1e-5
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the ops' order."""
+        return self.conv_weight, self.conv_bias, self.weight, self.bias, self.running_mean, self.running_var
+
+
+def conv_bn_shortcut_act(
+    x: Tensor, main: ConvBn, shortcut: Tensor, branch: ConvBn, *, act: str | None = "relu", backend: str = "auto"
+) -> Tensor:
+    """act(batch_norm(conv2d(x)) + batch_norm(conv2d(shortcut))): a block's last convolution with its downsample.
+
+    Inference statistics only. Where a backend can, one kernel computes both convolutions, so that the shortcut's
+    output never reaches memory; where a gradient is wanted, two `conv_bn_act` calls do.
+
+    Args:
+        x: (N, Cin, H, W). main: its convolution and batch norm.
+        shortcut: (N, Cs, Hs, Ws), the block's input. branch: its convolution, a dense 1x1 without padding, and norm.
+        act, backend: as `conv_bn_act`.
+
+    Returns:
+        y: (N, Cout, P, Q) in the convolution's output dtype and memory format.
+
+    Raises:
+        As `conv_bn_act`, and ValueError where `branch` is no such 1x1 or the outputs' shapes differ.
+    """
+    learns = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *main.tensors, shortcut, *branch.tensors)
+    )
+    if learns or _plain_pytorch(x):
+        residual = conv_bn_act(shortcut, *branch[:5], **_keywords(branch), act=None, backend=backend)
+        return conv_bn_act(x, *main[:5], **_keywords(main), residual=residual, act=act, backend=backend)
+    x, main, shape = _checked(x, main, False)
+    shortcut, branch, branch_shape = _checked(shortcut, branch, False)
+    if tuple(branch.conv_weight.shape[2:]) != (1, 1) or branch.padding != [0, 0] or branch.groups != 1:
+        raise ValueError(
+            f"branch must be a dense 1x1 convolution without padding, but conv_weight is "
+            f"{tuple(branch.conv_weight.shape)}, padding {branch.padding}, groups {branch.groups}"
+        )
+    if branch_shape != shape:
+        raise ValueError(f"shortcut's convolution gives {branch_shape} and x's {shape}; they must have one shape")
+    backend = dispatch.select("conv_bn_shortcut_act", x.device.type, x.dtype, backend)
+    geometry = (main.stride, main.padding, main.dilation, main.groups, main.eps)
+    return _ops.conv_bn_shortcut_act(
+        x, *main.tensors, *geometry, shortcut, *branch.tensors, branch.stride, branch.eps, _relu(act), backend
+    )
+
+
+def _keywords(stage: ConvBn) -> dict:
+    return dict(zip(stage._fields[5:], stage[5:], strict=True))
+
+
+def _checked(x: Tensor, stage: ConvBn, training: bool) -> tuple[Tensor, ConvBn, tuple[int, ...]]:
+    """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape."""
+    _check_input("x", x)
+    _check_conv(x, stage.conv_weight, stage.conv_bias, stage.groups)
+    dtype = conv_dtype(x)
+    if dtype != stage.conv_weight.dtype and not autocasts(x):
+        raise TypeError(
+            f"conv_weight is {stage.conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
+            f"(convert one, or run under torch.autocast)"
+        )
+    stage = stage._replace(
+        conv_weight=_cast(stage.conv_weight, dtype),
+        conv_bias=_cast(stage.conv_bias, dtype),
+        stride=_pair("stride", stage.stride, 1),
+        padding=_pair("padding", stage.padding, 0),
+        dilation=_pair("dilation", stage.dilation, 1),
+    )
+    vectors = (stage.running_mean, stage.running_var, stage.weight, stage.bias)
+    _check_batch_norm(dtype, x.device, stage.conv_weight.shape[0], *vectors, training)
+    shape = _conv_shape(x, stage.conv_weight, stage.stride, stage.padding, stage.dilation)
+    return _cast(x, dtype), stage, shape
 
 
 def plain_pytorch_reason() -> str | None:

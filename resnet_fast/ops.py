@@ -23,6 +23,10 @@ _SCHEMAS = {
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "conv_bn_act": f"(Tensor x, Tensor conv_weight, Tensor? conv_bias, {_BN}, Tensor? residual, {_CONV}, {_FORWARD}) "
     "-> Tensor",
+    "conv_bn_shortcut_act": f"(Tensor x, Tensor conv_weight, Tensor? conv_bias, {_BN}, {_CONV}, float eps, "
+    "Tensor shortcut, Tensor shortcut_conv_weight, Tensor? shortcut_conv_bias, Tensor? shortcut_weight, "
+    "Tensor? shortcut_bias, Tensor shortcut_mean, Tensor shortcut_var, SymInt[2] shortcut_stride, float shortcut_eps, "
+    "bool relu, str backend) -> Tensor",
     "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
     f"Tensor? residual, {_CONV}, {_FORWARD}) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
     "conv_bn_act_backward": f"(Tensor dy, Tensor x, Tensor conv_weight, Tensor conv_out, Tensor? y, {_BN}, {_CONV}, "
@@ -73,6 +77,11 @@ def conv_bn_act_fake(
     x, conv_weight, conv_bias, weight, bias, mean, var, residual, stride, padding, dilation, groups, eps, relu, backend
 ):
     return _like(_conv(x, conv_weight, conv_bias, stride, padding, dilation, groups))
+
+
+@_fake
+def conv_bn_shortcut_act_fake(x, conv_weight, conv_bias, weight, bias, mean, var, *rest):
+    return _like(_conv(x, conv_weight, conv_bias, *rest[:4]))
 
 
 @_fake

@@ -72,21 +72,28 @@ def fast_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class count_fused_calls:
-    """Context manager that counts calls to `functional.conv_bn_act` by blocks: proof that a block really ran fused."""
+    """Context manager that counts the convolutions that blocks compute fused: proof that a block really ran so."""
+
+    CONVOLUTIONS = {"conv_bn_act": 1, "conv_bn_shortcut_act": 2}
 
     def __enter__(self) -> Callable[[], int]:
         from resnet_fast import blocks
 
-        self.original, self.calls = blocks.conv_bn_act, 0
-
-        def counting(*args, **keywords):
-            self.calls += 1
-            return self.original(*args, **keywords)
-
-        blocks.conv_bn_act = counting
+        self.calls = 0
+        self.originals = {name: getattr(blocks, name) for name in self.CONVOLUTIONS}
+        for name in self.CONVOLUTIONS:
+            setattr(blocks, name, self._counting(name))
         return lambda: self.calls
+
+    def _counting(self, name: str):
+        def counting(*args, **keywords):
+            self.calls += self.CONVOLUTIONS[name]
+            return self.originals[name](*args, **keywords)
+
+        return counting
 
     def __exit__(self, *exc_info) -> None:
         from resnet_fast import blocks
 
-        blocks.conv_bn_act = self.original
+        for name, original in self.originals.items():
+            setattr(blocks, name, original)

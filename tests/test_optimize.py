@@ -91,7 +91,7 @@ def test_a_single_block_can_be_optimized(backend):
 def test_unknown_backend_changes_nothing():
     model = small()
     with pytest.raises(
-        ValueError, match="backend='cudnn' is not a backend; it must be one of: auto, native, reference"
+        ValueError, match="backend='cudnn' is not a backend; it must be one of: auto, triton, native, reference"
     ):
         optimize(model, backend="cudnn")
     assert not fast_blocks(model)
@@ -189,12 +189,15 @@ def test_report_is_a_table_and_plain_data(backend):
                                              "backend": backend, "kernel": kernel, "reason": ""}  # fmt: skip
 
 
+UNPLUGGED = "triton: Triton kernels run on GPUs; native: the cable is unplugged"
+
+
 def test_report_says_why_auto_stays_stock(monkeypatch):
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
     monkeypatch.setattr(dispatch.load("native"), "why_not", lambda *call: "the cable is unplugged")
     model = optimize(small())
     assert model.resnet_fast_report.fused == 0
-    assert {row.reason for row in model.resnet_fast_report} == {"no fused backend: native: the cable is unplugged"}
+    assert {row.reason for row in model.resnet_fast_report} == {f"no fused backend: {UNPLUGGED}"}
     with pytest.raises(FusionError, match="the cable is unplugged"):
         optimize(small(), strict=True)
 
@@ -208,7 +211,7 @@ def test_auto_without_a_fused_backend_runs_stock_and_says_so(monkeypatch, said):
     with count_fused_calls() as calls:
         assert torch.equal(model(x), stock(x))
     assert calls() == 0
-    assert sum("no fused backend for cpu torch.float32 (native: the cable is unplugged)" in m for m in said()) == 1
+    assert sum(f"no fused backend for cpu torch.float32 ({UNPLUGGED})" in m for m in said()) == 1
 
 
 def test_disabled_is_stock_bit_for_bit_and_reentrant(backend):

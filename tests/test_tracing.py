@@ -63,8 +63,10 @@ def test_export_keeps_one_op_a_stage(block, backend):
     fast, stock, x = block_and_input(backend, block, torch.float32)
     with torch.no_grad():
         exported = torch.export.export(fast, (x,))
-    stages = sum("resnet_fast.conv_bn_act" in str(node.target) for node in exported.graph.nodes)
-    assert stages == (2 if block is BasicBlock else 4)
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert sum("resnet_fast.conv_bn_act" in target for target in targets) == 2
+    # the bottleneck's third convolution and its downsample
+    assert sum("resnet_fast.conv_bn_shortcut_act" in target for target in targets) == (block is Bottleneck)
     torch.testing.assert_close(exported.module()(x), stock(x))
 
 

@@ -12,9 +12,6 @@ import torch
 
 from .. import _log
 
-MEASURED_DEVICES = ("cpu",)
-"""Where this backend has been verified and timed; elsewhere "auto" passes it over and it runs by request only."""
-
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_OPS = ("bn_act", "bn_act_train", "bn_act_backward")
 _REINSTALL = "run `pip install -e .` in the source tree, or reinstall resnet-fast"
@@ -78,6 +75,11 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None if op in _CUDA_OPS else f"{op} has no CUDA kernel; convolutions on GPUs are cuDNN's"
 
 
+def why_not_auto(device_type: str) -> str | None:
+    """Why "auto" passes this backend over where it can run."""
+    return None if device_type == "cpu" else f"not yet verified and timed on {device_type}"
+
+
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
     where = "CUDA" if device_type == "cuda" else (build_info() or {}).get("cpu_capability", "CPU")
@@ -125,3 +127,12 @@ bn_act_backward = _op("bn_act_backward")
 conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
+
+
+def conv_bn_shortcut_act(*args) -> torch.Tensor:
+    """`ops.conv_bn_shortcut_act` as two calls: oneDNN's convolutions take no second input."""
+    *main, eps, shortcut, conv_weight, conv_bias, weight, bias, mean, var, stride, shortcut_eps, relu = args
+    tensors, geometry = main[:7], main[7:]
+    branch = (shortcut, conv_weight, conv_bias, weight, bias, mean, var)
+    residual = conv_bn_act(*branch, None, stride, [0, 0], [1, 1], 1, shortcut_eps, False)
+    return conv_bn_act(*tensors, residual, *geometry, eps, relu)

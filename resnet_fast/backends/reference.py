@@ -20,6 +20,11 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def why_not_auto(device_type: str) -> str | None:
+    """Always the last resort."""
+    return None
+
+
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name for reports."""
     return "PyTorch"
@@ -113,6 +118,38 @@ def conv_bn_act(
     """`bn_act` of a convolution: x (N, Cin, H, W), conv_weight (Cout, Cin / groups, R, S), y (N, Cout, P, Q)."""
     conv_out = _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_act(conv_out, weight, bias, mean, var, residual, eps, relu)
+
+
+def conv_bn_shortcut_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    shortcut: Tensor,
+    shortcut_conv_weight: Tensor,
+    shortcut_conv_bias: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    shortcut_mean: Tensor,
+    shortcut_var: Tensor,
+    shortcut_stride: list[int],
+    shortcut_eps: float,
+    relu: bool,
+) -> Tensor:
+    """act(bn(conv(x)) + bn(conv1x1(shortcut))): a block's last convolution with its downsample; y (N, Cout, P, Q)."""
+    branch = (shortcut, shortcut_conv_weight, shortcut_conv_bias, shortcut_weight, shortcut_bias)
+    pointwise = (shortcut_stride, [0, 0], [1, 1], 1)
+    residual = conv_bn_act(*branch, shortcut_mean, shortcut_var, None, *pointwise, shortcut_eps, relu=False)
+    main = (x, conv_weight, conv_bias, weight, bias, mean, var)
+    return conv_bn_act(*main, residual, stride, padding, dilation, groups, eps, relu)
 
 
 def conv_bn_act_train(

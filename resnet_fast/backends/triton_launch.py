@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources  # noqa: F401  (for callers, who import no Triton)
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.bn_act import bn_act as bn_act_kernel

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import _log, dispatch, memory, numerics, ops
+from .. import _log, dispatch, memory, numerics
 from . import checks, environment, output
 
 
@@ -104,12 +104,7 @@ def _self_test() -> list[dict]:
     for device in environment.devices():
         for backend in dispatch.PRIORITY:
             for case in checks.SELF_TEST:
-                usable = all(
-                    dispatch.why_not(backend, op, device, torch.float32) is None
-                    for op in ops.NAMES
-                    if op.startswith(case.op)
-                )
-                for mode in ("train", "eval") if usable else ():
+                for mode in _modes(backend, case.op, device):
                     row = {"backend": backend, "device": device, "op": case.op, "mode": mode}
                     try:
                         comparisons = checks.check_op(case, mode, torch.float32, True, backend, device)
@@ -119,6 +114,16 @@ def _self_test() -> list[dict]:
                         row |= {"match": False, "ratio": None, "reason": f"{type(error).__name__}: {error}"}
                     rows.append(row)
     return rows
+
+
+def _modes(backend: str, op: str, device: str) -> list[str]:
+    """The modes of `op` that `backend` has everything for, forward and backward."""
+    needed = {"train": (f"{op}_train", f"{op}_backward"), "eval": (op, f"{op}_backward")}
+    return [
+        mode
+        for mode, names in needed.items()
+        if all(dispatch.why_not(backend, name, device, torch.float32) is None for name in names)
+    ]
 
 
 def _print(report: dict) -> None:

@@ -25,7 +25,8 @@ from .configs import (
 class Choice:
     """config: of the Triton kernel, or None for the library's path (backends.library), in its `variant`.
 
-    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size) or "predicted" (cost model).
+    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model) or
+    "refused" (the launch failed).
     reason: why the library's path was taken.
     """
 
@@ -40,9 +41,20 @@ class Choice:
         return "library" if self.config is None else kernel_name(self.config)
 
 
+_refused: dict[tuple[Problem, Gpu], str] = {}
+
+
+def refuse(problem: Problem, gpu: Gpu, reason: str) -> None:
+    """Take the library's path for `problem` from now on: what was chosen did not run."""
+    _refused[problem, gpu] = reason
+    choose.cache_clear()
+
+
 @functools.cache
 def choose(problem: Problem, gpu: Gpu) -> Choice:
     """The choice for `problem` on `gpu`."""
+    if (problem, gpu) in _refused:
+        return Choice(None, "refused", _refused[problem, gpu])
     measured = tables.lookup(problem, gpu)
     if measured is not None:
         row, key = measured
@@ -59,6 +71,7 @@ def choose(problem: Problem, gpu: Gpu) -> Choice:
 
 def forget() -> None:
     """Choose anew, and from tables read anew: for `tune` and the tests."""
+    _refused.clear()
     choose.cache_clear()
     tables.forget()
 
