@@ -6,6 +6,7 @@ from .dispatch import BackendUnavailable
 from .freeze import freeze
 from .optimize import optimize, restore
 from .report import BlockReport, Report
+from .warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "functional",
     "optimize",
     "restore",
+    "warmup",
 ]

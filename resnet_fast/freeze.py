@@ -8,14 +8,24 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from . import dispatch
 from .blocks import fast_type, why_not_downsample, why_not_fusable, why_not_stage
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
+from .plan import FUSIONS
+from .planned import PlannedResNet, PlannedStage
 from .report import BlockReport, Report
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def freeze(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    fusion: str = "auto",
+    cuda_graph: bool = True,
+) -> nn.Module:
     """A copy of `model` for inference: batch norm folded, ReLU and residual fused into the convolutions.
 
     Residual blocks, a ResNet's stem and every Conv2d-BatchNorm(-ReLU) run of a Sequential are frozen; the rest of the
@@ -24,14 +34,20 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         model: in eval mode (the running statistics are what is folded).
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
+        backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`), "triton"
+            takes them or raises when called, "native" and "reference" take the library's convolutions.
+        fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
+            bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.
+        cuda_graph: on a GPU, capture a ResNet's forward per input shape and replay it.
 
     Returns:
         The frozen copy, in eval mode, no parameter requiring a gradient, with a `Report` in `resnet_fast_report`.
-        It has no training mode, and its state_dict is its own. On the CPU its activations are channels_last.
+        It has no training mode, and its state_dict is its own. Its activations are channels_last. It can be moved to
+        another device; what runs there is decided there, when it is called.
 
     Raises:
-        TypeError: `model` is not a module or `dtype` not a float dtype. ValueError: `model` is in training mode, or
-        nothing in it can be frozen.
+        TypeError: `model` is not a module or `dtype` not a float dtype. ValueError: `model` is in training mode,
+        nothing in it can be frozen, or `backend` or `fusion` is none of those.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -39,10 +55,15 @@ def freeze(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
         raise TypeError(f"dtype is {dtype}; it must be None or one of {', '.join(map(str, _DTYPES))}")
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first: freezing folds the running statistics")
+    dispatch.requested(backend)
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS)}")
+    settings = {"backend": backend, "fusion": fusion, "cuda_graph": cuda_graph}
     holder = nn.Module()  # so that a model which is itself a block can be replaced like any other
     holder.model = copy.deepcopy(model)
     rows: list[BlockReport] = []
     _freeze_children("", holder, dtype, rows)
+    _plan_whole(holder, settings)
     frozen = holder.model
     if not any(isinstance(module, FrozenConv2d) for module in frozen.modules()):
         raise ValueError(
@@ -79,6 +100,16 @@ def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | Non
         rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen)))
     if type(parent) is nn.Sequential and len(parent) and all(type(child) is FrozenBlock for child in parent):
         parent.__class__ = FrozenStage
+
+
+def _plan_whole(parent: nn.Module, settings: dict) -> None:
+    """Frozen ResNets run as one plan on a GPU, and elsewhere every frozen stage does."""
+    for child in parent.children():
+        if type(child) in (ResNet, FrozenStage):
+            child.__class__ = PlannedResNet if type(child) is ResNet else PlannedStage
+            child.__dict__ |= settings
+        else:
+            _plan_whole(child, settings)
 
 
 def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
@@ -142,4 +173,7 @@ def _kernel(frozen: FrozenBlock) -> str:
     weight = frozen.convs[0].weight
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
         return "oneDNN conv + residual + ReLU, packed weights"
-    return "folded conv2d"
+    if weight.device.type == "cpu":
+        return "folded conv2d"
+    reason = dispatch.why_not_auto("triton", "conv_bn_act", weight.device.type, weight.dtype)
+    return f"folded conv2d: {reason}" if reason else "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"

@@ -2,7 +2,9 @@
 
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
 the layout that oneDNN picks for the input's shape. Where those cannot run (CUDA, float64, torch.compile) the same
-folded weights go through conv2d. oneDNN's fused ReLU turns NaN into 0, which PyTorch's own does not.
+folded weights go through conv2d; what runs on a GPU as one plan is in `planned.py`. NaN is not everywhere what it is in
+PyTorch: oneDNN's fused ReLU turns it into 0, and the GPU kernels multiply by the zeros that groups packed together and
+the stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
 """
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 from .memory import pooled
 
 _mkldnn = torch.ops.mkldnn
+
+
+def raise_for_gradient(x: Tensor) -> None:
+    """Raise RuntimeError where a gradient of x is wanted."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a frozen model computes no gradients: run it under torch.no_grad(), or detach the input")
 
 
 class Frozen(nn.Module):
@@ -44,10 +52,7 @@ class FrozenConv2d(Frozen):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """`residual` (N, Cout, P, Q) is added before the activation; its memory may become the output's if allowed."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a frozen model computes no gradients: run it under torch.no_grad(), or detach the input"
-            )
+        raise_for_gradient(x)
         x = x.to(self.weight.dtype)
         if torch.compiler.is_compiling():  # which cannot enter the pool's context
             with torch.no_grad():

@@ -1,0 +1,168 @@
+"""Frozen modules that run as one plan on a GPU: a whole torchvision ResNet, or one stage of another model's backbone.
+
+Per input shape the layers are planned, the kernels compiled and, for a ResNet, the whole forward is captured in a CUDA
+graph. Where that cannot be, the layers run one by one as `frozen.py` has them, and the reason is logged once.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.models.resnet import ResNet
+
+from . import _log, dispatch
+from .backends import triton
+from .dispatch import BackendUnavailable
+from .engine import Engine, LaunchFailed
+from .frozen import FrozenStage, raise_for_gradient
+from .kernels import selection
+from .plan import Section, build
+
+SHAPES_KEPT = 4
+"""Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
+
+
+class _Planned:
+    """What both share. `backend`, `fusion` and `cuda_graph` are `freeze`'s arguments."""
+
+    backend: str = "auto"
+    fusion: str = "auto"
+    cuda_graph: bool = True
+
+    def why_not_planned(self, x: Tensor) -> str | None:
+        """Why x would go through the layers one by one; None where it goes through a plan."""
+        asked = dispatch.requested(self.backend)
+        if asked not in ("auto", "triton"):
+            return f"backend={asked!r} was asked for"
+        reason = dispatch.why_not("triton", "conv_bn_act", x.device.type, self._weight_dtype())
+        if reason is None and asked == "auto":
+            reason = dispatch.why_not_auto("triton", "conv_bn_act", x.device.type, self._weight_dtype())
+        return reason
+
+    def _engine(self, x: Tensor) -> Engine | None:
+        """The engine for x's shape, built when it is first seen; None, with the reason said, where there is none."""
+        if torch.compiler.is_compiling():  # which sees the layers one by one
+            return None
+        reason = self.why_not_planned(x)
+        if reason is None:
+            key = (tuple(x.shape), x.device)
+            if key in self._engines:
+                self._engines.move_to_end(key)
+                return self._engines[key]
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                reason = "this input shape was not warmed up before the CUDA graph capture (resnet_fast.warmup)"
+            else:
+                try:
+                    self._engines[key] = self._build(x)
+                except ValueError as error:  # not plannable
+                    reason = str(error)
+                else:
+                    while len(self._engines) > SHAPES_KEPT:
+                        self._engines.popitem(last=False)
+                    return self._engines[key]
+        if dispatch.requested(self.backend) == "triton":
+            raise BackendUnavailable(f"backend='triton' cannot run this frozen {type(self).__name__}: {reason}")
+        if x.is_cuda:
+            _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
+        return None
+
+    def _build(self, x: Tensor) -> Engine:
+        """Plan and compile for x. A kernel that the GPU refuses is planned around."""
+        gpu = triton.gpu_of(x)
+        while True:
+            plan = build(self._section(), x.shape, x.dtype, gpu, fusion=self.fusion)
+            engine = Engine(plan, x.device)
+            try:
+                engine.warmup(x)
+                return engine
+            except LaunchFailed as error:
+                _log.once(f"freeze: {error}; that layer takes another path")
+                selection.refuse(error.step.problem, gpu, str(error))
+
+    @property
+    def _engines(self) -> OrderedDict:
+        return self.__dict__.setdefault("_engines_by_shape", OrderedDict())
+
+    def _apply(self, fn, recurse=True):
+        self.__dict__.pop("_engines_by_shape", None)  # .to() and friends change the weights under them
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_engines_by_shape"}
+
+
+class PlannedStage(_Planned, FrozenStage):
+    """A `FrozenStage` outside a torchvision ResNet: its blocks as one plan, each output a new tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, Cin, H, W) of any float dtype -> the last block's output."""
+        raise_for_gradient(x)
+        x = x.to(self._weight_dtype())
+        engine = self._engine(x)
+        return super().forward(x) if engine is None else engine(x)
+
+    def _section(self) -> Section:
+        return Section(None, False, list(self.named_children()))
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self[0].convs[0].weight.dtype
+
+
+class PlannedResNet(_Planned, ResNet):
+    """A frozen torchvision ResNet: stem and stages as one plan, then its own average pool and classifier."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
+        raise_for_gradient(x)
+        x = x.to(self._weight_dtype())
+        engine = self._engine(x)
+        if engine is None:
+            return super().forward(x)
+        with torch.no_grad():
+            return self._replayed(engine, x) if self._captures(x) else self._whole(engine, x)
+
+    def _whole(self, engine: Engine, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(engine(x)), 1))
+
+    def _captures(self, x: Tensor) -> bool:
+        return self.cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+    def _replayed(self, engine: Engine, x: Tensor) -> Tensor:
+        graph = getattr(engine, "graph", None)
+        if graph is None:
+            try:
+                graph = engine.graph = CapturedCall(lambda inputs: self._whole(engine, inputs), x)
+            except RuntimeError as error:
+                _log.once(f"freeze: no CUDA graph, launches go one by one: {error}")
+                self.cuda_graph = False
+                return self._whole(engine, x)
+        return graph(x)
+
+    def _section(self) -> Section:
+        return Section.of_resnet(self)
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+
+class CapturedCall:
+    """A function of one CUDA tensor as a CUDA graph, for x's shape: copied in, replayed, copied out."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._x = x.clone()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):  # whatever libraries set up on first use, they do before the capture
+            function(self._x)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._y = function(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The function's result in a tensor of its own."""
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._y.clone()
