@@ -11,6 +11,7 @@ FLOPs are those of real pixels: taps that fall on padding are not counted, since
 
 import argparse
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,14 +22,30 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from resnet_fast.plan import conv_of
+from resnet_fast.problems import Conv
+
 
 @dataclass(frozen=True)
 class Layer:
     """One convolution with what is fused behind it, for a batch."""
 
     name: str
-    flops: int
-    elements: int  # read and written once each: input, weight, residual, output
+    conv: Conv
+    residual: bool
+
+    @property
+    def flops(self) -> int:
+        """Of taps on pixels: `Conv.flops` counts padding too."""
+        conv = self.conv
+        macs = math.prod(conv.weight_shape[:2]) * conv.batch * _real_taps(conv, 0) * _real_taps(conv, 1)
+        return 2 * macs
+
+    @property
+    def elements(self) -> int:
+        """Read and written once each: all of the input (`Conv.x_elements` leaves out what a stride skips), weight,
+        residual, output."""
+        return math.prod(self.conv.x_shape) + self.conv.weight_elements + self.conv.y_elements * (1 + self.residual)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float, itemsize: int) -> float:
         """The limit of this layer."""
@@ -40,13 +57,10 @@ def layers(model: str, batch: int, size: int) -> list[Layer]:
     found: list[Layer] = []
 
     def record(name: str):
-        def hook(conv: nn.Conv2d, inputs, output) -> None:
-            taps = [_real_taps(conv, inputs[0].shape[2:], axis) for axis in (0, 1)]
-            macs = output.shape[0] * conv.weight.shape[0] * conv.weight.shape[1] * taps[0] * taps[1]
+        def hook(module: nn.Conv2d, inputs, _) -> None:
             # the block's last convolution also reads the residual
             last = name.endswith("conv3") or (name.endswith("conv2") and not hasattr(parents[name], "conv3"))
-            elements = inputs[0].numel() + conv.weight.numel() + output.numel() * (2 if last else 1)
-            found.append(Layer(name, 2 * macs, elements))
+            found.append(Layer(name, conv_of(module, inputs[0].shape), last))
 
         return hook
 
@@ -60,12 +74,11 @@ def layers(model: str, batch: int, size: int) -> list[Layer]:
     return found
 
 
-def _real_taps(conv: nn.Conv2d, size: torch.Size, axis: int) -> int:
+def _real_taps(conv: Conv, axis: int) -> int:
     """Over all outputs along one axis, the kernel taps that fall on a pixel rather than on padding."""
-    length, kernel, stride = size[axis], conv.kernel_size[axis], conv.stride[axis]
-    padding, dilation = conv.padding[axis], conv.dilation[axis]
-    outputs = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    positions = (o * stride - padding + tap * dilation for o in range(outputs) for tap in range(kernel))
+    length, outputs = ((conv.height, conv.out_height), (conv.width, conv.out_width))[axis]
+    stride, padding, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+    positions = (o * stride - padding + tap * dilation for o in range(outputs) for tap in range(conv.kernel[axis]))
     return sum(0 <= position < length for position in positions)
 
 

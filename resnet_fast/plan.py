@@ -1,0 +1,509 @@
+"""What a frozen ResNet is on a GPU, step by step: layers that share a kernel, tensors between them, where those lie.
+
+`build` turns a `Section` (stem, max-pool, residual blocks) into a `Plan` from shapes alone: no GPU, no Triton, and meta
+tensors will do. The engine runs the steps of a plan in order; `profile` prints what they cost.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage
+from .gpus import Gpu
+from .kernels import tables
+from .kernels.configs import predicted_seconds
+from .kernels.selection import Choice, choose
+from .problems import ITEMSIZE, Conv, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+
+FUSIONS = ("auto", "conv", "tail")
+"""conv: one kernel a convolution, with residual, shortcut and the stem's pooling inside. tail: one kernel for conv2 and
+conv3 of a bottleneck, and the next block's conv1, wherever one is valid. auto: a tail where it should be faster."""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""What can be planned; float64 by the library alone."""
+
+Shape = tuple[int, int, int, int]
+_ALIGNMENT = 256
+_LIBRARY_EFFICIENCY = 0.8
+_LAUNCH_SECONDS = 2e-6
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive layers of a frozen network; names are those of the modules, for steps and tensors.
+
+    max_pool: 3x3, stride 2, padding 1, behind the stem. classifier: the Linear behind global average pooling; both are
+    counted in a plan's totals and are no steps.
+    """
+
+    stem: tuple[str, FrozenConv2d] | None
+    max_pool: bool
+    blocks: Sequence[tuple[str, FrozenBlock]]
+    classifier: nn.Linear | None = None
+
+    @classmethod
+    def of_resnet(cls, model: nn.Module) -> "Section":
+        """All of a frozen torchvision ResNet.
+
+        Raises:
+            ValueError: a layer is not what `freeze` makes of torchvision's, or has hooks.
+        """
+        stages = [(name, getattr(model, name)) for name in ("layer1", "layer2", "layer3", "layer4")]
+        pool = model.maxpool
+        wanted = [("bn1", model.bn1, nn.Identity), ("relu", model.relu, nn.Identity)]  # both are inside conv1
+        wanted += [("maxpool", pool, FrozenMaxPool2d), *((name, stage, FrozenStage) for name, stage in stages)]
+        for name, module, kind in wanted:
+            if (reason := _why_not_module(name, module, kind)) is not None:
+                raise ValueError(reason)
+        if (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) != (3, 2, 1, 1, False):
+            raise ValueError(f"maxpool is {pool}, not 3x3 with stride 2 and padding 1")
+        blocks = [(f"{name}.{index}", block) for name, stage in stages for index, block in enumerate(stage)]
+        return cls(("conv1", model.conv1), True, blocks, model.fc)
+
+    def convs(self) -> list[tuple[str, nn.Module]]:
+        """Name and module of every convolution, in the order in which the frozen model runs them."""
+        found = [self.stem] if self.stem else []
+        for name, block in self.blocks:
+            found += [(f"{name}.conv{number}", conv) for number, conv in enumerate(block.convs, 1)]
+            found += [(f"{name}.downsample", block.downsample)] if block.downsample is not None else []
+        return found
+
+
+def why_not_plannable(section: Section) -> str | None:
+    """Why fused steps would not compute what `section`'s modules do, as they are now; None where they do."""
+    if not section.stem and not section.blocks:
+        return "there is no stem and no block"
+    reasons = [_why_not_module(name, block, FrozenBlock) for name, block in section.blocks]
+    if not any(reasons):
+        convs = section.convs()
+        reasons = [_why_not_module(name, conv, FrozenConv2d) for name, conv in convs]
+    if any(reasons):
+        return next(filter(None, reasons))
+    for name, block in section.blocks:
+        if not all(conv.relu for conv in block.convs):
+            return f"{name} has a convolution without ReLU"
+    dtypes = {conv.weight.dtype: name for name, conv in convs}
+    if len(dtypes) > 1:
+        return "weights differ in dtype: " + ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+    return None
+
+
+def _why_not_module(name: str, module: nn.Module, kind: type) -> str | None:
+    if type(module) is not kind:
+        return f"{name} is {type(module).__name__}, not {kind.__name__}"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own, bound to the instance"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has hooks, which a fused step would skip"
+    return None
+
+
+@dataclass(frozen=True)
+class AveragePoolProblem:
+    """The mean over the pixels of x (batch, channels, height, width): always PyTorch's own kernel."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return self.batch * self.channels * (self.height * self.width + 1) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        return f"avgpool n{self.batch} {self.channels}x{self.height}x{self.width} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel, or the library's few: what it computes, with which configuration, from and to which tensors.
+
+    modules: in the order in which the kernel takes their weights: of a convolution, then its shortcut's; of a tail
+    conv2, conv3, the shortcut's, the next block's conv1, as far as they are there; none for a pool.
+    reads: x, then the residual or the shortcut's input. writes: y, then the next block's first activation.
+    """
+
+    name: str
+    problem: Problem | PoolProblem | AveragePoolProblem
+    choice: Choice
+    modules: tuple[FrozenConv2d, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        return self.problem.flops
+
+    @property
+    def bytes(self) -> int:
+        """To and from memory, each tensor once."""
+        if self.problem.dtype == "float64":  # which no kernel takes, so that ITEMSIZE has no size for it
+            return 2 * replace(self.problem, dtype="float32").bytes
+        return self.problem.bytes
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / self.bytes
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the choice was measured, not predicted."""
+        return self.choice.source.startswith("tuned")
+
+    def bound(self, gpu: Gpu) -> str:
+        """Which of the two ceilings sets the limit: "compute" or "memory"."""
+        return "compute" if self.flops * gpu.bandwidth > self.bytes * peak_flops(gpu, self.problem.dtype) else "memory"
+
+    def limit_seconds(self, gpu: Gpu) -> float:
+        """What no kernel can be faster than: max(FLOPs / peak, bytes / bandwidth) by `gpu`'s ceilings."""
+        return max(self.flops / peak_flops(gpu, self.problem.dtype), self.bytes / gpu.bandwidth)
+
+    def predicted_seconds(self, gpu: Gpu) -> float:
+        """What tuning measured, in proportion from another batch size if need be; else the cost model's."""
+        if self.tuned and (measured := tables.lookup(self.problem, gpu)) is not None:
+            row, key = measured
+            batches = [int(tables.batch_of(each)[1:]) for each in (self.problem.key, key)]
+            return max(row.us * 1e-6 * batches[0] / batches[1], _LAUNCH_SECONDS)
+        if self.choice.config is not None:
+            return predicted_seconds(self.choice.config, self.problem, gpu)
+        return self._library_seconds(gpu)
+
+    def _library_seconds(self, gpu: Gpu) -> float:
+        """A kernel a convolution, then one over their outputs, each somewhat slower than its limit."""
+        if not isinstance(self.problem, ConvProblem):
+            return self.limit_seconds(gpu) / _LIBRARY_EFFICIENCY + _LAUNCH_SECONDS
+        whole, convs = self.problem, [conv for conv in (self.problem.conv, self.problem.shortcut) if conv]
+        alone = [replace(self, problem=ConvProblem(conv, whole.dtype)) for conv in convs]
+        tensors = 1 + len(convs) + whole.residual
+        y_bytes = self.problem.conv.y_elements * _itemsize(whole.dtype)
+        seconds = sum(step.limit_seconds(gpu) for step in alone) + tensors * y_bytes / gpu.bandwidth
+        return seconds / _LIBRARY_EFFICIENCY + (1 + len(convs)) * _LAUNCH_SECONDS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order they run, and the tensors between them.
+
+    tensors: name -> shape (N, C, H, W), dense in channels_last, of `dtype`; input and output are two of them.
+    head: average pool and classifier behind the last step; counted in all totals below, not run by the engine.
+    """
+
+    gpu: Gpu
+    dtype: str
+    fusion: str
+    steps: tuple[Step, ...]
+    head: tuple[Step, ...]
+    tensors: dict[str, Shape]
+    input: str
+    output: str
+
+    @property
+    def batch(self) -> int:
+        return self.tensors[self.input][0]
+
+    @property
+    def flops(self) -> int:
+        return sum(step.flops for step in (*self.steps, *self.head))
+
+    @property
+    def bytes(self) -> int:
+        """To and from memory, every step's."""
+        return sum(step.bytes for step in (*self.steps, *self.head))
+
+    @property
+    def bytes_per_image(self) -> float:
+        return self.bytes / self.batch
+
+    def limit_seconds(self, gpu: Gpu | None = None) -> float:
+        """The sum of the steps' limits, by the ceilings of `gpu` (measured ones, say) or of the plan's own."""
+        return sum(step.limit_seconds(gpu or self.gpu) for step in (*self.steps, *self.head))
+
+    def predicted_seconds(self) -> float:
+        """The sum of what the steps are expected to take."""
+        return sum(step.predicted_seconds(self.gpu) for step in (*self.steps, *self.head))
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """Where each tensor starts in one arena, in bytes, and the arena's size; input and output are not in it.
+
+        A tensor lives from the step that writes it to the last that reads it, both included, so no step writes where
+        it reads. Largest first, each goes into the tightest gap between those already placed that live when it does.
+        """
+        born: dict[str, int] = {}
+        dies: dict[str, int] = {}
+        for place, step in enumerate(self.steps):
+            born |= dict.fromkeys(step.writes, place)
+            dies |= dict.fromkeys((*step.reads, *step.writes), place)
+        sizes = {
+            name: -(-math.prod(shape) * _itemsize(self.dtype) // _ALIGNMENT) * _ALIGNMENT
+            for name, shape in self.tensors.items()
+            if name not in (self.input, self.output)
+        }
+        offsets: dict[str, int] = {}
+        for name in sorted(sizes, key=lambda name: (-sizes[name], born[name])):
+            taken = [
+                (offsets[other], offsets[other] + sizes[other])
+                for other in offsets
+                if born[other] <= dies[name] and born[name] <= dies[other]
+            ]
+            offsets[name] = _tightest_gap(sorted(taken), sizes[name])
+        return offsets, max((offsets[name] + sizes[name] for name in offsets), default=0)
+
+
+def _tightest_gap(taken: list[tuple[int, int]], size: int) -> int:
+    """The start of the smallest gap of `size` or more between the sorted (start, end) in `taken`, else their end."""
+    end, best, best_gap = 0, None, math.inf
+    for start, stop in taken:
+        if size <= start - end < best_gap:
+            best, best_gap = end, start - end
+        end = max(end, stop)
+    return end if best is None else best
+
+
+def arithmetic(gpu: Gpu, dtype: str) -> str:
+    """The key of `gpu.flops` for convolutions of `dtype`: "tf32" for float32 where they may use it, else `dtype`."""
+    tf32 = dtype == "float32" and gpu.capability >= (8, 0) and torch.backends.cudnn.allow_tf32
+    return "tf32" if tf32 else dtype
+
+
+def peak_flops(gpu: Gpu, dtype: str) -> float:
+    """FLOP/s of `gpu` for convolutions of `dtype`; float64, where nothing is known, at half of float32's rate."""
+    return gpu.flops.get(arithmetic(gpu, dtype)) or gpu.flops["float32"] / 2
+
+
+def conv_of(module: nn.Module, shape: Sequence[int]) -> Conv:
+    """The shapes of a convolution, an nn.Conv2d or a FrozenConv2d, of an input of `shape` (N, C, H, W)."""
+    out_channels, _, *kernel = module.weight.shape
+    spatial = (tuple(kernel), module.stride, module.padding, module.dilation)
+    return Conv(*shape, out_channels, *spatial, module.groups)
+
+
+def build(
+    section: Section, input_shape: Sequence[int], dtype: torch.dtype | str, gpu: Gpu, *, fusion: str = "auto"
+) -> Plan:
+    """The plan of `section` for an input of `input_shape` (N, C, H, W), of the weights' `dtype`, on `gpu`.
+
+    Where no kernel is valid (float64, a GPU before sm_80, a layer none can express) a step is the library's, and its
+    choice says why.
+
+    Raises:
+        ValueError: `section` is not plannable, `input_shape` does not fit it, or `dtype` or `fusion` is not one of
+            those there are.
+    """
+    dtype = str(dtype).removeprefix("torch.")
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} cannot be planned; it must be one of {', '.join(DTYPES)}")
+    if len(input_shape) != 4 or any(size < 1 for size in input_shape):
+        raise ValueError(f"input_shape={tuple(input_shape)} must be four positive sizes, (N, C, H, W)")
+    reason = why_not_plannable(section)
+    if reason is not None:
+        raise ValueError(f"cannot be planned: {reason}")
+    name, conv = section.convs()[0]
+    if conv.weight.dtype != getattr(torch, dtype):
+        raise ValueError(f"dtype={dtype!r}, but {name} has weights of {conv.weight.dtype}")
+    return _Builder(section, dtype, gpu, fusion).plan(tuple(input_shape))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution in its place: x and y are tensor names."""
+
+    name: str
+    module: FrozenConv2d
+    conv: Conv
+    x: str
+    y: str
+
+    def plain(self, strided: bool) -> bool:
+        """A dense 1x1, as what is computed inside another convolution's kernel must be; a shortcut may be strided."""
+        return self.conv.pointwise and self.conv.groups == 1 and (strided or self.conv.stride == (1, 1))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """x -> layers -> + x or shortcut."""
+
+    x: str
+    layers: tuple[_Layer, ...]
+    shortcut: _Layer | None
+
+    @property
+    def fusable_shortcut(self) -> bool:
+        """Whether the shortcut can be computed inside the last convolution's kernel; so can none at all."""
+        return self.shortcut is None or (self.shortcut.plain(strided=True) and not self.shortcut.module.relu)
+
+
+class _Builder:
+    """Walks a section twice: for the shapes, then for the steps."""
+
+    def __init__(self, section: Section, dtype: str, gpu: Gpu, fusion: str) -> None:
+        self.section, self.dtype, self.gpu, self.fusion = section, dtype, gpu, fusion
+        self.tensors: dict[str, Shape] = {}
+        self.steps: list[Step] = []
+        self.written: set[str] = set()
+
+    def plan(self, input_shape: Shape) -> Plan:
+        """The plan for an input of this shape."""
+        self.tensors["input"] = input_shape
+        x = self.stem("input")
+        blocks = []
+        for name, module in self.section.blocks:
+            blocks.append(self.shapes(name, module, x))
+            x = name
+        for block, following in pairwise([*blocks, None]):
+            self.block(block, following)
+        used = {name for step in self.steps for name in (*step.reads, *step.writes)}
+        tensors = {name: shape for name, shape in self.tensors.items() if name in used}
+        head = self.head(self.tensors[x])
+        return Plan(self.gpu, self.dtype, self.fusion, tuple(self.steps), head, tensors, "input", x)
+
+    def stem(self, x: str) -> str:
+        """Emit the stem's steps; returns the name of what they write."""
+        if self.section.stem is None:
+            return self.pool(x) if self.section.max_pool else x
+        name, module = self.section.stem
+        layer = self.layer(name, module, x, name)
+        if self.section.max_pool and module.relu:
+            problem = StemProblem(layer.conv, self.dtype)
+            choice = self.choose(problem)
+            if choice.config is not None:
+                self.tensors["maxpool"] = problem.y_shape
+                self.emit(Step(f"{name}+maxpool", problem, choice, (module,), (x,), ("maxpool",)))
+                return "maxpool"
+        self.emit(self.conv(layer))
+        return self.pool(name) if self.section.max_pool else name
+
+    def pool(self, x: str) -> str:
+        """Emit a max-pool by itself."""
+        problem = PoolProblem(*self.tensors[x], self.dtype)
+        self.tensors["maxpool"] = problem.y_shape
+        self.emit(Step("maxpool", problem, _ALWAYS_LIBRARY, (), (x,), ("maxpool",)))
+        return "maxpool"
+
+    def block(self, block: _Block, following: _Block | None) -> None:
+        """Emit a block's steps, without a first convolution that the tail before has computed."""
+        *early, last = block.layers
+        self.emit(*(self.conv(layer) for layer in early[:-1] if layer.y not in self.written))
+        rest = [self.conv(layer) for layer in early[-1:] if layer.y not in self.written] + self.closing(block, last)
+        self.emit(*(self.tail(block, following, rest) or rest))
+
+    def closing(self, block: _Block, last: _Layer) -> list[Step]:
+        """The steps of a block's last convolution, with the residual or the shortcut."""
+        shortcut = block.shortcut
+        if shortcut is None:
+            return [self.conv(last, residual=block.x)]
+        apart = [self.conv(shortcut), self.conv(last, residual=shortcut.y)]
+        if not block.fusable_shortcut:
+            return apart
+        problem = ConvProblem(last.conv, self.dtype, shortcut=shortcut.conv)
+        modules, reads = (last.module, shortcut.module), (last.x, block.x)
+        joint = Step(f"{last.name}+downsample", problem, self.choose(problem), modules, reads, (last.y,))
+        measured_better = joint.tuned and self.seconds([joint]) <= self.seconds(apart)
+        return [joint] if joint.choice.config is not None or measured_better else apart
+
+    def tail(self, block: _Block, following: _Block | None, rest: list[Step]) -> list[Step] | None:
+        """One step for conv2 and conv3 of a bottleneck, and the next conv1 if it fits; None where `rest` is better."""
+        if self.fusion == "conv" or len(block.layers) != 3:
+            return None
+        if not block.layers[-1].plain(strided=False) or not block.fusable_shortcut:
+            return None
+        options = [(self.tail_step(block, None), rest)]
+        if following and len(following.layers) > 1 and following.layers[0].plain(strided=False):
+            first = following.layers[0]
+            options.insert(0, (self.tail_step(block, first), [*rest, self.conv(first)]))
+        options = [(step, replaced) for step, replaced in options if step.choice.config is not None]
+        if self.fusion == "tail":
+            return [options[0][0]] if options else None
+        gains = [(self.seconds(replaced) - self.seconds([step]), step) for step, replaced in options]
+        gain, step = max(gains, key=lambda option: option[0], default=(0.0, None))
+        return [step] if gain > 0 else None
+
+    def tail_step(self, block: _Block, following: _Layer | None) -> Step:
+        """conv2 and conv3 of `block`, then `following`, the next block's first convolution."""
+        _, conv2, conv3 = block.layers
+        name, layers, writes = f"{conv2.name}+conv3", [conv2, conv3], [conv3.y]
+        problem = TailProblem(conv2.conv, conv3.conv, self.dtype)
+        if block.shortcut:
+            name, layers = f"{name}+downsample", [*layers, block.shortcut]
+            problem = replace(problem, shortcut=block.shortcut.conv)
+        if following:
+            name, layers, writes = f"{name}, {following.name}", [*layers, following], [*writes, following.y]
+            problem = replace(problem, next_conv=following.conv)
+        modules = tuple(layer.module for layer in layers)
+        return Step(name, problem, self.choose(problem), modules, (conv2.x, block.x), tuple(writes))
+
+    def conv(self, layer: _Layer, residual: str | None = None) -> Step:
+        """A convolution with its activation, and its residual where there is one."""
+        problem = ConvProblem(layer.conv, self.dtype, residual=residual is not None, relu=layer.module.relu)
+        reads = (layer.x,) if residual is None else (layer.x, residual)
+        return Step(layer.name, problem, self.choose(problem), (layer.module,), reads, (layer.y,))
+
+    def head(self, shape: Shape) -> tuple[Step, ...]:
+        """Average pool and classifier, for the totals."""
+        if self.section.classifier is None:
+            return ()
+        pool = AveragePoolProblem(*shape, self.dtype)
+        linear = Conv(shape[0], shape[1], 1, 1, self.section.classifier.out_features)
+        return (
+            Step("avgpool", pool, _ALWAYS_LIBRARY, (), (), ()),
+            Step("fc", ConvProblem(linear, self.dtype, relu=False), _ALWAYS_LIBRARY, (), (), ()),
+        )
+
+    def shapes(self, name: str, module: FrozenBlock, x: str) -> _Block:
+        """A block's layers on `x`; its output is called `name`."""
+        *early, last = ((f"{name}.conv{number}", conv) for number, conv in enumerate(module.convs, 1))
+        layers, inside = [], x
+        for conv_name, conv in early:
+            layers.append(self.layer(conv_name, conv, inside, conv_name))
+            inside = conv_name
+        layers.append(self.layer(*last, inside, name))
+        shortcut = None
+        if module.downsample is not None:
+            shortcut = self.layer(f"{name}.downsample", module.downsample, x, f"{name}.downsample")
+        added = shortcut.y if shortcut else x
+        if self.tensors[added] != self.tensors[name]:
+            raise ValueError(f"{name} adds {self.tensors[added]} ({added}) to {self.tensors[name]}")
+        return _Block(x, tuple(layers), shortcut)
+
+    def layer(self, name: str, module: FrozenConv2d, x: str, y: str) -> _Layer:
+        conv = conv_of(module, self.tensors[x])
+        wanted = module.weight.shape[1] * module.groups
+        if conv.in_channels != wanted:
+            raise ValueError(f"{name} takes {wanted} channels; its input {x} has {conv.in_channels}")
+        if min(conv.out_height, conv.out_width) < 1:
+            raise ValueError(f"{name} does not fit into its input's {conv.height}x{conv.width} pixels")
+        self.tensors[y] = conv.y_shape
+        return _Layer(name, module, conv, x, y)
+
+    def choose(self, problem: Problem) -> Choice:
+        if problem.dtype not in ITEMSIZE:
+            return Choice(None, "predicted", f"the kernels take {', '.join(ITEMSIZE)}, not {problem.dtype}")
+        return choose(problem, self.gpu)
+
+    def seconds(self, steps: list[Step]) -> float:
+        return sum(step.predicted_seconds(self.gpu) for step in steps)
+
+    def emit(self, *steps: Step) -> None:
+        for step in steps:
+            self.steps.append(step)
+            self.written.update(step.writes)
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+_ALWAYS_LIBRARY = Choice(None, "predicted", "always PyTorch's own kernel")
