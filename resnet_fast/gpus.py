@@ -23,6 +23,15 @@ class Gpu:
     flops: dict[str, float]
     bandwidth: float
 
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of convolutions in `dtype`; float32 is TF32 where PyTorch's convolutions may use it, too."""
+        return self.flops.get(self.arithmetic(dtype)) or self.flops["float32"] / 2
+
+    def arithmetic(self, dtype: str) -> str:
+        """The key of `flops` for convolutions in `dtype`; float64, where nothing is known, is not one."""
+        tf32 = dtype == "float32" and self.capability >= (8, 0) and torch.backends.cudnn.allow_tf32
+        return "tf32" if tf32 else dtype
+
     @property
     def slug(self) -> str:
         """The name as a file name: "NVIDIA H200" -> "nvidia-h200"."""

@@ -23,7 +23,7 @@ FUSIONS = ("auto", "conv", "tail")
 """conv: one kernel a convolution, with residual, shortcut and the stem's pooling inside. tail: one kernel for conv2 and
 conv3 of a bottleneck, and the next block's conv1, wherever one is valid. auto: a tail where it should be faster."""
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = tuple(ITEMSIZE)
 """What can be planned; float64 by the library alone."""
 
 Shape = tuple[int, int, int, int]
@@ -148,8 +148,6 @@ class Step:
     @property
     def bytes(self) -> int:
         """To and from memory, each tensor once."""
-        if self.problem.dtype == "float64":  # which no kernel takes, so that ITEMSIZE has no size for it
-            return 2 * replace(self.problem, dtype="float32").bytes
         return self.problem.bytes
 
     @property
@@ -164,11 +162,11 @@ class Step:
 
     def bound(self, gpu: Gpu) -> str:
         """Which of the two ceilings sets the limit: "compute" or "memory"."""
-        return "compute" if self.flops * gpu.bandwidth > self.bytes * peak_flops(gpu, self.problem.dtype) else "memory"
+        return "compute" if self.flops * gpu.bandwidth > self.bytes * gpu.peak(self.problem.dtype) else "memory"
 
     def limit_seconds(self, gpu: Gpu) -> float:
         """What no kernel can be faster than: max(FLOPs / peak, bytes / bandwidth) by `gpu`'s ceilings."""
-        return max(self.flops / peak_flops(gpu, self.problem.dtype), self.bytes / gpu.bandwidth)
+        return max(self.flops / gpu.peak(self.problem.dtype), self.bytes / gpu.bandwidth)
 
     def predicted_seconds(self, gpu: Gpu) -> float:
         """What tuning measured, in proportion from another batch size if need be; else the cost model's."""
@@ -187,7 +185,7 @@ class Step:
         whole, convs = self.problem, [conv for conv in (self.problem.conv, self.problem.shortcut) if conv]
         alone = [replace(self, problem=ConvProblem(conv, whole.dtype)) for conv in convs]
         tensors = 1 + len(convs) + whole.residual
-        y_bytes = self.problem.conv.y_elements * _itemsize(whole.dtype)
+        y_bytes = self.problem.conv.y_elements * ITEMSIZE[whole.dtype]
         seconds = sum(step.limit_seconds(gpu) for step in alone) + tensors * y_bytes / gpu.bandwidth
         return seconds / _LIBRARY_EFFICIENCY + (1 + len(convs)) * _LAUNCH_SECONDS
 
@@ -246,7 +244,7 @@ class Plan:
             born |= dict.fromkeys(step.writes, place)
             dies |= dict.fromkeys((*step.reads, *step.writes), place)
         sizes = {
-            name: -(-math.prod(shape) * _itemsize(self.dtype) // _ALIGNMENT) * _ALIGNMENT
+            name: -(-math.prod(shape) * ITEMSIZE[self.dtype] // _ALIGNMENT) * _ALIGNMENT
             for name, shape in self.tensors.items()
             if name not in (self.input, self.output)
         }
@@ -269,17 +267,6 @@ def _tightest_gap(taken: list[tuple[int, int]], size: int) -> int:
             best, best_gap = end, start - end
         end = max(end, stop)
     return end if best is None else best
-
-
-def arithmetic(gpu: Gpu, dtype: str) -> str:
-    """The key of `gpu.flops` for convolutions of `dtype`: "tf32" for float32 where they may use it, else `dtype`."""
-    tf32 = dtype == "float32" and gpu.capability >= (8, 0) and torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else dtype
-
-
-def peak_flops(gpu: Gpu, dtype: str) -> float:
-    """FLOP/s of `gpu` for convolutions of `dtype`; float64, where nothing is known, at half of float32's rate."""
-    return gpu.flops.get(arithmetic(gpu, dtype)) or gpu.flops["float32"] / 2
 
 
 def conv_of(module: nn.Module, shape: Sequence[int]) -> Conv:
@@ -489,8 +476,6 @@ class _Builder:
         return _Layer(name, module, conv, x, y)
 
     def choose(self, problem: Problem) -> Choice:
-        if problem.dtype not in ITEMSIZE:
-            return Choice(None, "predicted", f"the kernels take {', '.join(ITEMSIZE)}, not {problem.dtype}")
         return choose(problem, self.gpu)
 
     def seconds(self, steps: list[Step]) -> float:
@@ -500,10 +485,6 @@ class _Builder:
         for step in steps:
             self.steps.append(step)
             self.written.update(step.writes)
-
-
-def _itemsize(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
 
 
 _ALWAYS_LIBRARY = Choice(None, "predicted", "always PyTorch's own kernel")

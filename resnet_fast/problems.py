@@ -6,8 +6,11 @@ in elements, work in FLOPs (2 per multiply-add, padding included), traffic in by
 
 from dataclasses import dataclass, replace
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes per element of the dtypes that Triton kernels take."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Bytes per element."""
+
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+"""What the Triton kernels take; float64 is the library's."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class ConvProblem:
         parts = ["conv", self.conv.key, self.dtype]
         parts += ["+residual"] if self.residual else []
         parts += [f"+shortcut({self.shortcut.key})"] if self.shortcut else []
+        parts += [] if self.relu else ["no-relu"]
         return " ".join(parts + ([] if self.folded else ["bn"]))
 
 

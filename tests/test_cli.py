@@ -49,7 +49,7 @@ def test_info_json_says_what_runs_and_why_not(capsys, monkeypatch):
     assert code == (1 if report["broken"] else 0)
     assert report["broken"] == []
     assert report["versions"]["torch"] == torch.__version__
-    usable = {"reference": True, "native": native_missing() is None}
+    usable = {"reference": True, "native": native_missing() is None, "triton": False}
     here = [row for row in report["backends"] if row["device"] == "cpu"]
     assert {row["backend"] for row in here} == set(dispatch.PRIORITY)
     assert all(row["usable"] == usable[row["backend"]] for row in here)

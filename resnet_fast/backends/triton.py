@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
-from ..problems import ITEMSIZE, Conv, ConvProblem
+from ..problems import KERNEL_DTYPES, Conv, ConvProblem
 from . import reference
 
 OLDEST_TRITON = (3, 6)
@@ -70,8 +70,8 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return reason
     if op not in _OPS:
         return f"{op} has no Triton kernel: only inference and frozen statistics have"
-    if str(dtype).removeprefix("torch.") not in ITEMSIZE:
-        return f"{dtype} is not one of float32, bfloat16, float16"
+    if str(dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+        return f"{dtype} is not one of {', '.join(KERNEL_DTYPES)}"
     return None
 
 

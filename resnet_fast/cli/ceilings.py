@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from ..gpus import Gpu
-from ..plan import arithmetic
 
 MATMULS = ((8192, 8192, 8192), (4096, 8192, 4096), (16384, 4096, 2048))
 """(m, n, k); what the best library kernel does with the best of them is the peak."""
@@ -21,7 +20,7 @@ _FLUSH_BYTES = 512 << 20  # several times any L2 cache
 
 def measured(gpu: Gpu, device: str, dtype: str) -> Gpu:
     """`gpu` with the ceilings of `device`, a CUDA device, for `dtype`; other dtypes' FLOP/s stay as they are."""
-    flops = gpu.flops | {arithmetic(gpu, dtype): matmul_flops(device, dtype)}
+    flops = gpu.flops | {gpu.arithmetic(dtype): matmul_flops(device, dtype)}
     return replace(gpu, flops=flops, bandwidth=copy_bandwidth(device))
 
 

@@ -313,8 +313,8 @@ def _print_totals(totals: Sequence[Total], title: str, chosen: str) -> None:
 
 
 def _ceilings_line(plan: Plan, limits: Gpu, measurement: Measurement | None) -> str:
-    peak, bandwidth = planning.peak_flops(limits, plan.dtype) / 1e12, limits.bandwidth / 1e12
-    numbers = f"{peak:.0f} TFLOP/s ({planning.arithmetic(limits, plan.dtype)}) and {bandwidth:.2f} TB/s"
+    peak, bandwidth = limits.peak(plan.dtype) / 1e12, limits.bandwidth / 1e12
+    numbers = f"{peak:.0f} TFLOP/s ({limits.arithmetic(plan.dtype)}) and {bandwidth:.2f} TB/s"
     if measurement is not None:
         return f"Limits are by {numbers}, measured here; predictions by what is expected of {plan.gpu.name}."
     tuned = sum(step.tuned for step in plan.steps)
@@ -323,7 +323,7 @@ def _ceilings_line(plan: Plan, limits: Gpu, measurement: Measurement | None) -> 
 
 
 def _write(args, plan: Plan, limits: Gpu, measurement: Measurement | None, rows, totals, title: str) -> None:
-    peak = planning.peak_flops(limits, plan.dtype)
+    peak = limits.peak(plan.dtype)
     if args.json:
         gpu = plan.gpu
         verification = None

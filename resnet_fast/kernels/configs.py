@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from ..gpus import Gpu
-from ..problems import ITEMSIZE, Conv, ConvProblem, Problem, StemProblem, TailProblem
+from ..problems import ITEMSIZE, KERNEL_DTYPES, Conv, ConvProblem, Problem, StemProblem, TailProblem
 
 SUPERGROUP = 64
 """Grouped convolutions are computed as dense ones over groups packed together, this many channels at least."""
@@ -114,6 +114,8 @@ def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
     """Why `config` cannot compute `problem` on `gpu`; None where it can."""
     if gpu.capability < (8, 0):
         return f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}; the kernels need sm_80 or newer"
+    if problem.dtype not in KERNEL_DTYPES:
+        return f"the kernels take {', '.join(KERNEL_DTYPES)}, not {problem.dtype}"
     wanted = {ConvProblem: (PointerConfig, TmaConfig), StemProblem: (StemConfig,), TailProblem: (TailConfig,)}
     if type(config) not in wanted[type(problem)]:
         return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
@@ -157,6 +159,8 @@ def _why_not_tail(config: TailConfig, problem: TailProblem, gpu: Gpu) -> str | N
         return "descriptors compile to unpipelined loads before sm_90"
     if conv2.kernel != (3, 3) or conv2.padding != conv2.dilation or conv2.groups > 1:
         return "conv2 is not a dense 3x3 that keeps its size"
+    if not all(conv.pointwise and conv.groups == 1 for conv in problem.convs[1:]):
+        return "what follows conv2 is not a dense 1x1"
     reason = _why_not_split(conv2)
     if reason is not None:
         return reason
@@ -336,8 +340,7 @@ def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
     intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
     efficiency = min(1.0, intensity / 64) ** 0.5 * (0.85 if isinstance(config, PointerConfig) else 1.0)
     efficiency *= 0.5 if isinstance(config, StemConfig) else 1.0  # two instructions of addressing per useful one
-    dtype = problem.dtype
-    compute = count * issued / (gpu.flops[dtype] * efficiency)
+    compute = count * issued / (gpu.peak(problem.dtype) * efficiency)
     memory = problem.bytes / gpu.bandwidth
     l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
     return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
