@@ -2,6 +2,7 @@
 
 import pytest
 import stock
+import test_shortcut as shortcut
 import torch
 from cases import BN_CASES, CONV_CASES, LAYOUTS, bn_case, bn_tensors, conv_case, draw, named
 from models import assert_trains_alike, lively, pair
@@ -12,6 +13,12 @@ from resnet_fast import dispatch, freeze, functional, optimize
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request) -> str:
+    """Every backend's name; what it lacks is skipped with its reason by `on_gpu`."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +64,20 @@ def test_bn_act_numerics(case, layout, dtype, training, backend):
 @pytest.mark.parametrize("case", **named([case for case in CONV_CASES if not case.unaligned]))
 def test_conv_bn_act_numerics(case, layout, dtype, training, backend):
     check("conv_bn_act", conv_case, case, layout, dtype, training, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", shortcut.CASES)
+def test_conv_bn_shortcut_act_numerics(name, layout, dtype, backend):
+    on_gpu(backend, "conv_bn_shortcut_act", dtype)
+    *inputs, act = shortcut.stages(name, dtype, layout)
+    inputs = [shortcut.converted(each, torch.Tensor.cuda) for each in inputs]
+    with torch.no_grad():
+        ours = functional.conv_bn_shortcut_act(*inputs, act=act, backend=backend)
+        theirs = shortcut.eager(*inputs, act)
+        exact = shortcut.eager(*(shortcut.converted(each, torch.Tensor.double) for each in inputs), act)
+    assert_all_match({"y": ours}, {"y": theirs}, {"y": exact})
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])

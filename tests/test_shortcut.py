@@ -53,11 +53,16 @@ def eager(x, main, shortcut, branch, act):
     return torch.relu(y) if act else y
 
 
-def double(value):
-    """Tensors of a nest in float64."""
+def converted(value, convert):
+    """`value` with its tensors converted; a ConvBn's as well."""
     if isinstance(value, ConvBn):
-        return ConvBn(*(double(each) for each in value))
-    return value.double() if isinstance(value, torch.Tensor) else value
+        return ConvBn(*(converted(each, convert) for each in value))
+    return convert(value) if isinstance(value, torch.Tensor) else value
+
+
+def double(value):
+    """`value` in float64."""
+    return converted(value, torch.Tensor.double)
 
 
 @pytest.mark.usefixtures("poison")
