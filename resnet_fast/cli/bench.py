@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"all, or some of {', '.join(CONTENDERS)} (default: {', '.join(DEFAULT)}; compile with --torchcompile)",
     )
-    flag("--backend", choices=("auto", *dispatch.PRIORITY), default="auto", help="what `fast` runs on")
+    flag("--backend", choices=("auto", *dispatch.PRIORITY), default="auto", help="what fast and frozen run on")
     flag("--num-warm-iter", type=_positive, default=3, metavar="N", help="untimed steps of each contender")
     flag("--num-bench-iter", type=_positive, default=20, metavar="N", help="timed steps of each contender")
     flag("--rounds", type=_positive, default=10, metavar="N", help="turns those steps are spread over")

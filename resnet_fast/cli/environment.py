@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import tables
 from . import UserError
 
 VARIABLES = (
@@ -16,6 +17,7 @@ VARIABLES = (
     "RESNET_FAST_DISABLE",
     "RESNET_FAST_LOG",
     "RESNET_FAST_BUILD",
+    "RESNET_FAST_CACHE",
     "RESNET_FAST_POOL",
     "RESNET_FAST_POOL_LIMIT",
     "ATEN_CPU_CAPABILITY",
@@ -27,6 +29,7 @@ VARIABLES = (
     "ONEDNN_MAX_CPU_ISA",
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
 )
 """Environment variables that change what runs, or how fast. (Inductor sets its own directory's, so it says nothing.)"""
 
@@ -132,6 +135,7 @@ def directories() -> list[dict]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
     places = {
         "package": package,
+        "tuned tables": tables.user_directory() / "tuned",
         "torch extensions": Path(os.environ.get("TORCH_EXTENSIONS_DIR", home_cache / "torch_extensions")),
         "triton cache": Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")),
         "inductor cache": Path(
@@ -171,7 +175,7 @@ def _version(name: str) -> str:
 def _triton() -> str:
     installed = _version("triton")
     if installed == "not installed":
-        return "not installed (nothing here needs it)"
+        return "not installed (the GPU kernels need it)"
     return installed if torch.cuda.is_available() else f"{installed} (idle: no GPU)"
 
 
