@@ -38,6 +38,8 @@ class Engine:
         self.arena = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._static = {name: self._view(offset, plan.tensors[name]) for name, offset in offsets.items()}
         self._runs = [(step, _bind(step)) for step in plan.steps]
+        self.graph: Callable[[Tensor], Tensor] | None = None
+        """Whatever its owner has captured around it, so that the two go together."""
         self._lock = threading.Lock()
         self._last: torch.cuda.Event | None = None
 

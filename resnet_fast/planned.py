@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from . import _log, dispatch
@@ -24,6 +24,9 @@ SHAPES_KEPT = 4
 """Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
 
 
+_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside")
+
+
 class _Planned:
     """What both share. `backend`, `fusion` and `cuda_graph` are `freeze`'s arguments."""
 
@@ -36,6 +39,8 @@ class _Planned:
         asked = dispatch.requested(self.backend)
         if asked not in ("auto", "triton"):
             return f"backend={asked!r} was asked for"
+        if self._hooked():
+            return "hooks are registered, which a plan would skip"
         reason = dispatch.why_not("triton", "conv_bn_act", x.device.type, self._weight_dtype())
         if reason is None and asked == "auto":
             reason = dispatch.why_not_auto("triton", "conv_bn_act", x.device.type, self._weight_dtype())
@@ -48,6 +53,8 @@ class _Planned:
         reason = self.why_not_planned(x)
         if reason is None:
             key = (tuple(x.shape), x.device)
+            if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
+                self._forget()  # a layer was replaced
             if key in self._engines:
                 self._engines.move_to_end(key)
                 return self._engines[key]
@@ -81,16 +88,36 @@ class _Planned:
                 _log.once(f"freeze: {error}; that layer takes another path")
                 selection.refuse(error.step.problem, gpu, str(error))
 
+    def _hooked(self) -> bool:
+        hooks = nn.modules.module
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return True
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
+
     @property
-    def _engines(self) -> OrderedDict:
+    def _inside(self) -> list[nn.Module]:
+        """Every module below this one, listed once: walking the tree takes longer than launching the network."""
+        if "_modules_inside" not in self.__dict__:
+            self._forget()
+        return self.__dict__["_modules_inside"]
+
+    @property
+    def _engines(self) -> OrderedDict[tuple, Engine]:
         return self.__dict__.setdefault("_engines_by_shape", OrderedDict())
 
+    def _forget(self) -> None:
+        """Plan anew: the layers are not what they were."""
+        self.__dict__.pop("_engines_by_shape", None)
+        self.__dict__["_planned_children"] = tuple(self._modules.values())
+        self.__dict__["_modules_inside"] = [module for module in self.modules() if module is not self]
+
     def _apply(self, fn, recurse=True):
-        self.__dict__.pop("_engines_by_shape", None)  # .to() and friends change the weights under them
-        return super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)
+        self._forget()  # .to() and friends change the weights
+        return result
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_engines_by_shape"}
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
 
 class PlannedStage(_Planned, FrozenStage):
@@ -130,15 +157,14 @@ class PlannedResNet(_Planned, ResNet):
         return self.cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def _replayed(self, engine: Engine, x: Tensor) -> Tensor:
-        graph = getattr(engine, "graph", None)
-        if graph is None:
+        if engine.graph is None:
             try:
-                graph = engine.graph = CapturedCall(lambda inputs: self._whole(engine, inputs), x)
+                engine.graph = CapturedCall(lambda inputs: self._whole(engine, inputs), x)
             except RuntimeError as error:
                 _log.once(f"freeze: no CUDA graph, launches go one by one: {error}")
                 self.cuda_graph = False
                 return self._whole(engine, x)
-        return graph(x)
+        return engine.graph(x)
 
     def _section(self) -> Section:
         return Section.of_resnet(self)

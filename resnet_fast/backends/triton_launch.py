@@ -114,7 +114,7 @@ def conv(
             split_by_stride(x, geometry, (*box, config.block_in)),
             _matrix(weight, weights),
             _image(y, (*box, config.block_out)),
-            None if residual is None else _image(residual, (*box, config.block_out)),
+            None if residual is None else _image(_aligned(residual), (*box, config.block_out)),
             norms[0],
             None if shortcut is None else strided(shortcut, branch, (*box, config.block_in)),
             None if shortcut is None else _matrix(shortcut_weight, weights),
@@ -159,7 +159,7 @@ def tail(
         biases[0],
         _matrix(weights[1], [config.block_out, mid]),
         biases[1],
-        None if branch else _image(shortcut, out_box),
+        None if branch else _image(_aligned(shortcut), out_box),
         strided(shortcut, branch, (*box, branch.in_channels)) if branch else None,
         _matrix(branch_weight, [config.block_out, branch.in_channels]) if branch else None,
         branch_bias,
@@ -224,6 +224,7 @@ def split_by_stride(x: Tensor, geometry: Conv, box: tuple[int, ...]) -> TensorDe
     """Descriptor (N, H / s, s, W / s, s * C) of x for a convolution of stride s; of a 1x1, the pixels it reads."""
     if geometry.pointwise:
         return strided(x, geometry, box, split=True)
+    x = _aligned(x)
     batch, channels, height, width = x.shape
     step = geometry.stride[0]
     shape = [batch, height // step, step, width // step, step * channels]
@@ -233,6 +234,7 @@ def split_by_stride(x: Tensor, geometry: Conv, box: tuple[int, ...]) -> TensorDe
 
 def strided(x: Tensor, geometry: Conv, box: tuple[int, ...], split: bool = False) -> TensorDescriptor:
     """Descriptor (N, P, Q, C) of the pixels that a 1x1 reads, with `split` as (N, P, 1, Q, C)."""
+    x = _aligned(x)
     batch, channels, height, width = x.shape
     down, right = geometry.stride
     row = width * channels
@@ -251,7 +253,12 @@ def _image(tensor: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
 
 def _matrix(weight: Tensor, block: list[int]) -> TensorDescriptor:
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    return TensorDescriptor(weight, [rows, columns], [columns, 1], block)
+    return TensorDescriptor(_aligned(weight), [rows, columns], [columns, 1], block)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where it starts at an address that no descriptor can have."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _kernel_stride(geometry: Conv) -> int:

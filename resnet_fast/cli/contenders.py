@@ -121,7 +121,11 @@ def _variants(setting: Setting, chosen: Sequence[str], train: bool):
         "eager_channels_last": (lambda model: model, last, autocast),
         "eager_pooled": (lambda model: model, last, functools.partial(_pooled, setting)),
         "fast": (lambda model: optimize(model, backend=setting.backend), last, autocast),
-        "frozen": (lambda model: freeze(model, dtype=setting.amp_dtype, backend=setting.backend), last, contextlib.nullcontext),
+        "frozen": (
+            functools.partial(freeze, dtype=setting.amp_dtype, backend=setting.backend),
+            last,
+            contextlib.nullcontext,
+        ),
     }
     for name in chosen:
         if name == "compile":

@@ -16,6 +16,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fast import functional, optimize
 from resnet_fast.backends import triton
+from resnet_fast.kernels.configs import TmaConfig
+from resnet_fast.kernels.selection import Choice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = torch.ops.resnet_fast
@@ -128,3 +130,17 @@ def test_compile_fullgraph():
     with torch.no_grad():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tensors), function(tensors))
+
+
+def test_descriptors_of_unaligned_inputs(monkeypatch, kernels):
+    """A view that starts between two 16-byte addresses: copied for the descriptor, right all the same."""
+    config = TmaConfig((2, 4, 4), 64, 64, 4, 3)
+    monkeypatch.setattr(triton.selection, "choose", lambda problem, gpu: Choice(config, "tuned"))
+    x, residual = (draw((2, 64, 5, 5), torch.float16, "channels_last", unaligned=True) for _ in range(2))
+    weight = draw((64, 64, 3, 3), torch.float16, "channels_last", unaligned=True, scale=0.05)
+    statistics = torch.zeros(64), torch.ones(64)
+    assert x.data_ptr() % 16
+    ours = functional.conv_bn_act(x, weight, *statistics, residual=residual, padding=1, backend="triton")
+    theirs = stock.conv_bn_act(x, weight.half(), *(s.half() for s in statistics), residual=residual, padding=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    assert kernels == ["conv_bn_act_tma"]

@@ -171,3 +171,30 @@ def test_threads_take_turns():
         thread.join()
     for place, y in enumerate(expected):
         assert torch.equal(results[place], y)
+
+
+def test_hooks_added_later_end_the_plan():
+    frozen = freeze(stage(BasicBlock, 32), dtype=torch.float16, backend="triton")[0]
+    x = draw((1, 64, 4, 4), torch.float16, "channels_last")
+    expected = frozen(x)
+    seen = []
+    handle = frozen[1].register_forward_hook(lambda *args: seen.append(args))
+    with pytest.raises(RuntimeError, match="hooks are registered, which a plan would skip"):
+        frozen(x)
+    frozen.backend = "auto"
+    torch.testing.assert_close(frozen(x), expected, rtol=4e-3, atol=4e-3)
+    assert len(seen) == 1
+    handle.remove()
+    frozen.backend = "triton"
+    assert torch.equal(frozen(x), expected)
+
+
+def test_a_replaced_layer_is_planned_anew():
+    frozen = freeze(stage(BasicBlock, 32), dtype=torch.float16, backend="triton")[0]
+    x = draw((1, 64, 4, 4), torch.float16, "channels_last")
+    before = frozen(x)
+    frozen[1] = copy.deepcopy(frozen[1])
+    frozen[1].convs[1].weight.zero_()
+    after = frozen(x)
+    assert not torch.equal(before, after)
+    assert len(frozen._engines) == 1
