@@ -1,4 +1,4 @@
-"""The command line: `resnet-fast info | verify | bench | demo`, also `python -m resnet_fast`.
+"""The command line: `resnet-fast info | verify | bench | profile | tune | demo`, also `python -m resnet_fast`.
 
 One module a subcommand, with `add_arguments(parser)` and `run(args) -> int`, imported when it is called for. Exit
 codes: 0 all well; 1 a check failed; 2 the request cannot be met (one line on stderr says why and what would work).
@@ -14,6 +14,8 @@ COMMANDS = {
     "info": "versions, devices, backends and why or why not, directories, a one-second self-test",
     "verify": "every op, block and network against float64, in every dtype and layout, on every backend",
     "bench": "time a network: eager, torch.compile, fast and frozen side by side, verified first",
+    "profile": "a frozen network on a GPU, step by step: kernels, work, traffic, limits, and times where there is one",
+    "tune": "measure which kernel is fastest for every layer on this GPU, for `freeze` to read",
     "demo": "stock and fast ResNets on real photos, then a training run on handwritten digits",
 }
 

@@ -1,0 +1,199 @@
+"""Unit: one network at one batch size and dtype, some contenders side by side; verified, then timed in turns.
+
+All run the same weights, already rounded to the dtype, on images of the dtype: no autocast, whose casts cost every
+contender but the frozen ones. The logits are held against float64 by `resnet_fast.numerics`, the timing is
+`cli.harness`'s, and whatever the group, eager channels_last is in it: ratios are to its time in the same process.
+"""
+
+import contextlib
+import copy
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchvision.models._api import register_model
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from resnet_fast import freeze, numerics
+from resnet_fast.cli import contenders, harness, networks
+from resnet_fast.cli.contenders import CHECKED_IMAGES, Setting
+from resnet_fast.cli.harness import BASELINE, Contender
+from resnet_fast.numerics import Comparison
+
+from . import child
+from .state import DONE, WRONG
+
+FROZEN = {
+    "frozen_library": ("frozen, cuDNN only", {"backend": "reference"}),
+    "frozen_conv": ("frozen, a kernel a convolution", {"backend": "triton", "fusion": "conv", "cuda_graph": False}),
+    "frozen_tail": ("frozen, tails fused", {"backend": "triton", "fusion": "tail", "cuda_graph": False}),
+    "frozen_auto": ("frozen, fastest by the table", {"backend": "triton", "fusion": "auto", "cuda_graph": False}),
+    "frozen_graph": ("frozen, fastest, CUDA graph", {"backend": "triton", "fusion": "auto", "cuda_graph": True}),
+}
+"""Name -> label and arguments of `freeze`."""
+
+USUAL = {
+    "ours": ([BASELINE, "fast"], ()),
+    "compile": ([BASELINE, "compile"], ("default", "freezing")),
+    "max-autotune": ([BASELINE, "compile"], ("max-autotune",)),
+    "jax": ([BASELINE], ()),
+}
+"""Group -> the contenders that `cli.contenders` makes, and torch.compile's modes."""
+
+
+def main() -> int:
+    """Rows: the fields of `harness.Row`, memory_mb (weights, arena and activations), and what was run."""
+    parser = child.parser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--group", choices=tuple(USUAL), required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--img-size", type=int, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args()
+    if args.rehearse:
+        register_model("resnet_tiny")(_tiny)
+        contenders._compiler = lambda mode: functools.partial(torch.compile, backend="eager", dynamic=False)
+    found, memory = _contenders(args)
+    counts = {"iterations": 5, "warmup": 5, "measure_memory": True}
+    if args.rehearse:
+        counts = {"iterations": 1, "warmup": 0, "measure_memory": False}
+    rows = harness.run(found, rounds=args.rounds, progress=lambda stage: print(stage, flush=True), **counts)
+    what = {"model": args.model, "task": "infer", "dtype": args.dtype, "batch_size": args.batch_size}
+    what |= {"img_size": args.img_size, "device": args.device, "group": args.group}
+    wrong = [f"{row.contender}: {row.reason}" for row in rows if not row.match and not _excused(row)]
+    summary = ", ".join(
+        f"{row.contender} {row.median_per_s:,.0f} img/s" + (f" ({row.ratio:.2f})" if row.ratio else "")
+        for row in rows
+        if row.median_per_s
+    )
+    report = [what | row.to_dict() | {"memory_mb": memory.get(row.contender)} for row in rows]
+    status = WRONG if wrong else DONE
+    return child.report(args.result, status, reason="; ".join(wrong), summary=summary, rows=report)
+
+
+def _excused(row: harness.Row) -> bool:
+    """Others' compilers may fail, which costs them their time; ours may not."""
+    return row.reason.startswith("raised") and not row.contender.startswith(("fast", "frozen"))
+
+
+def _contenders(args) -> tuple[list[Contender], dict[str, float]]:
+    """The group's contenders, and where each will note the memory it holds."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+
+    def draw(count: int) -> Tensor:
+        images = torch.randn(count, 3, args.img_size, args.img_size, generator=generator)
+        return images.to(args.device).to(memory_format=torch.channels_last)
+
+    stock = networks.build(args.model, draw(4)).to(dtype)
+    chosen, modes = USUAL[args.group]
+    setting = Setting(stock, draw(args.batch_size).to(dtype), None, modes)
+    found = contenders.inference(setting, chosen)
+    make, memory = _maker(setting), {}
+    if args.group == "ours":
+        found.append(make("eager_benchmark", "eager, cudnn.benchmark", lambda model: model, _cudnn_benchmark))
+        if setting.device == "cuda":
+            found.append(make("eager_graph", "eager, CUDA graph", lambda model: _graphed(model, setting.images)))
+        for name, (label, options) in FROZEN.items():
+            found.append(make(name, label, functools.partial(freeze, **options)))
+    if args.group == "jax":
+        from . import jax_resnet
+
+        prepare = functools.partial(jax_resnet.compiled, images=setting.images)
+        found.append(make("jax", "JAX, jit, batch norm folded", prepare, convert=jax_resnet.to_torch(setting.images)))
+    for contender in found:
+        if setting.device == "cuda":
+            contender.check = functools.partial(_noting_memory, contender.name, contender.check, memory)
+    return found, memory
+
+
+def _maker(setting: Setting) -> Callable[..., Contender]:
+    """make(name, label, prepare(model) -> callable, context, convert): a contender beside those of `cli.contenders`.
+
+    convert: makes PyTorch's logits of what the callable returns, outside of what is timed.
+    """
+    flops = networks.flops_per_image(setting.stock, setting.images.shape[-1], train=False) * len(setting.images)
+    checked = setting.images[:CHECKED_IMAGES]
+    reference = networks.float64_logits(setting.stock, checked)
+    with torch.inference_mode():
+        expected = setting.stock(checked)
+
+    def make(name: str, label: str, prepare: Callable, context=contextlib.nullcontext, convert=_same) -> Contender:
+        run = functools.cache(lambda: prepare(copy.deepcopy(setting.stock)))
+
+        def step() -> Tensor:
+            with torch.inference_mode(), context():
+                return run()(setting.images)
+
+        def check() -> list[Comparison]:
+            return [numerics.compare("logits", convert(step())[:CHECKED_IMAGES], expected, reference)]
+
+        return Contender(name, step, check, len(setting.images), flops, None, setting.device, label)
+
+    return make
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _noting_memory(name: str, check: Callable, memory: dict[str, float]) -> list[Comparison]:
+    """`check`, which prepares the contender and runs it: the most that it allocates in that is what it needs."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    check()
+    torch.cuda.reset_peak_memory_stats()
+    comparisons = list(check())  # prepared by now: the peak is of what it keeps and of one step
+    torch.cuda.synchronize()
+    memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return comparisons
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark():
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _graphed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """`model` on `images`, captured; a call replays that."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(images)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(images)
+
+    def replay(_: Tensor) -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def _tiny(weights=None) -> ResNet:
+    """A ResNet of four narrow blocks, for the interpreter."""
+    model, inplanes = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10), 16
+    model.conv1, model.bn1 = nn.Conv2d(3, inplanes, 7, 2, 3, bias=False), nn.BatchNorm2d(inplanes)
+    for number, stride in enumerate((1, 2, 2, 2), 1):
+        downsample = None
+        if stride > 1:
+            downsample = nn.Sequential(nn.Conv2d(inplanes, inplanes, 1, stride, bias=False), nn.BatchNorm2d(inplanes))
+        setattr(model, f"layer{number}", nn.Sequential(BasicBlock(inplanes, inplanes, stride, downsample)))
+    model.fc = nn.Linear(inplanes, 10)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""`resnet-fast tune`: measure, for every layer of a frozen network, which kernel is fastest on this GPU.
+
+Each distinct layer at each batch size and dtype is a problem: its most promising configurations and the library's path
+are verified against float64, then timed (`tuning`); the fastest right one goes into the tuned table `freeze` reads.
+The table is written after every problem, and what is in it is not measured again, so a run that was cut short, by
+--budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
+"rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
+
+With --list nothing is measured: the problems, and how many configurations each has, for the GPU here or --gpu NAME.
+"""
+
+import argparse
+import fnmatch
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torchvision import models
+
+from .. import freeze, gpus, plan
+from ..backends import triton as triton_backend
+from ..gpus import Gpu
+from ..kernels import configs, selection, tables
+from ..problems import KERNEL_DTYPES, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+from . import UserError, environment, networks, output, tuning
+from .bench import _positive
+from .tuned_file import TunedFile
+
+MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
+FUSIONS = ("conv", "tail")
+REHEARSAL = replace(gpus.KNOWN["h200"], name="Triton's interpreter on a CPU, not a GPU")
+"""What is "tuned for" with --device cpu: an H200 by its limits, and by its name nothing that any table is read for."""
+
+_FIRST_GUESS_S = 10.0  # for a problem's time, before there is one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
+    flag("-b", "--batch-size", nargs="+", type=_positive, default=[1, 32, 256], metavar="N", help="default: 1 32 256")
+    flag("--img-size", type=_positive, default=224, metavar="N")
+    flag("--dtype", nargs="+", choices=KERNEL_DTYPES, default=["bfloat16", "float16"], metavar="DTYPE")
+    flag("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="layers by themselves, tails of blocks")
+    flag("--only", metavar="PATTERN", help="problems whose key matches, as in 'conv n256 64x56x56 *'")
+    flag("--top", type=_positive, default=12, metavar="N", help="configurations of each problem, by the cost model")
+    flag("--output", metavar="FILE", help="default: the table of this GPU in the user's cache")
+    flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
+    flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
+    flag("--device", default="cuda", help="default: cuda; cpu rehearses under Triton's interpreter")
+    flag("--list", action="store_true", help="print the problems, measure nothing")
+    flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, or measure and write. Returns 1 if a candidate was wrong or took the GPU down."""
+    for name in args.model:
+        networks.check_name(name)
+    gpu = _gpu(args)
+    chosen = [problem for problem in problems(args, gpu) if fnmatch.fnmatch(problem.key, args.only or "*")]
+    if not chosen:
+        raise UserError(f"--only {args.only!r} matches no problem; --list prints them all")
+    if args.list:
+        _print_list(chosen, gpu)
+        return 0
+    if (reason := triton_backend.available()) is not None:
+        raise UserError(f"nothing can be tuned: {reason}")
+    path = Path(args.output) if args.output else tables.paths(gpu)[0]
+    output.check_writable(path)
+    file = TunedFile(path, gpu, environment.record(), rehearsal=gpu is REHEARSAL)
+    if args.again:
+        for problem in chosen:
+            file.forget(problem.key)
+    return _measure(args, chosen, gpu, file)
+
+
+def problems(args: argparse.Namespace, gpu: Gpu) -> list[Problem]:
+    """The distinct problems of the networks' plans, and those that a planner weighs them against.
+
+    In the order asked for, dtypes before batch sizes before models; tails after the layers they are made of.
+    """
+    unknown = replace(gpu, name=f"{gpu.name}, untuned")  # so that tables, which plans depend on, say nothing
+    found: dict[str, Problem] = {}
+    for dtype in args.dtype:
+        sections = [_section(name, dtype) for name in args.model]
+        for batch in args.batch_size:
+            for section in sections:
+                shape = (batch, 3, args.img_size, args.img_size)
+                for fusion in FUSIONS:
+                    if fusion in args.fusion:
+                        for step in plan.build(section, shape, dtype, unknown, fusion=fusion).steps:
+                            if not isinstance(step.problem, PoolProblem):
+                                for problem in (*alternatives(step.problem), step.problem):
+                                    found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
+def alternatives(problem: Problem) -> Iterator[Problem]:
+    """What could be done instead of `problem`, step by step, each again with its own before it."""
+    dtype = problem.dtype
+    parts: list[Problem] = []
+    if isinstance(problem, StemProblem):
+        parts = [ConvProblem(problem.conv, dtype)]
+    elif isinstance(problem, TailProblem):
+        parts = separate_steps(problem)
+        parts += [replace(problem, next_conv=None)] if problem.next_conv else []
+    elif problem.shortcut:
+        parts = [
+            ConvProblem(problem.shortcut, dtype, relu=False),
+            replace(problem, shortcut=None, residual=True),
+        ]
+    for part in parts:
+        yield from alternatives(part)
+        yield part
+
+
+def separate_steps(problem: TailProblem) -> list[Problem]:
+    """The convolutions that one kernel of a tail replaces."""
+    last = ConvProblem(problem.conv3, problem.dtype, residual=problem.shortcut is None, shortcut=problem.shortcut)
+    following = [ConvProblem(problem.next_conv, problem.dtype)] if problem.next_conv else []
+    return [ConvProblem(problem.conv2, problem.dtype), last, *following]
+
+
+def _measure(args: argparse.Namespace, chosen: Sequence[Problem], gpu: Gpu, file: TunedFile) -> int:
+    todo = [problem for problem in chosen if not file.known(problem.key)]
+    started, longest, wrong = time.monotonic(), _FIRST_GUESS_S, []
+    file.left = len(todo)
+    if todo:
+        file.timing = _timing(args.device)
+    file.save()
+    with output.progress() as progress:
+        line = progress.add_task("tuning", total=len(todo))
+        for place, problem in enumerate(todo):
+            begun = time.monotonic()
+            if args.budget is not None and begun - started + longest > args.budget:
+                break
+            progress.update(line, description=problem.key)
+            try:
+                _measure_one(args, problem, gpu, file)
+            except tuning.DeviceLost as error:
+                file.crash(problem.key, error.label, error.reason)
+                _say(f"{problem.key}: {error} took the GPU down; run the command again to go on behind it", "bold red")
+                return 1
+            file.left = len(todo) - place - 1
+            file.save()
+            wrong += _report(f"{place + 1}/{len(todo)}", problem.key, file)
+            progress.advance(line)
+            longest = max(longest if place else 0.0, time.monotonic() - begun)
+    selection.forget()
+    left = f"{file.left} problems left: run the command again" if file.left else "nothing left"
+    _say(f"{len(file.rows)} rows in {file.path}; {left}", None)
+    for each in wrong:
+        _say(f"WRONG {each}", "bold red")
+    return 1 if wrong else 0
+
+
+def _measure_one(args: argparse.Namespace, problem: Problem, gpu: Gpu, file: TunedFile) -> None:
+    """Put `problem` into the file, as a row or with why there is none."""
+    key, crashed = problem.key, file.crashed.get(problem.key, {})
+    if tuning.STOCK in crashed:
+        file.failed[key] = f"{tuning.STOCK}: {crashed[tuning.STOCK]}"
+        return
+    try:
+        row = tuning.measure(
+            problem,
+            gpu,
+            args.device,
+            top=args.top,
+            crashed=crashed,
+            trying=lambda label: file.begin(key, label),
+        )
+    except tuning.DeviceLost:
+        raise
+    except Exception as error:  # out of memory, most likely: the other problems can still be measured
+        file.failed[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        if isinstance(problem, TailProblem):
+            steps = [file.rows.get(step.key) for step in separate_steps(problem)]
+            row["separate_us"] = round(sum(step["us"] for step in steps), 2) if all(steps) else None
+        file.rows[key] = row
+    finally:  # an interrupt too: whoever can answer one does not hang
+        file.trying = None
+        file.save()
+
+
+def _report(place: str, key: str, file: TunedFile) -> list[str]:
+    """Print what was found; returns a line for each candidate that was wrong."""
+    if key not in file.rows:
+        _say(f"{place} {key}: FAILED: {file.failed[key]}", "bold red")
+        return []
+    row = file.rows[key]
+    beside = [f"library {row['library_us']:.1f}"] if row["library_us"] is not None else []
+    beside += [f"separate steps {row['separate_us']:.1f}"] if row.get("separate_us") is not None else []
+    wrong = [label for label, reason in row["rejected"].items() if reason.startswith(tuning.WRONG)]
+    beside += [f"{len(row['rejected'])} rejected"] if row["rejected"] else []
+    rates = f"{row['tflop_per_s']:.0f} TFLOP/s, {row['gb_per_s']:.0f} GB/s"
+    found = f"{row['kernel']} {row['us']:.1f} us, {rates}"
+    _say(f"{place} {key}: {'; '.join([found, *beside])}", "yellow" if wrong else None)
+    return [f"{key}: {label}: {row['rejected'][label]}" for label in wrong]
+
+
+def _timing(device: str) -> dict:
+    """How times are taken, and what a kernel that does nothing takes by it."""
+    how = "CUDA graph replays, L2 overwritten before each" if _is_cuda(device) else "wall clock, interpreted"
+    empty = round(tuning.launch_time(device).us, 2)
+    return {"how": how, "empty_us": empty, "cudnn_benchmark": torch.backends.cudnn.benchmark}
+
+
+def _gpu(args: argparse.Namespace) -> Gpu:
+    if args.gpu:
+        if not args.list:
+            raise UserError("--gpu goes with --list; what is measured is the GPU that is here")
+        try:
+            return gpus.named(args.gpu)
+        except ValueError as error:
+            raise UserError(f"--gpu {args.gpu}: {error}") from None
+    if args.device == "cpu":
+        if not triton_backend.interpreted():
+            raise UserError("--device cpu rehearses under Triton's interpreter: set TRITON_INTERPRET=1")
+        if not args.output:
+            raise UserError("--device cpu makes no table for any GPU: name a file for it with --output")
+        return REHEARSAL
+    if not torch.cuda.is_available():
+        raise UserError("tuning needs a GPU and there is none here; --list --gpu h200 prints what would be measured")
+    device = torch.device(environment.check_device(args.device))
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return gpus.of_device(torch.cuda.current_device())
+
+
+def _section(name: str, dtype: str) -> plan.Section:
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None).eval()
+    return plan.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
+
+
+def _print_list(chosen: Sequence[Problem], gpu: Gpu) -> None:
+    table = Table("problem", title=f"{len(chosen)} problems on {gpu.name}", title_justify="left")
+    for heading in ("GFLOP", "MB", "configurations", "predicted us"):
+        table.add_column(heading, justify="right")
+    for problem in chosen:
+        valid = configs.candidates(problem, gpu)
+        best = f"{configs.predicted_seconds(valid[0], problem, gpu) * 1e6:.1f}" if valid else "-"
+        table.add_row(problem.key, f"{problem.flops / 1e9:.2f}", f"{problem.bytes / 1e6:.1f}", str(len(valid)), best)
+    output.console.print(table)
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _say(text: str, style: str | None) -> None:
+    output.console.print(text, style=style, markup=False, soft_wrap=True)

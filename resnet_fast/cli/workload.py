@@ -1,0 +1,183 @@
+"""One problem of a plan and every way to compute it: inputs, a float64 reference, PyTorch's own ops, each candidate.
+
+Used by `tune`. Inputs come from a seed made of the problem's key. What a Triton candidate writes is allocated once and
+shared by all candidates, so that `poison` shows what one of them leaves unwritten.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import library
+from ..backends import triton as triton_backend
+from ..kernels.configs import Config
+from ..problems import Conv, ConvProblem, Problem, StemProblem, TailProblem
+
+Outputs = dict[str, Tensor]
+Run = Callable[[], Outputs]
+
+_IMAGES_AT_ONCE = 32  # of the float64 reference, so that its workspaces stay small
+
+
+@dataclass(frozen=True)
+class Workload:
+    """reference: in float64. stock: PyTorch's ops, one by one, in the problem's dtype. library: by variant.
+
+    triton: the run of one configuration, which writes to `outputs`.
+    """
+
+    reference: Run
+    stock: Run
+    triton: Callable[[Config], Run]
+    library: dict[str, Run]
+    outputs: Outputs
+
+    def poison(self) -> None:
+        """NaN into everything that a Triton candidate has to write."""
+        for tensor in self.outputs.values():
+            tensor.fill_(float("nan"))
+
+
+def of(problem: Problem, device: str) -> Workload:
+    """The workload of `problem`, folded as all of a plan's are, on `device`."""
+    return _BUILDERS[type(problem)](problem, _Source(problem, device))
+
+
+class _Source:
+    """Tensors of a problem: standard normal, weights scaled so that what comes out is of order one too."""
+
+    def __init__(self, problem: Problem, device: str) -> None:
+        self.dtype, self.device = getattr(torch, problem.dtype), device
+        self.generator = torch.Generator(device).manual_seed(zlib.crc32(problem.key.encode()))
+
+    def image(self, shape: tuple[int, ...]) -> Tensor:
+        """(N, C, H, W), channels_last."""
+        return self.empty(shape).normal_(generator=self.generator)
+
+    def conv(self, conv: Conv, prefix: str = "") -> dict[str, Tensor]:
+        """Weight and bias by name."""
+        weight = self.image(conv.weight_shape) * (conv.weight_elements // conv.out_channels) ** -0.5
+        bias = torch.empty(conv.out_channels, dtype=self.dtype, device=self.device).normal_(generator=self.generator)
+        return {f"{prefix}weight": weight, f"{prefix}bias": bias}
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+
+
+def _conv(problem: ConvProblem, source: _Source) -> Workload:
+    conv, branch = problem.conv, problem.shortcut
+    images = {"x": source.image(conv.x_shape)}
+    images |= {"residual": source.image(conv.y_shape)} if problem.residual else {}
+    images |= {"shortcut": source.image(branch.x_shape)} if branch else {}
+    weights = source.conv(conv) | (source.conv(branch, "shortcut_") if branch else {})
+    outputs = {"y": source.empty(conv.y_shape)}
+
+    def stock(x, weight, bias, residual=None, shortcut=None, shortcut_weight=None, shortcut_bias=None) -> Outputs:
+        y = _conv2d(x, weight, bias, conv)
+        if shortcut is not None:
+            y = y + _conv2d(shortcut, shortcut_weight, shortcut_bias, branch)
+        if residual is not None:
+            y = y + residual
+        return {"y": y.relu() if problem.relu else y}
+
+    def triton(config: Config) -> Run:
+        launch, tensors = triton_backend.launcher(), images | weights
+        branch_tensors = ()
+        if branch:
+            packed = launch.pack_conv(weights["shortcut_weight"], ConvProblem(branch, problem.dtype))
+            branch_tensors = (images["shortcut"], packed, launch.Norm(weights["shortcut_bias"]))
+        weight, norm = launch.pack_conv(weights["weight"], problem), launch.Norm(weights["bias"])
+        args = (tensors["x"], weight, outputs["y"], problem, config, norm, tensors.get("residual"), *branch_tensors)
+        return functools.partial(_launched, outputs, launch.conv, args)
+
+    def by_library(variant: str) -> Run:
+        return lambda: {"y": library.conv(problem=problem, variant=variant, **images, **weights)}
+
+    runs = {variant: by_library(variant) for variant in library.variants(images["x"], problem)}
+    return _workload(stock, images, weights, triton, runs, outputs)
+
+
+def _stem(problem: StemProblem, source: _Source) -> Workload:
+    alone = ConvProblem(problem.conv, problem.dtype)
+    images, weights = {"x": source.image(problem.conv.x_shape)}, source.conv(problem.conv)
+    outputs = {"y": source.empty(problem.y_shape)}
+
+    def stock(x, weight, bias) -> Outputs:
+        return {"y": _pool(_conv2d(x, weight, bias, problem.conv).relu())}
+
+    def triton(config: Config) -> Run:
+        launch = triton_backend.launcher()
+        weight, norm = launch.pack_stem(weights["weight"], config), launch.Norm(weights["bias"])
+        args = (images["x"], weight, outputs["y"], problem, config, norm)
+        return functools.partial(_launched, outputs, launch.stem, args)
+
+    def by_library(variant: str) -> Run:
+        return lambda: {"y": _pool(library.conv(problem=alone, variant=variant, **images, **weights))}
+
+    runs = {variant: by_library(variant) for variant in library.variants(images["x"], alone)}
+    return _workload(stock, images, weights, triton, runs, outputs)
+
+
+def _tail(problem: TailProblem, source: _Source) -> Workload:
+    conv2, conv3, branch, following = problem.conv2, problem.conv3, problem.shortcut, problem.next_conv
+    images = {"x": source.image(conv2.x_shape), "shortcut": source.image(branch.x_shape if branch else conv3.y_shape)}
+    convs = {"conv2_": conv2, "conv3_": conv3, "shortcut_": branch, "next_": following}
+    convs = {prefix: conv for prefix, conv in convs.items() if conv}
+    weights = {}
+    for prefix, conv in convs.items():
+        weights |= source.conv(conv, prefix)
+    outputs = {"y": source.empty(conv3.y_shape)}
+    outputs |= {"next_y": source.empty(following.y_shape)} if following else {}
+
+    def stock(x, shortcut, **weights) -> Outputs:
+        def conv(image: Tensor, prefix: str) -> Tensor:
+            return _conv2d(image, weights[f"{prefix}weight"], weights[f"{prefix}bias"], convs[prefix])
+
+        y = conv(conv(x, "conv2_").relu(), "conv3_") + (conv(shortcut, "shortcut_") if branch else shortcut)
+        results = {"y": y.relu()}
+        return results | ({"next_y": conv(results["y"], "next_").relu()} if following else {})
+
+    def triton(config: Config) -> Run:
+        launch = triton_backend.launcher()
+        packed = tuple(
+            launch.pack_conv(weights[f"{prefix}weight"], ConvProblem(conv, problem.dtype))
+            for prefix, conv in convs.items()
+        )
+        biases = tuple(weights[f"{prefix}bias"] for prefix in convs)
+        written = (outputs["y"], outputs.get("next_y"))
+        args = (images["x"], packed, biases, *written, problem, config, images["shortcut"])
+        return functools.partial(_launched, outputs, launch.tail, args)
+
+    return _workload(stock, images, weights, triton, {}, outputs)
+
+
+_BUILDERS = {ConvProblem: _conv, StemProblem: _stem, TailProblem: _tail}
+
+
+def _workload(compute: Callable[..., Outputs], images: Outputs, weights: Outputs, triton, runs, outputs) -> Workload:
+    def reference() -> Outputs:
+        parts = []
+        for start in range(0, len(images["x"]), _IMAGES_AT_ONCE):
+            chunk = {name: image[start : start + _IMAGES_AT_ONCE].double() for name, image in images.items()}
+            parts.append(compute(**chunk, **{name: weight.double() for name, weight in weights.items()}))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return Workload(reference, lambda: compute(**images, **weights), triton, runs, outputs)
+
+
+def _launched(outputs: Outputs, launch: Callable, args: tuple) -> Outputs:
+    launch(*args)
+    return outputs
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, conv: Conv) -> Tensor:
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 2, 1)
