@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from resnet_fast.plan import conv_of
+from resnet_fast.planner import conv_of
 from resnet_fast.problems import Conv
 
 

@@ -11,8 +11,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import dispatch
 from .blocks import fast_type, why_not_downsample, why_not_fusable, why_not_stage
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
-from .plan import FUSIONS
 from .planned import PlannedResNet, PlannedStage
+from .planner import FUSIONS
 from .report import BlockReport, Report
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

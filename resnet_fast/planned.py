@@ -18,7 +18,7 @@ from .dispatch import BackendUnavailable
 from .engine import Engine, LaunchFailed
 from .frozen import FrozenStage, raise_for_gradient
 from .kernels import selection
-from .plan import Section, build
+from .planner import Section, build
 
 SHAPES_KEPT = 4
 """Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""

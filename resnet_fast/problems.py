@@ -228,5 +228,28 @@ class PoolProblem:
         return f"pool n{self.batch} {self.channels}x{self.height}x{self.width} {self.dtype}"
 
 
+@dataclass(frozen=True)
+class AveragePoolProblem:
+    """The mean over the pixels of x (batch, channels, height, width): always PyTorch's own kernel."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return self.batch * self.channels * (self.height * self.width + 1) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        return f"avgpool n{self.batch} {self.channels}x{self.height}x{self.width} {self.dtype}"
+
+
 Problem = ConvProblem | StemProblem | TailProblem
-"""What a Triton kernel can compute; a PoolProblem is always the library's."""
+"""What a Triton kernel can compute; pools are always the library's."""

@@ -21,8 +21,8 @@ from resnet_fast.backends import triton
 from resnet_fast.cli import tuning, workload
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
-from resnet_fast.plan import Section, build
 from resnet_fast.planned import PlannedResNet
+from resnet_fast.planner import Section, build
 
 pytestmark = pytest.mark.gpu
 

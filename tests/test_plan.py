@@ -22,7 +22,7 @@ from resnet_fast.frozen import FrozenBlock, FrozenConv2d
 from resnet_fast.gpus import named
 from resnet_fast.kernels import selection, tables
 from resnet_fast.kernels.configs import to_dict
-from resnet_fast.plan import FUSIONS, Section, build, why_not_plannable
+from resnet_fast.planner import FUSIONS, Section, build, why_not_plannable
 from resnet_fast.problems import ConvProblem, PoolProblem, StemProblem, TailProblem
 
 H200, A100 = named("h200"), named("a100")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnet_fast import cli, freeze, gpus, plan
+from resnet_fast import cli, freeze, gpus, planner
 from resnet_fast.backends import triton as triton_backend
 from resnet_fast.cli import UserError, tune, tuning, workload
 from resnet_fast.cli.tuned_file import DIED, TunedFile
@@ -130,17 +130,17 @@ def test_list_names_every_problem_and_writes_nothing(capsys, monkeypatch, tmp_pa
 @pytest.mark.parametrize("model", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_every_problem_that_a_planner_weighs_is_measured(monkeypatch, model):
     weighed = set()  # those that there is something to choose for
-    choose = plan.choose
+    choose = planner.choose
 
     def watching(problem, gpu):
         weighed.update([problem.key] if configs.candidates(problem, gpu) else [])
         return choose(problem, gpu)
 
-    monkeypatch.setattr(plan, "choose", watching)
+    monkeypatch.setattr(planner, "choose", watching)
     with torch.device("meta"):
-        section = plan.Section.of_resnet(freeze(tune.models.get_model(model).eval(), dtype=torch.bfloat16))
-    for fusion in plan.FUSIONS:
-        plan.build(section, (2, 3, 64, 64), "bfloat16", H200, fusion=fusion)
+        section = planner.Section.of_resnet(freeze(tune.models.get_model(model).eval(), dtype=torch.bfloat16))
+    for fusion in planner.FUSIONS:
+        planner.build(section, (2, 3, 64, 64), "bfloat16", H200, fusion=fusion)
     monkeypatch.undo()
     assert weighed <= {problem.key for problem in tune.problems(asked(model=[model]), H200)}
 
@@ -344,7 +344,7 @@ def test_the_file_is_the_table_that_the_package_reads(monkeypatch, tmp_path):
     config = configs.candidates(CONV, H200)[0]
     file.rows[CONV.key] = {"config": configs.to_dict(config), "us": 2.5, "library_us": None, "variant": "", "more": 1}
     file.save()
-    assert tables.read(path) == {CONV.key: tables.Row(config, 2.5, None)}
+    assert tables.read(path, H200) == {CONV.key: tables.Row(config, 2.5, None)}
     assert [entry.name for entry in path.parent.iterdir()] == ["table.json"]
     assert sum(line.startswith(f'"{CONV.key}"') for line in path.read_text().splitlines()) == 1
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
@@ -362,7 +362,7 @@ def test_a_rehearsal_is_no_table(tmp_path):
     file = TunedFile(path, tune.REHEARSAL, {}, rehearsal=True)
     file.rows["key"] = {"config": None, "us": 1.0, "library_us": 1.0}
     file.save()
-    assert tables.read(path) == {}
+    assert tables.read(path, H200) == {}
     assert TunedFile(path, tune.REHEARSAL, {}, rehearsal=True).rows == file.rows
     assert tables.paths(tune.REHEARSAL)[0].name not in {tables.paths(gpu)[0].name for gpu in gpus.KNOWN.values()}
 
@@ -404,7 +404,7 @@ def test_kernels_under_the_interpreter(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing left" in done.stdout
-    assert tables.read(path) == {}
+    assert tables.read(path, H200) == {}
     table = json.loads(path.read_text())
     assert "not of a GPU" in table["schema"]
     kernels = {label.split()[0] for row in table["rows"].values() for label in row["times"]}

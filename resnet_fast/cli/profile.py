@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torchvision import models
 
 from .. import freeze, gpus, numerics
-from .. import plan as planning
 from ..engine import Engine, LaunchFailed
 from ..gpus import Gpu
 from ..kernels import selection
 from ..kernels.configs import Config, to_dict
 from ..numerics import Comparison
-from ..plan import Plan, Section, Step
+from ..plan import Plan, Step
+from ..planner import DTYPES, FUSIONS, Section, build
 from . import UserError, ceilings, environment, networks, output
 from .bench import _positive
 from .contenders import CHECKED_IMAGES
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--model", default="resnet50", metavar="NAME", help="any torchvision resnet, resnext or wide_resnet")
     flag("-b", "--batch-size", type=_positive, default=256, metavar="N")
     flag("--img-size", type=_positive, default=224, metavar="N")
-    flag("--dtype", choices=planning.DTYPES, default="bfloat16")
+    flag("--dtype", choices=DTYPES, default="bfloat16")
     flag("--gpu", metavar="NAME", help=f"plan for this GPU, measure nothing: {', '.join(gpus.KNOWN)}")
     flag("--device", help="measure on this one (default: cuda)")
-    flag("--fusion", choices=planning.FUSIONS, default="auto", help="what shares a kernel (default: what is fastest)")
+    flag("--fusion", choices=FUSIONS, default="auto", help="what shares a kernel (default: what is fastest)")
     flag("--layers", action=argparse.BooleanOptionalAction, default=True, help="print every step, not only the totals")
     flag("--json", metavar="FILE")
     flag("--csv", metavar="FILE")
@@ -113,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
     frozen = freeze(stock, dtype=getattr(torch, args.dtype))
     shape = (args.batch_size, 3, args.img_size, args.img_size)
     try:
-        make = functools.partial(planning.build, Section.of_resnet(frozen), shape, args.dtype, gpu)
+        make = functools.partial(build, Section.of_resnet(frozen), shape, args.dtype, gpu)
         chosen = functools.partial(make, fusion=args.fusion)
         measurement = None if device is None else measure(chosen, stock, frozen, device)
-        plans = {fusion: make(fusion=fusion) for fusion in planning.FUSIONS}
+        plans = {fusion: make(fusion=fusion) for fusion in FUSIONS}
     except ValueError as error:
         raise UserError(str(error)) from None
     plan = plans[args.fusion]

@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from torchvision import models
 
-from .. import freeze, gpus, plan
+from .. import freeze, gpus, planner
 from ..backends import triton as triton_backend
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
@@ -90,7 +90,7 @@ def problems(args: argparse.Namespace, gpu: Gpu) -> list[Problem]:
                 shape = (batch, 3, args.img_size, args.img_size)
                 for fusion in FUSIONS:
                     if fusion in args.fusion:
-                        for step in plan.build(section, shape, dtype, unknown, fusion=fusion).steps:
+                        for step in planner.build(section, shape, dtype, unknown, fusion=fusion).steps:
                             if not isinstance(step.problem, PoolProblem):
                                 for problem in (*alternatives(step.problem), step.problem):
                                     found.setdefault(problem.key, problem)
@@ -230,10 +230,10 @@ def _gpu(args: argparse.Namespace) -> Gpu:
     return gpus.of_device(torch.cuda.current_device())
 
 
-def _section(name: str, dtype: str) -> plan.Section:
+def _section(name: str, dtype: str) -> planner.Section:
     with torch.device("meta"):
         model = models.get_model(name, weights=None).eval()
-    return plan.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
+    return planner.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
 
 
 def _print_list(chosen: Sequence[Problem], gpu: Gpu) -> None:

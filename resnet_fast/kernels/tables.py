@@ -90,16 +90,18 @@ def forget() -> None:
 def _rows(gpu: Gpu) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for path in reversed(paths(gpu)):
-        rows |= read(path)
+        rows |= read(path, gpu)
     return rows
 
 
-def read(path: Path) -> dict[str, Row]:
+def read(path: Path, gpu: Gpu) -> dict[str, Row]:
     """The rows of one file; none, with a logged reason, where it cannot be used."""
     try:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r} is not {SCHEMA!r}")
+        if data["gpu"] != gpu.name:
+            raise ValueError(f"it was measured on {data['gpu']}, not {gpu.name}")
         return {key: _row(row) for key, row in data["rows"].items()}
     except FileNotFoundError:
         return {}

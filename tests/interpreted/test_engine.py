@@ -12,7 +12,7 @@ from numerics import assert_all_match
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from resnet_fast import freeze, plan, warmup
+from resnet_fast import freeze, planner, warmup
 from resnet_fast.engine import Engine, LaunchFailed
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.selection import Choice
@@ -94,7 +94,7 @@ def test_library_steps_give_the_same(fusion, monkeypatch):
     """What a table that prefers cuDNN everywhere would run."""
     model, x = stage(), draw((2, 64, 6, 6), torch.float16, "channels_last")
     y = freeze(model, dtype=torch.float16, backend="triton", fusion=fusion)[0](x)
-    monkeypatch.setattr(plan, "choose", lambda problem, gpu: Choice(None, "tuned", "for the test"))
+    monkeypatch.setattr(planner, "choose", lambda problem, gpu: Choice(None, "tuned", "for the test"))
     library = freeze(model, dtype=torch.float16, backend="triton", fusion=fusion)[0]
     torch.testing.assert_close(library(x), y, rtol=4e-3, atol=4e-3)
     assert set(kernels(next(iter(library._engines.values())))) == {"library"}
