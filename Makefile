@@ -13,6 +13,8 @@ export RESNET_FAST_BUILD ?= auto
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # One thread a worker: the workers are the parallelism, and oversubscribed OpenMP threads spin.
 PYTEST_WORKERS ?= auto
+# pytest exits with 5 where it runs nothing: a failure, unless PYTEST_ARGS chose tests and these are not among them.
+NONE_CHOSEN := [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses=8
 
 help: ## this list
@@ -43,8 +45,9 @@ build: $(VENV)/.build-stamp ## the above, and resnet_fast installed editable wit
 demo: build ## stock and fast ResNets on real photos: same answers, and how fast
 	@$(BIN)/resnet-fast demo $(DEMO_ARGS)
 
-test: build ## the test suite
-	@$(PYTEST) $(PYTEST_ARGS) tests
+test: build ## the test suite: the GPU kernels in Triton's interpreter, then everything else
+	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) tests/interpreted || $(NONE_CHOSEN)
+	@$(PYTEST) $(PYTEST_ARGS) --ignore tests/interpreted tests || $(NONE_CHOSEN)
 
 bench: build ## the pytest-benchmark files under benchmarks/
 	@$(BIN)/python -m pytest --benchmark-only $(BENCH_ARGS) benchmarks
