@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test lint bench clean FORCE
+.PHONY: help venv build demo test gate lint bench clean FORCE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,6 +48,9 @@ demo: build ## stock and fast ResNets on real photos: same answers, and how fast
 test: build ## the test suite: the GPU kernels in Triton's interpreter, then everything else
 	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) tests/interpreted || $(NONE_CHOSEN)
 	@$(PYTEST) $(PYTEST_ARGS) --ignore tests/interpreted tests || $(NONE_CHOSEN)
+
+gate: build ## every kernel the package can start, compiled for sm_80, sm_90 and sm_100
+	@RESNET_FAST_GATE=all $(PYTEST) $(PYTEST_ARGS) tests/test_compile_gate.py
 
 bench: build ## the pytest-benchmark files under benchmarks/
 	@$(BIN)/python -m pytest --benchmark-only $(BENCH_ARGS) benchmarks

@@ -170,3 +170,13 @@ def test_a_gpu_with_little_shared_memory_gets_smaller_tiles():
     assert why_not(config, PROBLEM, small) is None
     tiny = gpus.Gpu("tiny", (8, 6), 20, 2 << 10, 2 << 10, H200.flops, 5e11)
     assert "shared memory" in selection.choose(PROBLEM, tiny).reason
+
+
+def test_float32_without_tf32_is_the_librarys(monkeypatch):
+    exact = ConvProblem(PROBLEM.conv, "float32")
+    assert selection.choose(exact, H200).config is not None
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    choice = selection.choose(exact, H200)
+    assert (choice.config, choice.source) == (None, "library")
+    assert "without TF32" in choice.reason
+    assert selection.choose(PROBLEM, H200).config is not None

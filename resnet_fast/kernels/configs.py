@@ -119,10 +119,19 @@ def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
     wanted = {ConvProblem: (PointerConfig, TmaConfig), StemProblem: (StemConfig,), TailProblem: (TailConfig,)}
     if type(config) not in wanted[type(problem)]:
         return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
+    if isinstance(problem, ConvProblem) and (reason := _why_not_shortcut(problem)):
+        return reason
     reason = _WHY_NOT[type(config)](config, problem, gpu)
     if reason is None and (needed := shared_memory(config, problem)) > gpu.shared_memory:
         reason = f"needs {needed} bytes of shared memory and {gpu.name} gives a block {gpu.shared_memory}"
     return reason
+
+
+def _why_not_shortcut(problem: ConvProblem) -> str | None:
+    branch = problem.shortcut
+    if branch is None or (branch.pointwise and branch.groups == 1 and branch.y_shape == problem.conv.y_shape):
+        return None
+    return "the shortcut is not a dense 1x1 with the convolution's output shape"
 
 
 def _why_not_pointer(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> str | None:
@@ -131,7 +140,25 @@ def _why_not_pointer(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> s
         return f"block_out={config.block_out} is mostly empty beside {group_out} output channels"
     if config.block_in > 16 and config.block_in >= 2 * group_in:
         return f"block_in={config.block_in} is mostly empty beside {group_in} input channels"
-    return _why_not_warps(config, problem)
+    if config.block_in * ITEMSIZE[problem.dtype] > 128:
+        return f"block_in={config.block_in} is more than 128 bytes, whose pointers take too many registers"
+    return _why_not_warps(config, problem, _pointer_registers(config, problem, gpu))
+
+
+def _pointer_registers(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> int:
+    """How many accumulators a thread of conv_pointer can have beside its pointers before the compiler spills."""
+    _, group_in, _ = group_shape(problem)
+    inputs = [group_in] + ([problem.shortcut.in_channels] if problem.shortcut else [])
+    if any(channels * ITEMSIZE[problem.dtype] % 16 for channels in (*inputs, problem.conv.out_channels)):
+        return 32  # element by element: a pointer each
+    if problem.dtype == "float32" or (problem.shortcut and not problem.conv.pointwise):
+        return 32  # twice the pointers: of twice as many bytes, or of two loops
+    if gpu.capability >= (10, 0) and not problem.folded:
+        return 32  # a thread has whole rows of the tile, and with them a copy of every channel's batch norm
+    plain = not problem.residual and not problem.shortcut
+    if gpu.capability >= (9, 0) and plain and min(config.block_pixels, config.block_out) >= 128:
+        return 128  # wgmma and tcgen05 take both operands from shared memory
+    return 64
 
 
 def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | None:
@@ -150,14 +177,19 @@ def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | Non
         return f"block_out={config.block_out} does not divide a group's {group_out} output channels"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
-    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem)
+    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, 128)
 
 
 def _why_not_tail(config: TailConfig, problem: TailProblem, gpu: Gpu) -> str | None:
     conv2, conv3 = problem.conv2, problem.conv3
     if gpu.capability < (9, 0):
         return "descriptors compile to unpipelined loads before sm_90"
-    if conv2.kernel != (3, 3) or conv2.padding != conv2.dilation or conv2.groups > 1:
+    if (
+        conv2.kernel != (3, 3)
+        or conv2.padding != conv2.dilation
+        or conv2.dilation[0] != conv2.dilation[1]
+        or conv2.groups > 1
+    ):
         return "conv2 is not a dense 3x3 that keeps its size"
     if not all(conv.pointwise and conv.groups == 1 for conv in problem.convs[1:]):
         return "what follows conv2 is not a dense 1x1"
@@ -217,13 +249,13 @@ def _why_not_box(config: TmaConfig | TailConfig, conv: Conv, problem: Problem) -
     return None
 
 
-def _why_not_warps(config: PointerConfig | TmaConfig, problem: ConvProblem) -> str | None:
+def _why_not_warps(config: PointerConfig | TmaConfig, problem: ConvProblem, limit: int) -> str | None:
     accumulators = 2 if problem.shortcut and not problem.folded else 1
     registers = accumulators * config.block_pixels * config.block_out // (32 * config.warps)
     if config.block_pixels * config.block_out < 256 * config.warps:
         return f"{config.warps} warps have too little to do"
-    if registers > 128:
-        return f"{registers} accumulator registers a thread; beyond 128 the compiler spills"
+    if registers > limit:
+        return f"{registers} accumulator registers a thread; beyond {limit} the compiler spills"
     return None
 
 

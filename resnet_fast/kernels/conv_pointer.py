@@ -9,8 +9,10 @@ import triton.language as tl
 
 from .epilogue import batch_norm, relu
 
+_SIZES = ("batch", "height", "width", "out_height", "out_width", "shortcut_height", "shortcut_width")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_SIZES)
 def conv_bn_act_pointer(
     x_ptr,  # (N, H, W, C)
     weight_ptr,  # (K, R, S, GROUP_IN)

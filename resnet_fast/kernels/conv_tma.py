@@ -14,7 +14,7 @@ import triton.language as tl
 from .epilogue import batch_norm, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("out_height", "out_width"))
 def conv_bn_act_tma(
     x,  # descriptor as above, box (BOX_N, BOX_H, 1, BOX_W, BLOCK_IN)
     weight,  # descriptor (K, R * S * GROUP_IN), box (BLOCK_OUT, BLOCK_IN)

@@ -6,6 +6,8 @@ Decided once per problem and GPU and remembered; nothing is tuned or timed insid
 import functools
 from dataclasses import dataclass
 
+import torch
+
 from ..gpus import Gpu
 from ..problems import ConvProblem, Problem, StemProblem
 from . import tables
@@ -25,8 +27,8 @@ from .configs import (
 class Choice:
     """config: of the Triton kernel, or None for the library's path (backends.library), in its `variant`.
 
-    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model) or
-    "refused" (the launch failed).
+    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model),
+    "library" (no kernel was considered) or "refused" (the launch failed).
     reason: why the library's path was taken.
     """
 
@@ -47,12 +49,18 @@ _refused: dict[tuple[Problem, Gpu], str] = {}
 def refuse(problem: Problem, gpu: Gpu, reason: str) -> None:
     """Take the library's path for `problem` from now on: what was chosen did not run."""
     _refused[problem, gpu] = reason
-    choose.cache_clear()
+    _choose.cache_clear()
+
+
+def choose(problem: Problem, gpu: Gpu) -> Choice:
+    """The choice for `problem` on `gpu`."""
+    if problem.dtype == "float32" and not torch.backends.cudnn.allow_tf32:  # a flag that may change, so not remembered
+        return Choice(None, "library", "float32 without TF32 has no tensor cores, and without them cuDNN is faster")
+    return _choose(problem, gpu)
 
 
 @functools.cache
-def choose(problem: Problem, gpu: Gpu) -> Choice:
-    """The choice for `problem` on `gpu`."""
+def _choose(problem: Problem, gpu: Gpu) -> Choice:
     if (problem, gpu) in _refused:
         return Choice(None, "refused", _refused[problem, gpu])
     measured = tables.lookup(problem, gpu)
@@ -72,7 +80,7 @@ def choose(problem: Problem, gpu: Gpu) -> Choice:
 def forget() -> None:
     """Choose anew, and from tables read anew: for `tune` and the tests."""
     _refused.clear()
-    choose.cache_clear()
+    _choose.cache_clear()
     tables.forget()
 
 

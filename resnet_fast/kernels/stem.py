@@ -4,7 +4,8 @@ The convolution's output, 1.6 MB an image written and read again, never reaches 
 it that its pooled pixels need, borders included, and takes the shifted maxima through shared memory (tl.gather).
 
 With stride 2 and an even width the window of every output starts at an even column, once one column of zero weights is
-put before it. So columns are taken two at a time: loads are 4 bytes wide and one bounds check serves two pixels.
+put before it. So columns are taken two at a time: loads are 4 bytes wide and one bounds check serves two pixels. A NaN
+or Inf in that column, one to the left of the window, reaches the output: zero times NaN is NaN.
 """
 
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from .epilogue import batch_norm, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("height", "width", "conv_height", "conv_width", "pool_height", "pool_width"))
 def stem(
     x_ptr,  # (N, H, W, C), W even
     weight_ptr,  # (K, TERMS_PADDED): (R, PAIRS, 2 * C) flattened, zeros before and behind: backends.triton.pack_stem

@@ -12,7 +12,7 @@ from .conv_tma import load_tap
 from .epilogue import relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("out_height", "out_width"))
 def bottleneck_tail(
     x,  # descriptor (N, H / STRIDE, STRIDE, W / STRIDE, STRIDE * MID), box (BOX_N, BOX_H, 1, BOX_W, BLOCK_IN)
     conv2_weight,  # descriptor (MID, 9 * MID), box (MID, BLOCK_IN)

@@ -1,0 +1,122 @@
+"""The last program of a launch whose tensors have more than 2**31 elements: is its arithmetic 64-bit?
+
+The tensors are address space; only their last two images are memory, so an offset that wrapped lands where nothing is.
+"""
+
+import contextlib
+import math
+from dataclasses import replace
+
+import numpy as np
+import requires_triton  # noqa: F401
+import torch
+import triton.language as tl
+from cases import bn_tensors, draw
+from interpreted.drive import double, pytorch, tensors_of
+from interpreted.guarded import reserve
+from interpreted.kernel_cases import ConvCase, StemCase, three_by_three
+from numerics import assert_match, compare
+from stock import bn_act
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from resnet_fast.backends import triton_launch
+from resnet_fast.kernels.configs import PointerConfig, StemConfig
+from resnet_fast.problems import Conv, ConvProblem
+
+DTYPE = torch.bfloat16
+IMAGES = 2
+"""How many images are there."""
+
+_POINTER = PointerConfig(64, 64, 64, 4, 2)
+CONVS = (
+    ConvCase("three_by_three_residual", three_by_three(IMAGES, 64, 56, 56, 64), _POINTER, residual=True),
+    ConvCase("shortcut", Conv(IMAGES, 64, 28, 28, 64), _POINTER, shortcut=Conv(IMAGES, 64, 56, 56, 64, stride=(2, 2))),
+)
+STEM = StemCase("stem", Conv(IMAGES, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3)), StemConfig(8, 16, 64, 64, 4, 2))
+
+
+def check_conv(case: ConvCase) -> None:
+    """conv_pointer, every tensor past 2**31 elements."""
+    batch = _batch(case.conv.y_shape)
+    problem = replace(case, conv=case.conv.with_batch(batch))
+    if case.shortcut:
+        problem = replace(problem, shortcut=case.shortcut.with_batch(batch))
+    problem, tensors = problem.problem(DTYPE), tensors_of(case, DTYPE)
+    y = reserve(problem.conv.y_shape, DTYPE, IMAGES)
+    branch = {}
+    if case.shortcut:
+        packed = triton_launch.pack_conv(tensors["shortcut_conv_weight"], ConvProblem(case.shortcut, problem.dtype))
+        norm = triton_launch.Norm(conv_bias=tensors["shortcut_conv_bias"])
+        branch = {"shortcut": _huge(tensors["shortcut"], batch), "shortcut_weight": packed, "shortcut_norm": norm}
+    residual = _huge(tensors["residual"], batch) if case.residual else None
+    weight, norm = triton_launch.pack_conv(tensors["conv_weight"], problem), triton_launch.Norm(tensors["conv_bias"])
+    with _last_program_only():
+        triton_launch.conv(_huge(tensors["x"], batch), weight, y, problem, case.config, norm, residual, **branch)
+    _compare(y, pytorch(case, tensors)["y"], pytorch(case, double(tensors))["y"])
+
+
+def check_stem() -> None:
+    batch = max(_batch(STEM.conv.x_shape), _batch(STEM.problem(DTYPE).y_shape))
+    problem = replace(STEM, conv=STEM.conv.with_batch(batch)).problem(DTYPE)
+    tensors = tensors_of(STEM, DTYPE)
+    y = reserve(problem.y_shape, DTYPE, IMAGES)
+    weight, norm = (
+        triton_launch.pack_stem(tensors["conv_weight"], STEM.config),
+        triton_launch.Norm(tensors["conv_bias"]),
+    )
+    with _last_program_only():
+        triton_launch.stem(_huge(tensors["x"], batch), weight, y, problem, STEM.config, norm)
+    _compare(y, pytorch(STEM, tensors)["y"], pytorch(STEM, double(tensors))["y"])
+
+
+def check_bn_act() -> None:
+    shape = (IMAGES, 64, 56, 56)
+    x, residual, vectors = (
+        draw(shape, DTYPE, "channels_last"),
+        draw(shape, DTYPE, "channels_last"),
+        bn_tensors(64, DTYPE),
+    )
+    batch = _batch(shape)
+    y = reserve((batch, *shape[1:]), DTYPE, IMAGES)
+    norm = triton_launch.Norm(**{name.removeprefix("running_"): vector for name, vector in vectors.items()}, eps=1e-5)
+    with _last_program_only():
+        triton_launch.bn_act(_huge(x, batch), y, norm, _huge(residual, batch), True)
+    exact = bn_act(x.double(), **double(vectors), residual=residual.double())
+    _compare(y, bn_act(x, **vectors, residual=residual), exact)
+
+
+def _batch(shape: tuple[int, ...]) -> int:
+    """How many images of `shape`, (N, C, H, W), have 2**31 elements and more."""
+    return 2**31 // math.prod(shape[1:]) + 2
+
+
+def _huge(values: Tensor, batch: int) -> Tensor:
+    tensor = reserve((batch, *values.shape[1:]), values.dtype, IMAGES)
+    tensor[-IMAGES:] = values
+    return tensor
+
+
+def _compare(y: Tensor, stock: Tensor, exact: Tensor) -> None:
+    """What the program wrote, as far as it is not zero in the reference, and that it wrote something."""
+    assert y.numel() > 2**31
+    written = y[-IMAGES:] != 0
+    assert written[-1, :, -1, -1].any(), "the last pixel was not written"
+    assert_match(compare("y", y[-IMAGES:][written], stock[written], exact[written]))
+
+
+@contextlib.contextmanager
+def _last_program_only():
+    """A launch in which program_id is always the last one's."""
+    launch, program_id = triton_launch.launch, InterpreterBuilder.create_get_program_id
+
+    def launch_last(kernel, x, grid, args, constants, config):
+        last = TensorHandle(np.array([grid - 1], dtype=np.int32), tl.int32)
+        InterpreterBuilder.create_get_program_id = lambda builder, axis: last
+        launch(kernel, x, 1, args, constants, config)
+
+    triton_launch.launch = launch_last
+    try:
+        yield
+    finally:
+        triton_launch.launch, InterpreterBuilder.create_get_program_id = launch, program_id

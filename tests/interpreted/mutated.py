@@ -1,0 +1,37 @@
+"""The kernels with one mistake in their source: a copy, imported under another name and put before the launcher."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from resnet_fast.backends import triton_launch
+
+SOURCES = Path(triton_launch.__file__).parents[1] / "kernels"
+KERNELS = {  # what the launcher calls a kernel -> its module, and its name there
+    "conv_bn_act_pointer": ("conv_pointer", "conv_bn_act_pointer"),
+    "conv_bn_act_tma": ("conv_tma", "conv_bn_act_tma"),
+    "stem_kernel": ("stem", "stem"),
+    "bottleneck_tail": ("tail", "bottleneck_tail"),
+    "bn_act_kernel": ("bn_act", "bn_act"),
+}
+
+
+def write(directory: Path, file: str, old: str, new: str) -> None:
+    """Copy every kernel into `directory`, with `old` replaced by `new` in `file`, where it must stand exactly once."""
+    for path in SOURCES.glob("*.py"):
+        source = path.read_text()
+        if "@triton.jit" not in source:
+            continue
+        if path.name == file:
+            assert source.count(old) == 1, f"{file} has {old!r} {source.count(old)} times; this mutant needs a new text"
+            source = source.replace(old, new)
+        (directory / path.name).write_text(source)
+    (directory / "__init__.py").touch()
+
+
+def launch(directory: Path) -> None:
+    """From here on the launcher starts the kernels in `directory`. There is no way back: call it in a child process."""
+    sys.path.insert(0, str(directory.parent))
+    importlib.invalidate_caches()
+    for name, (module, kernel) in KERNELS.items():
+        setattr(triton_launch, name, getattr(importlib.import_module(f"{directory.name}.{module}"), kernel))

@@ -1,0 +1,207 @@
+"""The tests of the kernels must bite: each mutant is one plausible mistake in a kernel's text, and has to be noticed.
+
+`notices` is a case of the other files. It passes with a faithful copy of the kernels, and must not with the mutant: it
+finds a mismatch, or the kernel leaves its tensors' memory and dies.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from cases import bn_tensors, draw
+from interpreted import drive, huge, mutated
+from interpreted.forked import PASSED, outcome
+from interpreted.kernel_cases import POINTER_CASES, STEM_CASES, TAIL_CASES, TMA_CASES
+
+POINTER, TMA, STEM, TAIL = (
+    {case.name: case for case in cases} for cases in (POINTER_CASES, TMA_CASES, STEM_CASES, TAIL_CASES)
+)
+
+
+def pointer(name: str, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    return partial(drive.check, POINTER[name], dtype)
+
+
+def tma(name: str) -> Callable[[], None]:
+    return partial(drive.check, TMA[name], torch.float32)
+
+
+def stem(name: str) -> Callable[[], None]:
+    return partial(drive.check, STEM[name], torch.float32)
+
+
+def tail(name: str) -> Callable[[], None]:
+    return partial(drive.check, TAIL[name], torch.float16)
+
+
+def bn_act(layout: str = "channels_last") -> None:
+    residual = draw((2, 5, 4, 3), torch.float32, layout)
+    drive.check_bn_act(draw((2, 5, 4, 3), torch.float32, layout), bn_tensors(5, torch.float32), residual)
+
+
+def bn_act_of_nan() -> None:
+    x = torch.full((1, 4, 1, 1), float("nan"))
+    drive.check_bn_act(x, {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}, None)
+
+
+def nan_below_the_window() -> None:
+    """In the stem: where the flattened sum's padding would read."""
+    case = STEM["odd_height"]
+    tensors = drive.tensors_of(case, torch.float32)
+    tensors["x"][:, :, 14] = float("nan")
+    drive.check_tensors(case, tensors)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In resnet_fast/kernels/`file`, `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    notices: Callable[[], None]
+
+
+EPILOGUE = {
+    "dropped_eps": ("AXIS) + eps)", "AXIS))", pointer("three_by_three_bn")),
+    "dropped_eps_in_bfloat16": ("AXIS) + eps)", "AXIS))", pointer("three_by_three_bn", torch.bfloat16)),
+    "eps_outside_the_root": (
+        "tl.rsqrt(_vector(var_ptr, channel, in_range, AXIS) + eps)",
+        "1 / (tl.sqrt(_vector(var_ptr, channel, in_range, AXIS)) + eps)",
+        pointer("no_affine"),
+    ),
+    "dropped_bias": ("if bias_ptr is not None", "if False", bn_act),
+    "dropped_weight": ("if weight_ptr is not None", "if False", pointer("conv_bias_and_bn")),
+    "dropped_conv_bias": ("if conv_bias_ptr is not None", "if False", tma("pointwise_residual")),
+    "relu_drops_nan": (
+        "tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+        "tl.where(value > 0.0, value, 0.0)",
+        bn_act_of_nan,
+    ),
+    "vectors_not_masked": (
+        "pointer + channel, mask=in_range, other=0.0",
+        "pointer + channel",
+        pointer("five_to_65_channels"),
+    ),
+}
+POINTER_MUTANTS = {
+    "no_output_channel_mask": ("pixel_ok[:, None] & out_ok", "pixel_ok[:, None] & (out_ok | True)",
+                               pointer("five_to_65_channels")),
+    "no_pixel_mask": ("ok = pixel_ok[:, None] & out_ok", "ok = (pixel_ok | True)[:, None] & out_ok",
+                      pointer("pointwise_residual")),
+    "no_padding_mask": ("if PADDED:", "if False:", pointer("three_by_three_bn_residual")),
+    "padding_masked_above_only": ("(top + down >= 0) & (top + down < height) &", "(top + down >= 0) &",
+                                  pointer("three_by_three_bn_residual")),
+    "padding_masked_left_only": (" & (left + right < width)", "", pointer("three_by_three_bn_residual")),
+    "no_input_channel_mask": ("x_mask &= (channel < CHANNELS)[None, :]", "pass", pointer("65_to_five_channels")),
+    "weights_not_masked": ("        if MASK_IN and MASK_OUT:", "        if False:", pointer("five_to_65_channels")),
+    "dropped_dilation": ("tap // S * DILATION_H", "tap // S", pointer("dilated")),
+    "swapped_dilations": ("R, S, DILATION_H, DILATION_W", "R, S, DILATION_W, DILATION_H",
+                          pointer("rows_unlike_columns")),
+    "taps_in_the_wrong_order": ("tap % S * DILATION_W", "(S - 1 - tap % S) * DILATION_W", pointer("three_by_three_bn")),
+    "dropped_stride": ("column * STRIDE_W - PAD_W", "column - PAD_W", pointer("stride2_three_by_three")),
+    "group_reads_the_first_ones_inputs": ("x_ptr + group * GROUP_IN", "x_ptr", pointer("grouped_wide")),
+    "dropped_shortcut_stride": ("row * STRIDE_H, column * STRIDE_W", "row, column", pointer("shortcut")),
+    "dropped_second_norm": ("acc += batch_norm(other, out, out_ok, shortcut_norm, 1)", "acc += other",
+                            pointer("shortcut_two_norms")),
+    "dropped_shortcut_bias": ("acc = batch_norm(acc, out, out_ok, shortcut_norm, 1)", "pass", pointer("shortcut")),
+    "dropped_residual": ("if residual_ptr is not None", "if False", pointer("pointwise_residual")),
+    "residual_behind_relu": ("    if RELU:\n        acc = relu(acc)\n    tl.store(y_ptr + offset, acc",
+                             "    tl.store(y_ptr + offset, relu(acc)", pointer("no_relu_residual")),
+    "32_bit_pixels": ("(program // (tiles_out * GROUPS)).to(tl.int64)", "program // (tiles_out * GROUPS)",
+                      partial(huge.check_conv, huge.CONVS[0])),
+    "32_bit_images": ("pixel // out_width // out_height", "(pixel // out_width // out_height).to(tl.int32)",
+                      partial(huge.check_conv, huge.CONVS[1])),
+}  # fmt: skip
+TMA_MUTANTS = {
+    "dropped_dilation": ("tap // S * DILATION_H", "tap // S", tma("dilated")),
+    "taps_in_the_wrong_order": ("tap % S * DILATION_W", "(S - 1 - tap % S) * DILATION_W", tma("rows_unlike_columns")),
+    "dropped_padding": ("DILATION_W - PAD_W", "DILATION_W", tma("one_image")),
+    "rows_rounded_to_zero": ("h + (down >> HALVE)", "h + (down + (down < 0)) // (1 + HALVE)",
+                             tma("stride2_five_by_five")),
+    "parity_dropped": ("(right & HALVE) * CHANNELS + channel", "channel", tma("stride2_three_by_three")),
+    "group_reads_the_first_ones_inputs": ("first_out // GROUP_OUT * GROUP_IN", "0", tma("grouped_packed_in_two")),
+    "dropped_residual": ("if residual is not None", "if False", tma("pointwise_residual")),
+    "dropped_second_norm": ("acc += batch_norm(other, out, out_ok, shortcut_norm, 0)", "acc += other",
+                            tma("shortcut_two_norms")),
+    "last_channels_dropped": ("(CHANNELS + BLOCK_IN - 1) // BLOCK_IN", "CHANNELS // BLOCK_IN",
+                              tma("shortcut_two_norms")),
+    "boxes_transposed": ("w = box % boxes_w * BOX_W", "w = box % boxes_h * BOX_W", tma("one_image")),
+}  # fmt: skip
+STEM_MUTANTS = {
+    "pooling_sees_padding": ("tl.where(conv_ok[:, None], conv, 0.0)", "conv", stem("resnet")),
+    "narrow_window": ("tl.static_range(1, 3)", "tl.static_range(1, 2)", stem("resnet")),
+    "no_row_mask": ("mask=row_ok & pair_ok &", "mask=pair_ok &", stem("odd_height")),
+    "no_column_mask": ("mask=row_ok & pair_ok &", "mask=row_ok &", stem("odd_height")),
+    "terms_past_the_end": (" & (term < TERMS)[None, :]", "", nan_below_the_window),
+    "dropped_relu": ("relu(batch_norm(acc, out, out_ok, norm, 1))", "batch_norm(acc, out, out_ok, norm, 1)",
+                     stem("two_norm_vectors")),
+    "channels_of_other_blocks": ("first_out = program % tiles_out * BLOCK_OUT", "first_out = 0",
+                                 stem("several_channel_blocks")),
+    "32_bit_images": ("image = (tile // (tiles_w * tiles_h)).to(tl.int64)", "image = tile // (tiles_w * tiles_h)",
+                      huge.check_stem),
+}  # fmt: skip
+TAIL_MUTANTS = {
+    "dropped_dilation": ("(tap // 3 - 1) * DILATION", "(tap // 3 - 1)", tail("dilated")),
+    "no_relu_between": ("mid = relu(acc +", "mid = (acc +", tail("identity")),
+    "dropped_shortcut_bias": ("out += tl.load(shortcut_bias_ptr + channel).to(tl.float32)[:, None]", "pass",
+                              tail("shortcut")),
+    "residual_of_the_first_channels": ("residual.load([n, h, w, first])", "residual.load([n, h, w, 0])",
+                                       tail("identity")),
+    "next_from_the_first_channels": ("next_weight.load([0, first])", "next_weight.load([0, 0])", tail("identity")),
+    "no_relu_at_the_end": ("next_acc = relu(next_acc +", "next_acc = (next_acc +", tail("wider_next")),
+}  # fmt: skip
+BN_ACT_MUTANTS = {
+    "no_mask": ("ok = index < elements", "ok = index < elements + 1", bn_act),
+    "plane_forgotten": ("(index // PLANE % CHANNELS)", "(index % CHANNELS)", partial(bn_act, "nchw")),
+    "dropped_residual": ("if residual_ptr is not None", "if False", bn_act),
+    "32_bit_index": (".to(tl.int64) * BLOCK", " * BLOCK", huge.check_bn_act),
+}
+MUTANTS = {
+    f"{file.removesuffix('.py')}-{name}": Mutant(file, *mutant)
+    for file, mutants in (
+        ("epilogue.py", EPILOGUE),
+        ("conv_pointer.py", POINTER_MUTANTS),
+        ("conv_tma.py", TMA_MUTANTS),
+        ("stem.py", STEM_MUTANTS),
+        ("tail.py", TAIL_MUTANTS),
+        ("bn_act.py", BN_ACT_MUTANTS),
+    )
+    for name, mutant in mutants.items()
+}
+
+
+def outcome_with(directory, notices: Callable[[], None]) -> str:
+    def run() -> None:
+        mutated.launch(directory)
+        notices()
+
+    return outcome(run)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_noticed(name, tmp_path):
+    mutant = MUTANTS[name]
+    directory = tmp_path / "mutated_kernels"
+    directory.mkdir()
+    mutated.write(directory, mutant.file, mutant.old, mutant.new)
+    became = outcome_with(directory, mutant.notices)
+    assert became.startswith(("AssertionError", "SIGSEGV", "SIGBUS")), became
+
+
+@pytest.mark.parametrize("notices", [
+    pytest.param(pointer("three_by_three_bn_residual"), id="pointer"),
+    pytest.param(tma("shortcut_two_norms"), id="tma"),
+    pytest.param(stem("two_norm_vectors"), id="stem"),
+    pytest.param(tail("wider_next"), id="tail"),
+    pytest.param(bn_act, id="bn_act"),
+    pytest.param(bn_act_of_nan, id="bn_act_of_nan"),
+    pytest.param(nan_below_the_window, id="nan_below_the_window"),
+])  # fmt: skip
+def test_an_unmutated_copy_passes(notices, tmp_path):
+    directory = tmp_path / "copied_kernels"
+    directory.mkdir()
+    mutated.write(directory, "", "", "")
+    assert outcome_with(directory, notices) == PASSED

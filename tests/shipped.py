@@ -1,0 +1,191 @@
+"""Which kernels the package can start: the problems of the reference networks, with what is chosen for them.
+
+A job is one compilation. Many problems share one, and more differ in nothing but a trip count: `representatives` takes
+one of each such class. With RESNET_FAST_GATE=all it takes every one, which is for a change of kernels or compiler.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torchvision
+
+from resnet_fast import freeze
+from resnet_fast.gpus import KNOWN, Gpu
+from resnet_fast.kernels import selection, tables
+from resnet_fast.kernels.configs import Config, TmaConfig, candidates, group_shape, kernel_name
+from resnet_fast.planner import Section, build
+from resnet_fast.problems import Conv, ConvProblem, Problem, StemProblem, TailProblem
+
+GPUS = {"sm_80": KNOWN["a100"], "sm_90": KNOWN["h200"], "sm_100": KNOWN["b200"]}
+NETWORKS = {  # name -> dtype -> batch sizes
+    "resnet18": {"bfloat16": (1, 32, 256), "float32": (32,)},
+    "resnet50": {"bfloat16": (1, 32, 256)},
+    "resnext50_32x4d": {"bfloat16": (1, 32, 256)},
+    "wide_resnet50_2": {"bfloat16": (1, 32, 256)},
+}
+TRIED = 3
+"""How many of the candidates for each of PROBLEMS are compiled, the most promising first."""
+
+_THREE = {"kernel": (3, 3), "padding": (1, 1)}
+_STEM = Conv(32, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))
+_DOWN = Conv(32, 256, 56, 56, 512, stride=(2, 2))
+_MID = Conv(32, 64, 56, 56, 64, **_THREE)
+PROBLEMS = (
+    ConvProblem(Conv(32, 64, 56, 56, 256), "float16", residual=True),
+    ConvProblem(Conv(32, 64, 56, 56, 256), "bfloat16", residual=True, folded=False),
+    ConvProblem(Conv(32, 128, 28, 28, 512), "bfloat16", shortcut=_DOWN),
+    ConvProblem(Conv(32, 128, 28, 28, 512), "float16", shortcut=_DOWN, folded=False),
+    ConvProblem(Conv(32, 256, 14, 14, 256, **_THREE), "float16"),
+    ConvProblem(Conv(32, 128, 56, 56, 128, **_THREE, stride=(2, 2)), "float16", folded=False),
+    ConvProblem(Conv(32, 1024, 7, 7, 1024, **_THREE, groups=32), "bfloat16"),
+    ConvProblem(Conv(32, 100, 28, 28, 100, **_THREE), "float16", residual=True, folded=False),
+    ConvProblem(Conv(32, 65, 28, 28, 5, **_THREE), "float32", folded=False),
+    ConvProblem(_STEM, "float16", folded=False),
+    StemProblem(_STEM, "float16"),
+    TailProblem(_MID, Conv(32, 64, 56, 56, 256), "float16", Conv(32, 64, 56, 56, 256), Conv(32, 256, 56, 56, 64)),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """`problem` with `config` for the architecture `arch`, one of GPUS."""
+
+    arch: str
+    problem: Problem
+    config: Config
+
+    @property
+    def gpu(self) -> Gpu:
+        return GPUS[self.arch]
+
+    @property
+    def capability(self) -> int:
+        return int(self.arch.removeprefix("sm_"))
+
+    def __str__(self) -> str:
+        fields = "-".join(map(str, vars(self.config).values())).replace(", ", "x")
+        return f"{self.arch} {kernel_name(self.config)} {fields}: {self.problem.key}"
+
+
+def jobs() -> list[Job]:
+    """What is chosen without measurements, what the shipped tables choose, and what `tune` tries first."""
+    problems = list(dict.fromkeys(reference_problems()))
+    found = [job for arch in GPUS for problem in problems for job in _best(arch, problem, 1)]
+    found += [job for arch in GPUS for problem in PROBLEMS for job in _best(arch, problem, TRIED)]
+    for arch, gpu in GPUS.items():
+        rows = tables.read(tables.SHIPPED / f"{gpu.slug}.json", gpu)
+        found += [Job(arch, problem_of(key), row.config) for key, row in rows.items() if row.config is not None]
+    return list(dict.fromkeys(found))
+
+
+def representatives(found: Iterable[Job]) -> list[Job]:
+    """The first of every class of jobs that compile to the same but for trip counts; or all of them."""
+    if os.environ.get("RESNET_FAST_GATE") == "all":
+        return list(found)
+    classes: dict[tuple, Job] = {}
+    for job in found:
+        classes.setdefault(_code(job), job)
+        classes.setdefault((job.arch, getattr(job.config, "box", None)), job)
+    return list(dict.fromkeys(classes.values()))
+
+
+def reference_problems() -> Iterator[Problem]:
+    """Every step of the reference networks' plans: of all kernels, convolution by convolution, and batch norm unfolded,
+    which is how the backend runs them."""
+    for network, dtypes in NETWORKS.items():
+        for dtype, batches in dtypes.items():
+            with torch.device("meta"):
+                model = getattr(torchvision.models, network)().eval()
+            section = Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
+            for batch in batches:
+                yield from _steps(section, batch, dtype)
+
+
+def _steps(section: Section, batch: int, dtype: str) -> Iterator[Problem]:
+    with _unmeasured():
+        plans = [build(section, (batch, 3, 224, 224), dtype, KNOWN["h200"], fusion=how) for how in ("conv", "tail")]
+    for problem in (step.problem for plan in plans for step in plan.steps):
+        if isinstance(problem, ConvProblem):
+            yield from (problem, replace(problem, folded=False))
+        elif isinstance(problem, TailProblem):
+            yield from (problem, replace(problem, next_conv=None))
+        elif isinstance(problem, StemProblem):
+            yield from (problem, ConvProblem(problem.conv, dtype, folded=False))
+
+
+@contextlib.contextmanager
+def _unmeasured() -> Iterator[None]:
+    """Whatever tables there are, here or in this machine's cache, plans are made as if there were none."""
+    lookup, tables.lookup = tables.lookup, lambda problem, gpu: None
+    selection.choose.cache_clear()
+    try:
+        yield
+    finally:
+        tables.lookup = lookup
+        selection.choose.cache_clear()
+
+
+def _best(arch: str, problem: Problem, count: int) -> list[Job]:
+    return [Job(arch, problem, config) for config in candidates(problem, GPUS[arch])[:count]]
+
+
+def problem_of(key: str) -> Problem:
+    """The problem whose `key` this is: tuned tables name problems by it."""
+    kind, conv, dtype = re.match(r"(\w+) (.*?) (bfloat16|float16|float32)\b", key).groups()
+    found = re.search(r" \+shortcut\((.*?)\)", key)
+    shortcut = _conv_of(found[1]) if found else None
+    if kind == "conv":
+        folded, relu = not key.endswith(" bn"), "no-relu" not in key
+        return ConvProblem(_conv_of(conv), dtype, "+residual" in key, shortcut, folded, relu)
+    if kind == "stem":
+        return StemProblem(_conv_of(conv), dtype)
+    conv, out = conv.rsplit(" k", 1)
+    conv2 = _conv_of(conv)
+    plane = conv2.out_height, conv2.out_width
+    following = re.search(r" \+next\(k(\d+)\)", key)
+    return TailProblem(
+        conv2,
+        Conv(conv2.batch, conv2.out_channels, *plane, int(out)),
+        dtype,
+        shortcut,
+        Conv(conv2.batch, int(out), *plane, int(following[1])) if following else None,
+    )
+
+
+def _conv_of(key: str) -> Conv:
+    numbers = dict(re.findall(r"\b([nkfspdg])(\d+(?:x\d+)?)\b", key))
+    image = map(int, re.search(r"\b(\d+)x(\d+)x(\d+)\b", key).groups())
+    pairs = {}
+    for letter, name in (("f", "kernel"), ("s", "stride"), ("p", "padding"), ("d", "dilation")):
+        if letter in numbers:
+            sides = numbers[letter].split("x")
+            pairs[name] = (int(sides[0]), int(sides[-1]))
+    return Conv(int(numbers["n"]), *image, int(numbers["k"]), **pairs, groups=int(numbers.get("g", 1)))
+
+
+def _code(job: Job) -> tuple:
+    """What machine code depends on, but for numbers that only count: images, rows, channels beyond three blocks."""
+    problem, config = job.problem, job.config
+    if isinstance(problem, StemProblem):
+        return job.arch, problem.dtype, config, problem.conv.in_channels
+    if isinstance(problem, TailProblem):
+        widths = (conv and (conv.in_channels, conv.out_channels, conv.stride) for conv in (*problem.convs, None))
+        return job.arch, problem.dtype, _boxless(config), problem.shortcut is None, *widths
+    conv, shortcut, (groups, group_in, group_out) = problem.conv, problem.shortcut, group_shape(problem)
+    rest = group_in % config.block_in, group_out % config.block_out
+    branch = shortcut and shortcut.in_channels % config.block_in
+    epilogue = problem.residual, problem.folded, problem.relu, branch
+    several = conv.kernel != (1, 1) or group_in > config.block_in
+    taps = conv.kernel != (1, 1), conv.padding != (0, 0), several, groups > 1
+    if isinstance(config, TmaConfig):
+        taps = *taps, not conv.pointwise and conv.stride
+    return job.arch, problem.dtype, _boxless(config), epilogue, taps, rest
+
+
+def _boxless(config: Config) -> Config:
+    """Of a box only the pixels; `representatives` has every box once besides."""
+    return replace(config, box=(config.block_pixels, 1, 1)) if hasattr(config, "box") else config
