@@ -1,10 +1,8 @@
 """Runs a `Plan` on a GPU: weights packed once, activations in one arena laid out beforehand, one launch a step.
 
-Nothing is chosen, tuned or synchronised in a call. The arena makes an engine one caller's at a time: calls from several
-threads take turns, and a call on another stream waits for the one before.
+Nothing is chosen, tuned or synchronised in a call. The arena makes an engine one caller's at a time (`capture.Turns`).
 """
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from .backends import library
 from .backends.triton import launcher
+from .capture import Turns
 from .plan import Plan, Step
 from .problems import ConvProblem, PoolProblem, StemProblem, TailProblem
 
@@ -20,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 
 class LaunchFailed(RuntimeError):
-    """A step's kernel needs more of the GPU than it has; `step` is which."""
+    """A step's kernel does not compile or needs more of the GPU than it has; `step` is which."""
 
     def __init__(self, step: Step, error: Exception) -> None:
         super().__init__(f"{step.name}: {type(error).__name__}: {error}")
@@ -40,18 +39,15 @@ class Engine:
         self._runs = [(step, _bind(step)) for step in plan.steps]
         self.graph: Callable[[Tensor], Tensor] | None = None
         """Whatever its owner has captured around it, so that the two go together."""
-        self._lock = threading.Lock()
-        self._last: torch.cuda.Event | None = None
+        self._turns = Turns(self.device)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """The section's output for x, dense in channels_last."""
-        with self._lock:
-            self._wait_for_last()
+        with self._turns:
             tensors = self._tensors(x)
             for step, run in self._runs:
                 _launch(step, run, tensors)
-            self._record_last()
             return tensors[self.plan.output]
 
     def warmup(self, x: Tensor) -> None:
@@ -88,20 +84,11 @@ class Engine:
         flat = self.arena[offset : offset + size].view(self.dtype)
         return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def _wait_for_last(self) -> None:
-        if self._last is not None and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(self.device).wait_event(self._last)
-
-    def _record_last(self) -> None:
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self._last = self._last or torch.cuda.Event()
-            self._last.record(torch.cuda.current_stream(self.device))
-
 
 def _launch(step: Step, run: Callable[[Tensors], None], tensors: Tensors) -> None:
     try:
         run(tensors)
-    except launcher().OutOfResources as error:
+    except launcher().REFUSALS as error:
         raise LaunchFailed(step, error) from error
 
 

@@ -5,8 +5,8 @@ graph. Where that cannot be, the layers run one by one as `frozen.py` has them, 
 """
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torchvision.models.resnet import ResNet
 
 from . import _log, dispatch
 from .backends import triton
+from .capture import CapturedCall
 from .dispatch import BackendUnavailable
 from .engine import Engine, LaunchFailed
 from .frozen import FrozenStage, raise_for_gradient
@@ -24,6 +25,7 @@ SHAPES_KEPT = 4
 """Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
 
 
+_building = threading.Lock()
 _NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside")
 
 
@@ -52,28 +54,35 @@ class _Planned:
             return None
         reason = self.why_not_planned(x)
         if reason is None:
-            key = (tuple(x.shape), x.device)
-            if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
-                self._forget()  # a layer was replaced
-            if key in self._engines:
-                self._engines.move_to_end(key)
-                return self._engines[key]
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                reason = "this input shape was not warmed up before the CUDA graph capture (resnet_fast.warmup)"
-            else:
-                try:
-                    self._engines[key] = self._build(x)
-                except ValueError as error:  # not plannable
-                    reason = str(error)
-                else:
-                    while len(self._engines) > SHAPES_KEPT:
-                        self._engines.popitem(last=False)
-                    return self._engines[key]
+            with _building:  # threads that come at once wait for one plan
+                engine, reason = self._kept(x)
+            if engine is not None:
+                return engine
         if dispatch.requested(self.backend) == "triton":
             raise BackendUnavailable(f"backend='triton' cannot run this frozen {type(self).__name__}: {reason}")
         if x.is_cuda:
             _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
         return None
+
+    def _kept(self, x: Tensor) -> tuple[Engine | None, str]:
+        """The engine of x's shape, or why there is none."""
+        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
+            self._forget()  # a layer was replaced
+        engines, key = self._engines, (tuple(x.shape), x.device)
+        if key not in engines:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return (
+                    None,
+                    "this input shape was not warmed up before the capture (resnet_fast.warmup)",
+                )
+            try:
+                engines[key] = self._build(x)
+            except ValueError as error:  # not plannable
+                return None, str(error)
+            if len(engines) > SHAPES_KEPT:
+                engines.popitem(last=False)
+        engines.move_to_end(key)
+        return engines[key], ""
 
     def _build(self, x: Tensor) -> Engine:
         """Plan and compile for x. A kernel that the GPU refuses is planned around."""
@@ -171,24 +180,3 @@ class PlannedResNet(_Planned, ResNet):
 
     def _weight_dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
-
-
-class CapturedCall:
-    """A function of one CUDA tensor as a CUDA graph, for x's shape: copied in, replayed, copied out."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._x = x.clone()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):  # whatever libraries set up on first use, they do before the capture
-            function(self._x)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._y = function(self._x)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The function's result in a tensor of its own."""
-        self._x.copy_(x)
-        self._graph.replay()
-        return self._y.clone()

@@ -242,8 +242,8 @@ def _in_one_kernel(problem: ConvProblem, x: Tensor, layout: torch.memory_format,
             try:
                 run(choice.config, y)
                 return y
-            except launcher().OutOfResources as error:
-                selection.refuse(problem, gpu, f"OutOfResources: {error}")
+            except launcher().REFUSALS as error:
+                selection.refuse(problem, gpu, f"{type(error).__name__}: {error}")
         reason = selection.choose(problem, gpu).reason
     _log.once(f"triton: {problem.key} takes cuDNN and one pass behind it: {reason}", logging.INFO)
     return None

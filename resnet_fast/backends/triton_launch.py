@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources  # noqa: F401  (for callers, who import no Triton)
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.bn_act import bn_act as bn_act_kernel
@@ -20,6 +21,9 @@ from ..kernels.conv_tma import conv_bn_act_tma
 from ..kernels.stem import stem as stem_kernel
 from ..kernels.tail import bottleneck_tail
 from ..problems import Conv, ConvProblem, StemProblem, TailProblem
+
+REFUSALS = (OutOfResources, CompilationError, PTXASError)
+"""What a launch raises where a configuration does not fit the GPU or its compiler: another path can be taken."""
 
 _BN_ACT_BLOCK = 1024
 
