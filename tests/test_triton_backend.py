@@ -5,6 +5,7 @@ What the kernels compute is tested in tests/interpreted and, on a GPU, in test_g
 
 import importlib.metadata
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,13 @@ def test_a_measured_row_decides_and_the_nearest_batch_stands_in():
     near = selection.choose(ConvProblem(PROBLEM.conv.with_batch(128), "bfloat16"), H200)
     assert (near.config, near.source) == (config, "tuned at n256")
     assert selection.choose(ConvProblem(PROBLEM.conv, "float16"), H200).source == "predicted"
+
+
+def test_batch_norm_in_the_epilogue_goes_by_the_folded_row():
+    config = PointerConfig(64, 64, 32, 4, 3)
+    write_table({PROBLEM.key: {"config": to_dict(config), "us": 9.0, "library_us": 12.0}})
+    choice = selection.choose(replace(PROBLEM, folded=False), H200)
+    assert (choice.config, choice.source) == (config, "tuned")
 
 
 def test_a_row_that_is_no_longer_valid_is_not_taken():
