@@ -39,7 +39,8 @@ class CapturedCall:
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self._turns = Turns(x.device)
-        self._x = x.clone()
+        with torch.inference_mode(False):  # or a later call outside it could not write into _x
+            self._x = x.clone()
         stream = torch.cuda.Stream(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):  # whatever libraries set up on first use, they do before the capture
