@@ -5,8 +5,8 @@ does not load, an environment variable names no backend. A missing extension, GP
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
-"pool": {...}, "fallbacks": [...], "self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}],
-"broken": [reasons]}
+"pool": {...}, "tuned": [{"gpu", "rows", "reason"}], "fallbacks": [...],
+"self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}], "broken": [reasons]}
 """
 
 import argparse
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import _log, dispatch, memory, numerics
+from .. import _log, dispatch, gpus, memory, numerics
+from ..kernels import tables
 from . import checks, environment, output
 
 
@@ -52,6 +53,7 @@ def collect() -> dict:
         "backends": _backends(),
         "native_build": native.build_info(),
         "pool": memory.memory_stats(),
+        "tuned": _tuned(),
         "fallbacks": list(_log.said()),
         "self_test": self_test,
         "broken": broken,
@@ -78,6 +80,12 @@ def _extension_faults(native) -> list[str]:
             return [f"{path} is there but cannot be used: {reason}"]
         return [f"{path} was built for another Python than this one, which loads {min(loadable, key=len)}: {reason}"]
     return []
+
+
+def _tuned() -> list[dict]:
+    """How much is measured for each GPU here; without any, "auto" leaves it to PyTorch."""
+    found = [gpus.of_device(index) for index in range(torch.cuda.device_count())]
+    return [{"gpu": gpu.name, "rows": tables.count(gpu), "reason": tables.why_none(gpu) or ""} for gpu in found]
 
 
 def _backends() -> list[dict]:
@@ -154,6 +162,8 @@ def _print(report: dict) -> None:
     console.print(table)
     _print_pairs("native build", report["native_build"] or {"resnet_fast._C": "not in use, see above"})
     _print_pairs("activation pool", report["pool"])
+    tuned = {row["gpu"]: row["reason"] or f"{row['rows']} problems measured" for row in report["tuned"]}
+    _print_pairs("tuned tables", tuned or {"none": "no GPU"})
     _print_pairs("environment variables in force", report["environment_variables"] or {"none": ""})
     table = Table("directory", "path", "exists", "writable", title="directories", title_justify="left")
     for row in report["directories"]:

@@ -49,6 +49,11 @@ def why_none(gpu: Gpu) -> str | None:
     return None if _rows(gpu) else f"nothing measured for {gpu.name}: run `resnet-fast tune` on it"
 
 
+def count(gpu: Gpu) -> int:
+    """How many problems were measured on this GPU."""
+    return len(_rows(gpu))
+
+
 def lookup(problem: Problem, gpu: Gpu) -> tuple[Row, str] | None:
     """What was measured for this problem and the key it was measured under: its own, or the nearest batch size's."""
     rows = _rows(gpu)
