@@ -120,13 +120,14 @@ def _steps(section: Section, batch: int, dtype: str) -> Iterator[Problem]:
 @contextlib.contextmanager
 def _unmeasured() -> Iterator[None]:
     """Whatever tables there are, here or in this machine's cache, plans are made as if there were none."""
-    lookup, tables.lookup = tables.lookup, lambda problem, gpu: None
-    selection.choose.cache_clear()
+    lookup = tables.lookup
     try:
+        tables.lookup = lambda problem, gpu: None
+        selection.forget()
         yield
     finally:
         tables.lookup = lookup
-        selection.choose.cache_clear()
+        selection.forget()
 
 
 def _best(arch: str, problem: Problem, count: int) -> list[Job]:
