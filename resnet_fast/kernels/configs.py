@@ -27,8 +27,8 @@ class PointerConfig:
 
 
 @dataclass(frozen=True)
-class TmaConfig:
-    """conv_tma: a program computes a box of (images, rows, columns) x block_out, block_in channels at a time."""
+class BoxConfig:
+    """A program has a box of output pixels, (images, rows, columns), which descriptors load and store whole."""
 
     box: tuple[int, int, int]
     block_out: int
@@ -41,19 +41,12 @@ class TmaConfig:
         return math.prod(self.box)
 
 
-@dataclass(frozen=True)
-class TailConfig:
-    """tail: a program computes all channels of a box of pixels, block_out of the block's output at a time."""
+class TmaConfig(BoxConfig):
+    """conv_tma: a program computes its box x block_out output channels, block_in input channels at a time."""
 
-    box: tuple[int, int, int]
-    block_out: int
-    block_in: int
-    warps: int
-    stages: int
 
-    @property
-    def block_pixels(self) -> int:
-        return math.prod(self.box)
+class TailConfig(BoxConfig):
+    """tail: a program computes all channels of its box, block_out of the block's output at a time."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ def _why_not_split(conv: Conv) -> str | None:
     return f"stride {conv.stride} over {conv.height}x{conv.width} is no dense view of it"
 
 
-def _why_not_box(config: TmaConfig | TailConfig, conv: Conv, problem: Problem) -> str | None:
+def _why_not_box(config: BoxConfig, conv: Conv, problem: Problem) -> str | None:
     images = config.box[0]
     covered = _boxes(config.box, conv) * config.block_pixels
     if images > max(1, conv.batch) * 2 or covered > 4 * max(conv.pixels, 64):
