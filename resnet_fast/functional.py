@@ -44,7 +44,7 @@ def bn_act(
         weight, bias: (C,) or None for 1 and 0. x's dtype, or float32 beside a bfloat16 or float16 x.
         residual: x's shape; added before the activation.
         act: "relu" or None.
-        backend: "auto", "native", "reference".
+        backend: "auto", "triton", "native", "reference".
 
     Returns:
         y: x's shape, dtype and memory format.
@@ -182,7 +182,10 @@ def conv_bn_shortcut_act(
         residual = conv_bn_act(shortcut, *branch[:5], **_keywords(branch), act=None, backend=backend)
         return conv_bn_act(x, *main[:5], **_keywords(main), residual=residual, act=act, backend=backend)
     x, main, shape = _checked(x, main, False)
-    shortcut, branch, branch_shape = _checked(shortcut, branch, False)
+    shortcut, branch, branch_shape = _checked(shortcut, branch, False, "shortcut")
+    _check_device("shortcut", shortcut, x.device)
+    if shortcut.dtype != x.dtype:
+        raise TypeError(f"shortcut is {shortcut.dtype} and x is {x.dtype}; they must have one dtype")
     if tuple(branch.conv_weight.shape[2:]) != (1, 1) or branch.padding != [0, 0] or branch.groups != 1:
         raise ValueError(
             f"branch must be a dense 1x1 convolution without padding, but conv_weight is "
@@ -201,14 +204,14 @@ def _keywords(stage: ConvBn) -> dict:
     return dict(zip(stage._fields[5:], stage[5:], strict=True))
 
 
-def _checked(x: Tensor, stage: ConvBn, training: bool) -> tuple[Tensor, ConvBn, tuple[int, ...]]:
+def _checked(x: Tensor, stage: ConvBn, training: bool, name: str = "x") -> tuple[Tensor, ConvBn, tuple[int, ...]]:
     """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape."""
-    _check_input("x", x)
-    _check_conv(x, stage.conv_weight, stage.conv_bias, stage.groups)
+    _check_input(name, x)
+    _check_conv(name, x, stage.conv_weight, stage.conv_bias, stage.groups)
     dtype = conv_dtype(x)
     if dtype != stage.conv_weight.dtype and not autocasts(x):
         raise TypeError(
-            f"conv_weight is {stage.conv_weight.dtype} and x is {x.dtype}; they must have one dtype "
+            f"conv_weight is {stage.conv_weight.dtype} and {name} is {x.dtype}; they must have one dtype "
             f"(convert one, or run under torch.autocast)"
         )
     stage = stage._replace(
@@ -289,14 +292,14 @@ def _check_input(name: str, x) -> None:
         raise TypeError(f"{name} has layout {x.layout}; it must be dense (torch.strided): call .to_dense()")
 
 
-def _check_conv(x: Tensor, conv_weight, conv_bias, groups: int) -> None:
+def _check_conv(name: str, x: Tensor, conv_weight, conv_bias, groups: int) -> None:
     _check_input("conv_weight", conv_weight)
     out_channels, in_channels = conv_weight.shape[0], conv_weight.shape[1] * groups
     if groups < 1 or out_channels % groups:
         raise ValueError(f"groups={groups} must be positive and divide conv_weight's {out_channels} output channels")
     if x.shape[1] != in_channels:
         raise ValueError(
-            f"x has {x.shape[1]} channels, but conv_weight {tuple(conv_weight.shape)} with groups={groups} "
+            f"{name} has {x.shape[1]} channels, but conv_weight {tuple(conv_weight.shape)} with groups={groups} "
             f"takes {in_channels}"
         )
     _check_device("conv_weight", conv_weight, x.device)

@@ -34,7 +34,7 @@ def optimize(
         model: any module that holds torchvision BasicBlocks or Bottlenecks: ResNet, ResNeXt, Wide ResNet, and the
             segmentation and detection models built on them. Training or eval, any device and dtype.
         filter_fn: called with each block's name and module; False leaves that block alone.
-        backend: "auto", or the name of the backend that must run ("native", "reference").
+        backend: "auto", or the name of the backend that must run ("triton", "native", "reference").
         strict: raise where a block cannot be fused, here and at every later call, rather than run it stock.
         dry_run: change nothing, only report.
 

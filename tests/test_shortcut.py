@@ -144,5 +144,9 @@ def test_wrong_arguments_are_named():
         functional.conv_bn_shortcut_act(x, main, shortcut, branch._replace(stride=1))
     with pytest.raises(ValueError, match="x has 12 channels"):
         functional.conv_bn_shortcut_act(shortcut, main, shortcut, branch)
+    with pytest.raises(ValueError, match="shortcut has 8 channels"):
+        functional.conv_bn_shortcut_act(x, main, x, branch)
+    with pytest.raises(TypeError, match=r"shortcut is torch\.float64 and x is torch\.float32"):
+        functional.conv_bn_shortcut_act(x, main, shortcut.double(), double(branch))
     with pytest.raises(TypeError, match=r"conv_weight is torch\.float64 and x is torch\.float32"):
         functional.conv_bn_shortcut_act(x, double(main), shortcut, branch)
