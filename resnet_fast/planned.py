@@ -7,6 +7,7 @@ graph. Where that cannot be, the layers run one by one as `frozen.py` has them, 
 import logging
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from .dispatch import BackendUnavailable
 from .engine import Engine, LaunchFailed
 from .frozen import FrozenStage, raise_for_gradient
 from .kernels import selection
+from .plan import Plan
 from .planner import Section, build
+from .report import BlockReport
 
 SHAPES_KEPT = 4
 """Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
@@ -79,6 +82,7 @@ class _Planned:
                 engines[key] = self._build(x)
             except ValueError as error:  # not plannable
                 return None, str(error)
+            self._tell(engines[key].plan)
             if len(engines) > SHAPES_KEPT:
                 engines.popitem(last=False)
         engines.move_to_end(key)
@@ -96,6 +100,12 @@ class _Planned:
             except LaunchFailed as error:
                 _log.once(f"freeze: {error}; that layer takes another path")
                 selection.refuse(error.step.problem, gpu, str(error))
+
+    def _tell(self, plan: Plan) -> None:
+        """Say which layers of a new plan are not Triton's, and why."""
+        for step in plan.steps:
+            if step.choice.config is None and step.modules:
+                _log.once(f"freeze: {step.name} takes the library's path: {step.choice.reason}", logging.INFO)
 
     def _hooked(self) -> bool:
         hooks = nn.modules.module
@@ -159,6 +169,15 @@ class PlannedResNet(_Planned, ResNet):
         with torch.no_grad():
             return self._replayed(engine, x) if self._captures(x) else self._whole(engine, x)
 
+    def _tell(self, plan: Plan) -> None:
+        """Into the report as well: block by block, the kernels of the plan made last."""
+        super()._tell(plan)
+        report = self.__dict__.get("resnet_fast_report")
+        if report is not None:  # else this is a part of the frozen model, which has the report
+            blocks = dict(self.named_modules())
+            rows = tuple(_row(row, blocks[row.name], plan) for row in report)
+            self.resnet_fast_report = replace(report, blocks=rows)
+
     def _whole(self, engine: Engine, x: Tensor) -> Tensor:
         return self.fc(torch.flatten(self.avgpool(engine(x)), 1))
 
@@ -180,3 +199,18 @@ class PlannedResNet(_Planned, ResNet):
 
     def _weight_dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
+
+
+def _row(row: BlockReport, block: nn.Module, plan: Plan) -> BlockReport:
+    """`row` with the kernels that compute `block`'s convolutions, and the reason of each that is the library's."""
+    inside = set(block.modules())
+    steps = [step for step in plan.steps if inside & set(step.modules)]
+    if not steps:
+        return row
+    library = [step for step in steps if step.choice.config is None]
+    return replace(
+        row,
+        backend="library" if len(library) == len(steps) else "triton",
+        kernel=", ".join(dict.fromkeys(step.choice.kernel for step in steps)),
+        reason="; ".join(f"{step.name}: {step.choice.reason}" for step in library),
+    )

@@ -12,11 +12,12 @@ from numerics import assert_all_match
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from resnet_fast import freeze, planner, warmup
+from resnet_fast import freeze, gpus, planner, warmup
 from resnet_fast.engine import Engine, LaunchFailed
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.selection import Choice
 from resnet_fast.planned import SHAPES_KEPT, PlannedResNet, PlannedStage
+from resnet_fast.problems import ConvProblem
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,34 @@ def test_a_whole_resnet():
     assert_all_match({"y": ours}, {"y": theirs}, {"y": exact})
     (engine,) = frozen._engines.values()
     assert kernels(engine)[0] == "stem"
+    rows = {row.name: row for row in frozen.resnet_fast_report}
+    assert rows.keys() == {f"layer{number}.0" for number in range(1, 5)}
+    assert all(row.fused and row.backend == "triton" and row.kernel == "conv_pointer" for row in rows.values())
+
+
+def test_a_resnet_inside_another_model():
+    model = nn.Sequential(narrow_resnet(), nn.Softmax(1)).eval()
+    frozen = freeze(model, dtype=torch.float16, backend="triton")
+    assert type(frozen[0]) is PlannedResNet
+    x = draw((1, 3, 32, 32), torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x).float(), model(x), rtol=2e-2, atol=2e-2)
+    assert len(frozen.resnet_fast_report) == 4
+
+
+def test_the_report_says_why_a_layer_is_the_librarys(said):
+    model = narrow_resnet()
+    x = draw((1, 3, 32, 32), torch.float32)
+    frozen = freeze(model, dtype=torch.bfloat16, backend="triton")
+    conv1 = planner.conv_of(frozen.layer2[0].convs[0], (1, 64, 8, 8))
+    selection.refuse(ConvProblem(conv1, "bfloat16"), gpus.KNOWN["h200"], "it was too tired")
+    with torch.no_grad():
+        frozen(x)
+    row = frozen.resnet_fast_report.blocks[1]
+    assert (row.name, row.backend, row.kernel) == ("layer2.0", "triton", "library, conv_pointer")
+    assert row.reason == "layer2.0.conv1: it was too tired"
+    assert "it was too tired" in str(frozen.resnet_fast_report)
+    assert sum("layer2.0.conv1 takes the library's path: it was too tired" in message for message in said()) == 1
 
 
 @pytest.mark.parametrize("fusion", ["conv", "tail"])
