@@ -99,6 +99,10 @@ class FrozenConv2d(Frozen):
         self._packed = None  # .to() and friends change the weight under it
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args, **keywords) -> None:
+        super()._load_from_state_dict(*args, **keywords)
+        self._packed = None
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None}  # oneDNN's opaque tensors neither copy nor pickle
 

@@ -1,7 +1,8 @@
 """Frozen modules that run as one plan on a GPU: a whole torchvision ResNet, or one stage of another model's backbone.
 
 Per input shape the layers are planned, the kernels compiled and, for a ResNet, the whole forward is captured in a CUDA
-graph. Where that cannot be, the layers run one by one as `frozen.py` has them, and the reason is logged once.
+graph. Where that cannot be, the layers run one by one as `frozen.py` has them, and the reason is logged once; on a CPU
+they always do, in float32 where that is faster (`twin.py`).
 """
 
 import logging
@@ -23,13 +24,14 @@ from .kernels import selection
 from .plan import Plan
 from .planner import Section, build
 from .report import BlockReport
+from .twin import float32_twin
 
 SHAPES_KEPT = 4
 """Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
 
 
 _building = threading.Lock()
-_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside")
+_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside", "_float32_twin")
 
 
 class _Planned:
@@ -66,6 +68,13 @@ class _Planned:
         if x.is_cuda:
             _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
         return None
+
+    def _by_layer(self, x: Tensor) -> Tensor:
+        """The layers one by one; in float32 where the CPU is faster so, unless somebody watches them."""
+        if torch.compiler.is_compiling() or self._hooked():
+            return super().forward(x)
+        twin = float32_twin(self, x, self._weight_dtype())
+        return super().forward(x) if twin is None else twin(x.float()).to(x.dtype)
 
     def _kept(self, x: Tensor) -> tuple[Engine | None, str]:
         """The engine of x's shape, or why there is none."""
@@ -126,7 +135,8 @@ class _Planned:
 
     def _forget(self) -> None:
         """Plan anew: the layers are not what they were."""
-        self.__dict__.pop("_engines_by_shape", None)
+        for name in _NOT_COPIED:
+            self.__dict__.pop(name, None)
         self.__dict__["_planned_children"] = tuple(self._modules.values())
         self.__dict__["_modules_inside"] = [module for module in self.modules() if module is not self]
 
@@ -134,6 +144,10 @@ class _Planned:
         result = super()._apply(fn, recurse)
         self._forget()  # .to() and friends change the weights
         return result
+
+    def _load_from_state_dict(self, *args, **keywords) -> None:
+        super()._load_from_state_dict(*args, **keywords)
+        self._forget()
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
@@ -147,7 +161,7 @@ class PlannedStage(_Planned, FrozenStage):
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
         engine = self._engine(x)
-        return super().forward(x) if engine is None else engine(x)
+        return self._by_layer(x) if engine is None else engine(x)
 
     def _section(self) -> Section:
         return Section(None, False, list(self.named_children()))
@@ -165,7 +179,7 @@ class PlannedResNet(_Planned, ResNet):
         x = x.to(self._weight_dtype())
         engine = self._engine(x)
         if engine is None:
-            return super().forward(x)
+            return self._by_layer(x)
         with torch.no_grad():
             return self._replayed(engine, x) if self._captures(x) else self._whole(engine, x)
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast import freeze
+from resnet_fast import freeze, twin
 
 MODELS = {
     "basic": lambda: ResNet(BasicBlock, [2, 1, 1, 1], num_classes=7),
@@ -196,3 +196,55 @@ def test_compile_fullgraph():
         torch.testing.assert_close(
             torch.compile(frozen, fullgraph=True, backend="aot_eager")(x), frozen(x), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.fixture(params=[True, False], ids=["slow_bfloat16", "fast_bfloat16"])
+def slow_bfloat16(request, monkeypatch) -> bool:
+    """A CPU that computes bfloat16 slower than float32, and one that does not."""
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "segmentation"])
+def test_bfloat16_by_a_float32_twin(name, slow_bfloat16, said):
+    model = model_for(name)
+    x = draw((2, 3, 48, 48), torch.float32, "channels_last")
+    frozen = freeze(model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours = first_tensor(frozen(x))
+        theirs = first_tensor(copy.deepcopy(model).to(torch.bfloat16)(x.to(torch.bfloat16)))
+        exact = first_tensor(copy.deepcopy(model).double()(x.double()))
+    assert ours.dtype == torch.bfloat16
+    assert_all_match({"y": ours.contiguous()}, {"y": theirs.contiguous()}, {"y": exact.contiguous()})
+    twins = [module for module in frozen.modules() if "_float32_twin" in module.__dict__]
+    assert bool(twins) == slow_bfloat16
+    assert any("bfloat16 is slower" in message for message in said()) == slow_bfloat16
+    assert all(tensor.dtype == torch.bfloat16 for tensor in frozen.state_dict().values() if tensor.is_floating_point())
+
+
+def test_the_twin_is_not_copied_and_follows_new_weights(slow_bfloat16):
+    frozen, other = (freeze(model, dtype=torch.bfloat16) for model in (model_for(), lively(MODELS["basic"]()).eval()))
+    x = draw((2, 3, 32, 32), torch.float32)
+    with torch.no_grad():
+        before, expected = frozen(x), other(x)
+        assert torch.equal(copy.deepcopy(frozen)(x), before)
+        assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), before)
+        frozen.load_state_dict(other.state_dict())
+        assert torch.equal(frozen(x), expected)
+        assert not torch.equal(before, expected)
+
+
+def test_hooks_keep_the_layers_in_their_own_dtype(slow_bfloat16):
+    frozen = freeze(model_for(), dtype=torch.bfloat16)
+    seen = []
+    frozen.layer2.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        frozen(draw((1, 3, 32, 32), torch.float32))
+    assert seen == [torch.bfloat16]
+
+
+def test_float32_and_gpu_models_have_no_twin():
+    x = torch.zeros(1, 3, 8, 8)
+    assert twin.float32_twin(nn.Identity(), x, torch.float32) is None
+    assert twin.float32_twin(nn.Identity(), x.to("meta"), torch.bfloat16) is None
+    assert isinstance(twin.bfloat16_is_slow(), bool)
