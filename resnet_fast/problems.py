@@ -4,7 +4,7 @@ A problem is the key of the tuned tables and the input of the cost model, the pl
 in elements, work in FLOPs (2 per multiply-add, padding included), traffic in bytes, every tensor read or written once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element."""
@@ -90,10 +90,6 @@ class Conv:
             if pair != usual:
                 parts.append(f"{letter}{pair[0]}" if pair[0] == pair[1] else f"{letter}{pair[0]}x{pair[1]}")
         return " ".join([*parts, f"g{self.groups}"] if self.groups > 1 else parts)
-
-    def with_batch(self, batch: int) -> "Conv":
-        """The same convolution for another batch size."""
-        return replace(self, batch=batch)
 
     def _out(self, size: int, axis: int) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1)

@@ -120,7 +120,7 @@ def test_auto_waits_for_something_measured(h200):
 
 def test_a_measured_row_decides_and_the_nearest_batch_stands_in():
     config = PointerConfig(128, 64, 32, 4, 3)
-    bigger = ConvProblem(PROBLEM.conv.with_batch(256), "bfloat16")
+    bigger = ConvProblem(replace(PROBLEM.conv, batch=256), "bfloat16")
     write_table({
         PROBLEM.key: {"config": None, "us": 10.0, "library_us": 10.0, "variant": "fused"},
         bigger.key: {"config": to_dict(config), "us": 90.0, "library_us": 120.0},
@@ -128,7 +128,7 @@ def test_a_measured_row_decides_and_the_nearest_batch_stands_in():
     choice = selection.choose(PROBLEM, H200)
     assert (choice.config, choice.source, choice.variant) == (None, "tuned", "fused")
     assert selection.choose(bigger, H200).config == config
-    near = selection.choose(ConvProblem(PROBLEM.conv.with_batch(128), "bfloat16"), H200)
+    near = selection.choose(ConvProblem(replace(PROBLEM.conv, batch=128), "bfloat16"), H200)
     assert (near.config, near.source) == (config, "tuned at n256")
     assert selection.choose(ConvProblem(PROBLEM.conv, "float16"), H200).source == "predicted"
 

@@ -39,7 +39,7 @@ STEM = StemCase("stem", Conv(IMAGES, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3)), S
 def check_conv(case: ConvCase) -> None:
     """conv_pointer, every tensor past 2**31 elements."""
     batch = _batch(case.conv.y_shape)
-    problem = replace(case, conv=case.conv.with_batch(batch))
+    problem = replace(case, conv=replace(case.conv, batch=batch))
     if case.shortcut:
         problem = replace(problem, shortcut=case.shortcut.with_batch(batch))
     problem, tensors = problem.problem(DTYPE), tensors_of(case, DTYPE)
