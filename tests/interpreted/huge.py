@@ -41,7 +41,7 @@ def check_conv(case: ConvCase) -> None:
     batch = _batch(case.conv.y_shape)
     problem = replace(case, conv=replace(case.conv, batch=batch))
     if case.shortcut:
-        problem = replace(problem, shortcut=case.shortcut.with_batch(batch))
+        problem = replace(problem, shortcut=replace(case.shortcut, batch=batch))
     problem, tensors = problem.problem(DTYPE), tensors_of(case, DTYPE)
     y = reserve(problem.conv.y_shape, DTYPE, IMAGES)
     branch = {}
@@ -58,7 +58,7 @@ def check_conv(case: ConvCase) -> None:
 
 def check_stem() -> None:
     batch = max(_batch(STEM.conv.x_shape), _batch(STEM.problem(DTYPE).y_shape))
-    problem = replace(STEM, conv=STEM.conv.with_batch(batch)).problem(DTYPE)
+    problem = replace(STEM, conv=replace(STEM.conv, batch=batch)).problem(DTYPE)
     tensors = tensors_of(STEM, DTYPE)
     y = reserve(problem.y_shape, DTYPE, IMAGES)
     weight, norm = (
