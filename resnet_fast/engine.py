@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _log
 from .backends import library
 from .backends.triton import launcher
 from .capture import Turns
+from .kernels import selection
 from .plan import Plan, Step
 from .problems import ConvProblem, PoolProblem, StemProblem, TailProblem
 
@@ -83,6 +85,18 @@ class Engine:
         size = batch * channels * height * width * self.dtype.itemsize
         flat = self.arena[offset : offset + size].view(self.dtype)
         return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def fitted(make: Callable[[], Plan], x: Tensor) -> Engine:
+    """A warm engine of the plan that `make` makes, for x. A kernel that the GPU refuses is planned around, and said."""
+    while True:
+        engine = Engine(make(), x.device)
+        try:
+            engine.warmup(x)
+            return engine
+        except LaunchFailed as error:
+            _log.once(f"plan: {error}; that layer takes another path")
+            selection.refuse(error.step.problem, engine.plan.gpu, str(error))
 
 
 def _launch(step: Step, run: Callable[[Tensors], None], tensors: Tensors) -> None:

@@ -18,9 +18,8 @@ from . import _log, dispatch
 from .backends import triton
 from .capture import CapturedCall
 from .dispatch import BackendUnavailable
-from .engine import Engine, LaunchFailed
+from .engine import Engine, fitted
 from .frozen import FrozenStage, raise_for_gradient
-from .kernels import selection
 from .plan import Plan
 from .planner import Section, build
 from .report import BlockReport
@@ -98,17 +97,8 @@ class _Planned:
         return engines[key], ""
 
     def _build(self, x: Tensor) -> Engine:
-        """Plan and compile for x. A kernel that the GPU refuses is planned around."""
         gpu = triton.gpu_of(x)
-        while True:
-            plan = build(self._section(), x.shape, x.dtype, gpu, fusion=self.fusion)
-            engine = Engine(plan, x.device)
-            try:
-                engine.warmup(x)
-                return engine
-            except LaunchFailed as error:
-                _log.once(f"freeze: {error}; that layer takes another path")
-                selection.refuse(error.step.problem, gpu, str(error))
+        return fitted(lambda: build(self._section(), x.shape, x.dtype, gpu, fusion=self.fusion), x)
 
     def _tell(self, plan: Plan) -> None:
         """Say which layers of a new plan are not Triton's, and why."""

@@ -24,8 +24,8 @@ DEFAULT = ("eager_nchw", "eager_channels_last", "fast", "frozen")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--model", default="resnet50", metavar="NAME", help="any torchvision resnet, resnext or wide_resnet")
-    flag("-b", "--batch-size", type=_positive, default=16, metavar="N")
-    flag("--img-size", type=_positive, default=224, metavar="N")
+    flag("-b", "--batch-size", type=output.positive, default=16, metavar="N")
+    flag("--img-size", type=output.positive, default=224, metavar="N")
     flag("--bench", choices=("infer", "train", "both"), default="both")
     flag("--device", help="default: cuda where there is one, else cpu")
     flag(
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"all, or some of {', '.join(CONTENDERS)} (default: {', '.join(DEFAULT)}; compile with --torchcompile)",
     )
     flag("--backend", choices=("auto", *dispatch.PRIORITY), default="auto", help="what fast and frozen run on")
-    flag("--num-warm-iter", type=_positive, default=3, metavar="N", help="untimed steps of each contender")
-    flag("--num-bench-iter", type=_positive, default=20, metavar="N", help="timed steps of each contender")
-    flag("--rounds", type=_positive, default=10, metavar="N", help="turns those steps are spread over")
+    flag("--num-warm-iter", type=output.positive, default=3, metavar="N", help="untimed steps of each contender")
+    flag("--num-bench-iter", type=output.positive, default=20, metavar="N", help="timed steps of each contender")
+    flag("--rounds", type=output.positive, default=10, metavar="N", help="turns those steps are spread over")
     flag("--json", metavar="FILE")
     flag("--csv", metavar="FILE")
     flag("--png", metavar="FILE", help="bars with error bars (needs matplotlib)")
@@ -184,13 +184,3 @@ def _last_size(size: int) -> int:
     for _ in range(5):
         size = (size + 1) // 2
     return size
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"

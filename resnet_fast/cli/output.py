@@ -37,6 +37,17 @@ def add_json_argument(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=f"{what} as JSON, to FILE or to stdout")
 
 
+def positive(text: str) -> int:
+    """An argument's type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive number"  # what argparse calls it in its error
+
+
 def check_writable(path: str | Path | None) -> None:
     """Raise UserError unless a file at `path` can be written. None and "-" (stdout) can."""
     if path is None or str(path) == "-":

@@ -24,23 +24,21 @@ from torch import Tensor, nn
 from torchvision import models
 
 from .. import freeze, gpus, numerics
-from ..engine import Engine, LaunchFailed
+from ..engine import fitted
 from ..gpus import Gpu
-from ..kernels import selection
 from ..kernels.configs import Config, to_dict
 from ..numerics import Comparison
 from ..plan import Plan, Step
 from ..planner import DTYPES, FUSIONS, Section, build
 from . import UserError, ceilings, environment, networks, output
-from .bench import _positive
 from .contenders import CHECKED_IMAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--model", default="resnet50", metavar="NAME", help="any torchvision resnet, resnext or wide_resnet")
-    flag("-b", "--batch-size", type=_positive, default=256, metavar="N")
-    flag("--img-size", type=_positive, default=224, metavar="N")
+    flag("-b", "--batch-size", type=output.positive, default=256, metavar="N")
+    flag("--img-size", type=output.positive, default=224, metavar="N")
     flag("--dtype", choices=DTYPES, default="bfloat16")
     flag("--gpu", metavar="NAME", help=f"plan for this GPU, measure nothing: {', '.join(gpus.KNOWN)}")
     flag("--device", help="measure on this one (default: cuda)")
@@ -145,7 +143,7 @@ def measure(make: Callable[[], Plan], stock: nn.Module, frozen: nn.Module, devic
         images = torch.randn(make().tensors["input"], generator=torch.Generator().manual_seed(0))
         images = images.to(device).to(memory_format=torch.channels_last)
         x = images.to(frozen.conv1.weight.dtype)
-        engine = _engine(make, x)
+        engine = fitted(make, x)
         plan, features = engine.plan, engine(x)
         comparison = _compare(features, stock, frozen, images, x.dtype)
         progress.update(line, description="measuring the ceilings")
@@ -159,17 +157,6 @@ def measure(make: Callable[[], Plan], stock: nn.Module, frozen: nn.Module, devic
             progress.update(line, description=f"timing {step.name}", advance=1)
             seconds.append(statistics.median(ceilings.times(launch, device)))
     return Measurement(measured, comparison, seconds)
-
-
-def _engine(make: Callable[[], Plan], x: Tensor) -> Engine:
-    """A warm engine; as in a frozen model, a kernel that the GPU refuses is planned around."""
-    while True:
-        engine = Engine(make(), x.device)
-        try:
-            engine.warmup(x)
-            return engine
-        except LaunchFailed as error:
-            selection.refuse(error.step.problem, engine.plan.gpu, str(error))
 
 
 def row(step: Step, plan: Plan, limits: Gpu, seconds: float | None) -> Row:

@@ -26,7 +26,6 @@ from ..gpus import Gpu
 from ..kernels import configs, selection, tables
 from ..problems import KERNEL_DTYPES, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
 from . import UserError, environment, networks, output, tuning
-from .bench import _positive
 from .tuned_file import TunedFile
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
@@ -40,12 +39,22 @@ _FIRST_GUESS_S = 10.0  # for a problem's time, before there is one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
-    flag("-b", "--batch-size", nargs="+", type=_positive, default=[1, 32, 256], metavar="N", help="default: 1 32 256")
-    flag("--img-size", type=_positive, default=224, metavar="N")
+    flag(
+        "-b",
+        "--batch-size",
+        nargs="+",
+        type=output.positive,
+        default=[1, 32, 256],
+        metavar="N",
+        help="default: 1 32 256",
+    )
+    flag("--img-size", type=output.positive, default=224, metavar="N")
     flag("--dtype", nargs="+", choices=KERNEL_DTYPES, default=["bfloat16", "float16"], metavar="DTYPE")
     flag("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="layers by themselves, tails of blocks")
     flag("--only", metavar="PATTERN", help="problems whose key matches, as in 'conv n256 64x56x56 *'")
-    flag("--top", type=_positive, default=12, metavar="N", help="configurations of each problem, by the cost model")
+    flag(
+        "--top", type=output.positive, default=12, metavar="N", help="configurations of each problem, by the cost model"
+    )
     flag("--output", metavar="FILE", help="default: the table of this GPU in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
