@@ -1,0 +1,38 @@
+"""What a residual block's training is made of, once for each backend: see `reference` for the contract.
+
+`backends.residual_block` is the algorithm; it calls these functions and knows no kernel. Each backend's module has all
+of them. Activations are (N, C, H, W) tensors of one dtype and memory format; statistics, sums and the matrices of
+`gram` and `outer` are of the accumulation dtype: float64 for float64 activations, else float32.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """One batch norm of one call: (c - mean) * rsqrt(var + eps) * weight + bias; vectors (C,), None is left out."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Geometry(NamedTuple):
+    """How a convolution slides: pairs are [rows, columns]."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Shortcut(NamedTuple):
+    """A downsample's convolution whose output is not stored: norm(conv(x)), computed where it is added."""
+
+    x: Tensor
+    conv_weight: Tensor
+    geometry: Geometry
+    norm: Norm
