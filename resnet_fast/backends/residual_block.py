@@ -196,9 +196,7 @@ def backward(
             dx if number == 0 and wants[0].input else None,
             group,
         )
-    if wants[0].input:
-        dx = upstream
-    return dx, dz, grads
+    return upstream if wants[0].input else None, dz, grads
 
 
 def stem_forward(primitives, x: Tensor, layer: Layer, group: str) -> tuple[Tensor, Record]:
@@ -290,10 +288,9 @@ def _gram_backward(
     dvalue = None
     if wants.input:
         x_matrix = -(matrix * k[:, None]).t() @ matrix
-        constant = -((q + k * d) @ matrix) - m @ x_matrix
-        dvalue = primitives.gram_dgrad(
-            dz, value, norm, layer.geometry, matrix * scale[:, None], x_matrix, constant, add
-        )
+        constant = -((q + k * d) @ matrix)
+        dz_matrix = matrix * scale[:, None]
+        dvalue = primitives.gram_dgrad(dz, value, norm, layer.geometry, dz_matrix, x_matrix, m, constant, add)
     return dvalue, grads
 
 

@@ -135,14 +135,15 @@ def gram_dgrad(
     geometry: Geometry,
     dz_matrix: Tensor,
     x_matrix: Tensor,
+    mean: Tensor,
     constant: Tensor,
     add: Tensor | None = None,
 ) -> Tensor:
-    """dz @ dz_matrix + act(x) @ x_matrix + constant by pixel, (K, C), (C, C), (C,); plus `add`, of x's shape.
+    """dz @ dz_matrix + (act(x) - mean) @ x_matrix + constant by pixel: (K, C), (C, C), (C,), (C,); plus `add`, as x.
 
     The gradient of act(x), in x's dtype and format; zero (or `add`) where a stride skips a pixel.
     """
-    rows = _rows(dz) @ dz_matrix + _rows(_activated(x, x_norm), geometry) @ x_matrix + constant
+    rows = _rows(dz) @ dz_matrix + (_rows(_activated(x, x_norm), geometry) - mean) @ x_matrix + constant
     batch, _, height, width = dz.shape
     image = rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
     if geometry.stride != [1, 1]:
