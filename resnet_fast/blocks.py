@@ -15,7 +15,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import _log, dispatch
-from .functional import ConvBn, autocasts, conv_bn_act, conv_bn_shortcut_act, conv_dtype, plain_pytorch_reason
+from .context import autocasts, conv_dtype, plain_pytorch_reason
+from .functional import ConvBn, conv_bn_act, conv_bn_shortcut_act
 
 _disabled_depth = 0
 
