@@ -10,14 +10,16 @@ construction; where something cannot be fused, the stock forward runs and the re
 import os
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import _log, dispatch
 from .context import autocasts, conv_dtype, plain_pytorch_reason
-from .functional import ConvBn, conv_bn_act, conv_bn_shortcut_act
+from .functional import ConvBn, residual_block
 
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _disabled_depth = 0
 
 
@@ -42,6 +44,7 @@ class _FastBlock:
 
     fast_backend: str = "auto"
     fast_strict: bool = False
+    fast_train_stage: int | str = "auto"
 
     def why_stock(self, x: Tensor | None = None) -> str | None:
         """Why the stock forward would run (for input `x`, if given); None where the fused one does."""
@@ -59,18 +62,14 @@ class _FastBlock:
             _say(self, reason)
         return None
 
-    def _join(self, out: Tensor, conv: nn.Conv2d, bn: nn.Module, x: Tensor) -> Tensor:
-        """relu(bn(conv(out)) + shortcut(x)): the block's last stage; one op for inference statistics."""
-        downsample, backend = self.downsample, self.fast_backend
-        if downsample is None:
-            return _stage(out, conv, bn, x, "relu", backend)
-        if why_not_downsample(downsample) is not None:
-            return _stage(out, conv, bn, downsample(x), "relu", backend)
-        if not _has_batch_statistics(bn) and not _has_batch_statistics(downsample[1]) and _is_pointwise(downsample[0]):
-            main, branch = _conv_bn(conv, bn), _conv_bn(downsample[0], downsample[1])
-            return conv_bn_shortcut_act(out, main, x, branch, backend=backend)
-        shortcut = _stage(x, downsample[0], downsample[1], None, None, backend)
-        return _stage(out, conv, bn, shortcut, "relu", backend)
+    def _fused(self, x: Tensor) -> Tensor:
+        """relu(F(x) + shortcut), by one op where something is learnt."""
+        shortcut = self.downsample
+        if shortcut is not None:
+            shortcut = shortcut(x) if why_not_downsample(shortcut) is not None else conv_bn(*shortcut)
+        main = [conv_bn(conv, bn) for conv, bn in self._stages()]
+        settings = {"train_stage": self.fast_train_stage, "backend": self.fast_backend}
+        return residual_block(x, main, shortcut, group=_group(self), **settings)
 
 
 class FastBasicBlock(_FastBlock, BasicBlock):
@@ -88,11 +87,6 @@ class FastBasicBlock(_FastBlock, BasicBlock):
             identity = self.downsample(x)
         out += identity
         return self.relu(out)
-
-    @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
-        return self._join(out, self.conv2, self.bn2, x)
 
     def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
@@ -114,12 +108,6 @@ class FastBottleneck(_FastBlock, Bottleneck):
             identity = self.downsample(x)
         out += identity
         return self.relu(out)
-
-    @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        out = _stage(x, self.conv1, self.bn1, None, "relu", self.fast_backend)
-        out = _stage(out, self.conv2, self.bn2, None, "relu", self.fast_backend)
-        return self._join(out, self.conv3, self.bn3, x)
 
     def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
@@ -148,7 +136,7 @@ def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) 
     """Why a convolution and its batch norm cannot be fused; None where they can."""
     reason = _why_not_module(conv_name, conv, (nn.Conv2d,))
     if reason is None:
-        reason = _why_not_module(bn_name, bn, (nn.BatchNorm2d, FrozenBatchNorm2d))
+        reason = _why_not_module(bn_name, bn, (*_BATCH_NORMS, FrozenBatchNorm2d))
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
@@ -190,59 +178,59 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     dtype = conv_dtype(x)
     if dtype != weight.dtype and not autocasts(x):
         return f"input is {dtype} and conv1.weight {weight.dtype}"
+    groups = {process_group(bn) for bn in batch_norms(block)}
+    if len(groups) > 1:
+        return "its batch norms take their statistics over different groups of processes"
     for _, bn in block._stages():
         if type(bn) is FrozenBatchNorm2d and bn.weight.dtype != dtype:
             return f"FrozenBatchNorm2d is {bn.weight.dtype} beside {dtype} activations and would promote them"
-    op = "conv_bn_act_train" if block.training else "conv_bn_act"
+    op = "residual_block_train" if block.training else "conv_bn_act"
     if dispatch.runs_fused(op, x.device.type, dtype, block.fast_backend):
         return None
     return f"no fused backend for {x.device.type} {dtype} ({dispatch.why_not_fused(op, x.device.type, dtype)})"
 
 
-def _stage(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None, act: str | None, backend: str) -> Tensor:
-    """act(bn(conv(x)) + residual), updating bn's buffers as torch.nn.BatchNorm2d.forward does."""
+def batch_norms(block: nn.Module) -> list[nn.Module]:
+    """Those of the block's layers, and of a downsample that is fused."""
+    norms = [bn for _, bn in fast_type(block)._stages(block)]
+    if block.downsample is not None and why_not_downsample(block.downsample) is None:
+        norms.append(block.downsample[1])
+    return norms
+
+
+def _group(block: nn.Module) -> str:
+    groups = {process_group(bn) for bn in batch_norms(block) if has_batch_statistics(bn)} - {None}
+    return groups.pop().group_name if groups else ""
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
+    """The two as `functional` takes them; counts the batch, as torch.nn.BatchNorm2d.forward does."""
     training, momentum, running_mean, running_var = False, 0.0, bn.running_mean, bn.running_var
-    if type(bn) is nn.BatchNorm2d:
+    if type(bn) in _BATCH_NORMS:
         momentum = 0.0 if bn.momentum is None else bn.momentum
         if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
             if bn.momentum is None:  # cumulative average
                 momentum = 1.0 / float(bn.num_batches_tracked)
-        training = _has_batch_statistics(bn)
+        training = has_batch_statistics(bn)
         if bn.training and not bn.track_running_stats:
             running_mean = running_var = None
-    return conv_bn_act(
-        x,
-        conv.weight,
-        running_mean,
-        running_var,
-        bn.weight,
-        bn.bias,
-        conv_bias=conv.bias,
-        residual=residual,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
-        act=act,
-        backend=backend,
-    )
+    statistics = (running_mean, running_var, bn.weight, bn.bias)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvBn(conv.weight, *statistics, conv.bias, *geometry, bn.eps, training, momentum)
 
 
-def _has_batch_statistics(bn: nn.Module) -> bool:
-    return type(bn) is nn.BatchNorm2d and (bn.training or (bn.running_mean is None and bn.running_var is None))
+def has_batch_statistics(bn: nn.Module) -> bool:
+    """Whether this batch norm now normalises with the batch's own statistics."""
+    return type(bn) in _BATCH_NORMS and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-
-
-def _conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
-    statistics = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    return ConvBn(conv.weight, *statistics, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps)
+def process_group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that this batch norm takes its statistics over; None for this one alone."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def _say(block: _FastBlock, reason: str) -> None:

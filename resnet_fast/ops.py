@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .training import GRAM
 
 _BN = "Tensor? weight, Tensor? bias, Tensor mean, Tensor var"
 _CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
@@ -29,6 +30,16 @@ _SCHEMAS = {
     "bool relu, str backend) -> Tensor",
     "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
     f"Tensor? residual, {_CONV}, {_FORWARD}) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
+    "residual_block_train": "(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool[] batch_statistics, "
+    "bool downsample, int[] stages, str group, str backend) -> (Tensor y, Tensor[] records)",
+    "residual_block_backward": "(Tensor dy, Tensor x, Tensor y, Tensor[] conv_weights, Tensor[] weights, "
+    "Tensor[] biases, Tensor[] records, SymInt[] geometry, float[] eps, bool[] batch_statistics, bool downsample, "
+    "bool identity, int[] stages, bool[] output_mask, str group, str backend) -> Tensor[]",
+    "stem_train": "(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+    "Tensor? running_var, SymInt[] geometry, float eps, str group, str backend) -> (Tensor y, Tensor[] records)",
+    "stem_backward": "(Tensor dy, Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor[] records, "
+    "SymInt[] geometry, float eps, bool[] output_mask, str group, str backend) -> Tensor[]",
     "conv_bn_act_backward": f"(Tensor dy, Tensor x, Tensor conv_weight, Tensor conv_out, Tensor? y, {_BN}, {_CONV}, "
     "float eps, bool relu, bool training, bool[6] output_mask, str backend) "
     "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)",
@@ -104,6 +115,63 @@ def conv_bn_act_backward_fake(
     )
     grads = (dx, dconv_weight, dconv_bias, _statistic(x, channels), _statistic(x, channels), _like(conv_out))
     return _wanted(x, grads, output_mask)
+
+
+@_fake
+def residual_block_train_fake(
+    x, residual, conv_weights, weights, biases, running_means, running_vars,
+    geometry, eps, batch_statistics, downsample, stages, group, backend,
+):  # fmt: skip
+    value, records = x, []
+    for number, conv_weight in enumerate(conv_weights):
+        is_branch = downsample and number == len(conv_weights) - 1
+        at = 7 * number
+        pairs = (geometry[at : at + 2], geometry[at + 2 : at + 4], geometry[at + 4 : at + 6])
+        source = x if is_branch else value
+        conv_out = _conv(source, conv_weight, None, *pairs, geometry[at + 6])
+        gram = stages[number] == GRAM
+        records += _record(source, None if gram else conv_out, conv_weight, group, gram)
+        if not is_branch:
+            value = _like_other(conv_out, source) if gram else conv_out
+    return _like(value), records
+
+
+@_fake
+def residual_block_backward_fake(
+    dy, x, y, conv_weights, weights, biases, records,
+    geometry, eps, batch_statistics, downsample, identity, stages, output_mask, group, backend,
+):  # fmt: skip
+    vectors = [_statistic(x, conv_weight.shape[0]) for conv_weight in conv_weights]
+    grads = (_like(x), _like_other(y, x), *map(torch.empty_like, conv_weights), *vectors, *vectors)
+    return [torch.empty_like(g) if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True)]
+
+
+@_fake
+def stem_train_fake(x, conv_weight, weight, bias, running_mean, running_var, geometry, eps, group, backend):
+    conv_out = _conv(x, conv_weight, None, geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
+    y = torch.nn.functional.max_pool2d(_like(conv_out), 3, 2, 1)
+    return y, _record(x, conv_out, conv_weight, group, False)
+
+
+@_fake
+def stem_backward_fake(dy, x, conv_weight, weight, bias, records, geometry, eps, output_mask, group, backend):
+    vector = _statistic(x, conv_weight.shape[0])
+    grads = (_like(x), torch.empty_like(conv_weight), vector, vector)
+    return [torch.empty_like(g) if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True)]
+
+
+def _record(x: Tensor, conv_out: Tensor | None, conv_weight: Tensor, group: str, gram: bool) -> list[Tensor]:
+    """A layer's entries of `records`, in the order of `backends.train_ops.RECORD`."""
+    none, channels = x.new_empty(0), conv_weight.shape[0]
+    vectors = [_statistic(x, channels), _statistic(x, channels)]
+    count = vectors[0].new_empty(()) if group else none
+    matrices = [_statistic(x, x.shape[1]), vectors[0].new_empty(x.shape[1], x.shape[1])] if gram else [none, none]
+    return [none if conv_out is None else conv_out, *vectors, count, *matrices]
+
+
+def _like_other(tensor: Tensor, other: Tensor) -> Tensor:
+    """Of `tensor`'s shape in `other`'s memory format."""
+    return torch.empty_like(tensor, memory_format=torch._prims_common.suggest_memory_format(other))
 
 
 def _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups) -> Tensor:

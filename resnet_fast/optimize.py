@@ -113,7 +113,7 @@ def _row(name: str, block: nn.Module, reason: str | None, backend: str) -> Block
     if reason in (None, _ALREADY):
         backend = backend if reason is None else block.fast_backend
         weight = block.conv1.weight if hasattr(block.conv1, "weight") else next(block.parameters())
-        op = "conv_bn_act_train" if block.training else "conv_bn_act"
+        op = "residual_block_train" if block.training else "conv_bn_act"
         call = (op, weight.device.type, weight.dtype)
         runs_fused = dispatch.runs_fused(*call, backend)  # raises for a backend that cannot run, whatever the block
         unfusable = why_not_fusable(block)

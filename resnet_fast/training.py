@@ -5,8 +5,81 @@
     3  PROLOGUE  a 1x1 convolution applies the batch norm and ReLU before it as it reads, so that they are never written
     4  GRAM      an expanding 1x1 takes its statistics from its input's covariance; its raw output is never stored
 
-A stage is the most that may be fused: a layer that a stage does not fit takes the highest below it that does.
+A stage is the most that may be fused: a layer that a stage does not fit takes the highest below it that does. Which
+kernels a layer takes within its stage is the backend's choice, by its tuned tables; whether stage 4 pays is decided
+here, because it changes what is saved.
 """
+
+import os
+from collections.abc import Sequence
+
+from . import dispatch
 
 LIBRARY, EPILOGUE, PROLOGUE, GRAM = 1, 2, 3, 4
 STAGES = (LIBRARY, EPILOGUE, PROLOGUE, GRAM)
+
+RECORD = ("conv_out", "mean", "var", "count", "input_mean", "input_cov")
+"""A layer's entries in the ops' `records`, in this order; an empty tensor where there is no such thing.
+
+conv_out: raw output (N, K, P, Q). mean, var: what it is normalised with, (K,). count: how many values they are of, 0-dim,
+where other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C).
+"""
+
+
+def requested(train_stage: int | str) -> int | None:
+    """The stage asked for by the argument, else by RESNET_FAST_TRAIN; None where it is to be chosen.
+
+    Raises:
+        ValueError: neither "auto" nor a stage.
+    """
+    for name, value in (("train_stage", train_stage), ("RESNET_FAST_TRAIN", os.environ.get("RESNET_FAST_TRAIN", ""))):
+        if value in ("auto", ""):
+            continue
+        if str(value) not in map(str, STAGES) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not a stage; it must be one of: auto, {', '.join(map(str, STAGES))}")
+        return int(value)
+    return None
+
+
+def stages(
+    stage: int | None, layers: Sequence, downsample: bool, device_type: str, itemsize: int, backend: str
+) -> list[int]:
+    """The stage of every layer of a block: `stage`, or for None the backend's choice, as far as it fits the layer.
+
+    layers: `functional.ConvBn`s with pairs for geometry, the downsample's last. itemsize: bytes of an activation.
+    """
+    if stage is not None:
+        limits = [stage] * len(layers)
+    else:
+        highest, rates = dispatch.load(backend).train_stage(device_type)
+        limits = [highest] * len(layers)
+        if highest == GRAM:
+            limits = [GRAM if gram_pays(*_channels(layer), itemsize, *rates) else PROLOGUE for layer in layers]
+    last = len(layers) - 1 - downsample  # what follows is joined, not normalised and passed on
+    return [
+        limit if limit < GRAM or (number >= last and fits_gram(layer)) else PROLOGUE
+        for number, (limit, layer) in enumerate(zip(limits, layers, strict=True))
+    ]
+
+
+def fits_gram(layer) -> bool:
+    """Whether a `functional.ConvBn` is an expanding, dense 1x1 with batch statistics: what stage 4 is for."""
+    channels, out_channels = _channels(layer)
+    pointwise = tuple(layer.conv_weight.shape[2:]) == (1, 1) and not any(layer.padding) and layer.groups == 1
+    return layer.training and pointwise and channels < out_channels
+
+
+def gram_pays(channels: int, out_channels: int, itemsize: int, bandwidth: float, peak: float) -> bool:
+    """Whether the memory traffic that stage 4 saves takes longer than the products that it adds.
+
+    A pixel, forward and backward, in elements: raw output written, read by the join, read for the sums, read and
+    written for its gradient, that read twice: 9 K + 3 C, and 2 K + 5 C in the Gram form, which adds 4 C^2 FLOPs
+    (`backends.residual_block`). bandwidth: bytes a second; peak: FLOPs a second.
+    """
+    saved = (7 * out_channels - 2 * channels) * itemsize
+    return saved / bandwidth > 4 * channels * channels / peak
+
+
+def _channels(layer) -> tuple[int, int]:
+    out_channels, channels = layer.conv_weight.shape[:2]
+    return channels, out_channels

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from .. import _log
+from . import train_ops
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_OPS = ("bn_act", "bn_act_train", "bn_act_backward")
@@ -87,6 +88,11 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return f"{conv}fused bn_act ({where})"
 
 
+def train_stage(device_type: str) -> tuple[int, tuple[float, float] | None]:
+    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
+    return 1, None
+
+
 def _fail(reason: str) -> None:
     global _failure
     _failure = reason
@@ -136,3 +142,8 @@ def conv_bn_shortcut_act(*args) -> torch.Tensor:
     branch = (shortcut, conv_weight, conv_bias, weight, bias, mean, var)
     residual = conv_bn_act(*branch, None, stride, [0, 0], [1, 1], 1, shortcut_eps, False)
     return conv_bn_act(*tensors, residual, *geometry, eps, relu)
+
+
+residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
+    lambda: importlib.import_module(".primitives.native", __package__)
+)

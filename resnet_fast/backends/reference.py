@@ -4,8 +4,12 @@ The arithmetic is done in the accumulation dtype (float64 for float64, else floa
 Batch normalisation: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; its backward is equation set 3.4 there.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
+
+from . import train_ops
 
 OpMask = list[bool]
 
@@ -28,6 +32,11 @@ def why_not_auto(device_type: str) -> str | None:
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Name for reports."""
     return "PyTorch"
+
+
+def train_stage(device_type: str) -> tuple[int, tuple[float, float] | None]:
+    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
+    return 1, None
 
 
 def bn_act(
@@ -214,6 +223,11 @@ def conv_bn_act_backward(
         )
     dconv = tuple(x.new_empty(0) if g is None else g for g in dconv)
     return *dconv, dweight, dbias, dresidual
+
+
+residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
+    lambda: importlib.import_module(".primitives.reference", __package__)
+)
 
 
 def _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups) -> Tensor:

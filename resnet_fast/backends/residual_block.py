@@ -26,9 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..training import GRAM, PROLOGUE
-from .primitives import Geometry, Norm, Shortcut, reference
-
-FIELDS = ("conv_weights", "weights", "biases", "running_means", "running_vars")
+from .primitives import Geometry, Norm, Shortcut
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Grads:
 
 @dataclass(frozen=True)
 class Wants:
-    """Which of a layer's gradients are wanted, and whether any before it is."""
+    """Which of a layer's gradients are wanted; `input`: whether that of its input is, for whatever is before it."""
 
     conv_weight: bool
     weight: bool
@@ -93,28 +91,10 @@ class Wants:
         return self.conv_weight or self.weight or self.bias or self.input
 
 
-def layers_of(conv_weights, weights, biases, running_means, running_vars, geometry, eps, batch_statistics, stages):
-    """The op's lists as layers; an empty tensor stands for None, geometry has seven numbers a layer."""
-    columns = zip(conv_weights, weights, biases, running_means, running_vars, strict=True)
-    return [
-        Layer(
-            conv_weight,
-            *(_given(vector) for vector in vectors),
-            Geometry(*(list(geometry[at + pair : at + pair + 2]) for pair in (0, 2, 4)), geometry[at + 6]),
-            eps[number],
-            batch_statistics[number],
-            stages[number],
-        )
-        for number, (conv_weight, *vectors) in enumerate(columns)
-        for at in (7 * number,)
-    ]
-
-
 def forward(
     primitives, x: Tensor, residual: Tensor | None, layers: list[Layer], downsample: bool, group: str
 ) -> tuple[Tensor, list[Record]]:
     """The block's output and a record a layer. layers: in order, the downsample's last; residual: instead of x."""
-    primitives = primitives if x.numel() else reference
     main = layers[:-1] if downsample else layers
     records, value, norm = [], x, None
     for layer in main[:-1]:
@@ -141,9 +121,7 @@ def forward(
 
     if last.stage == GRAM:
         main_norm = last.norm(own.mean, own.var)
-        y = primitives.conv_join(
-            value, norm, last.conv_weight, last.geometry, main_norm, added, added_norm, shortcut
-        )
+        y = primitives.conv_join(value, norm, last.conv_weight, last.geometry, main_norm, added, added_norm, shortcut)
     elif shortcut is not None:
         y = primitives.conv_join(shortcut.x, None, *shortcut[1:], value, norm)
     else:
@@ -167,7 +145,6 @@ def backward(
 
     identity: the shortcut is x itself, so that dz is added to dx.
     """
-    primitives = primitives if x.numel() else reference
     dz = primitives.mask(dy, y, x)
     main = layers[:-1] if downsample else layers
     grads: list[Grads] = [Grads() for _ in layers]
@@ -274,7 +251,7 @@ def _gram_backward(
     pixels = here if record.count is None else record.count
     matrix = _matrix(layer, m)
     rstd = torch.rsqrt(record.var + layer.eps)
-    scale = reference.scale(layer.norm(record.mean, record.var), m.dtype)
+    scale = layer.norm(record.mean, record.var).scale(m.dtype)
     d = matrix @ m - record.mean if record.count is not None else torch.zeros_like(record.mean)
     outer, s = primitives.outer(dz, value, norm, layer.geometry, m)
     t = (outer * matrix).sum(1) + s * d
@@ -331,7 +308,3 @@ def _summed(first: Tensor, second: Tensor, group: str) -> tuple[Tensor, Tensor]:
 
 def _members(group: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group)
-
-
-def _given(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None

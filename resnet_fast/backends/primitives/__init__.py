@@ -7,6 +7,7 @@ of them. Activations are (N, C, H, W) tensors of one dtype and memory format; st
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,11 @@ class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """weight * rsqrt(var + eps), (C,)."""
+        rstd = torch.rsqrt(self.var.to(dtype) + self.eps)
+        return rstd if self.weight is None else rstd * self.weight.to(dtype)
 
 
 class Geometry(NamedTuple):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from . import Geometry, Norm, Shortcut
 
 _SHIFT_PIXELS = 64  # of the first image; their mean is near enough to the mean for sums of squares not to cancel
@@ -28,8 +27,10 @@ def conv(
 
 def batch_statistics(conv_out: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over (N, H, W), each (C,)."""
-    _, mean, var = reference.bn_act_train(conv_out, None, None, None, 0.0, False)
-    return mean, var
+    wide = _wide(conv_out)
+    var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+    # where values are infinite, so is batch_norm's mean
+    return torch.where(mean.isnan(), wide.mean(dim=(0, 2, 3)), mean), var
 
 
 def apply(
@@ -97,7 +98,7 @@ def backward_apply(
         rstd = torch.rsqrt(norm.var.to(dz.dtype) + norm.eps)
         centered = _wide(conv_out) - _vector(norm.mean, conv_out)
         dz = dz - _vector(mean_dz, dy) - centered * _vector(rstd * rstd * mean_dzx, dy)
-    return (dz * _vector(scale(norm, dz.dtype), dy)).to(dy.dtype, memory_format=_layout(dy))
+    return (dz * _vector(norm.scale(dz.dtype), dy)).to(dy.dtype, memory_format=_layout(dy))
 
 
 def conv_backward(
@@ -169,12 +170,6 @@ def pool_backward(dy: Tensor, conv_out: Tensor, norm: Norm) -> Tensor:
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
 
 
-def scale(norm: Norm, dtype: torch.dtype) -> Tensor:
-    """weight * rsqrt(var + eps), (C,)."""
-    rstd = torch.rsqrt(norm.var.to(dtype) + norm.eps)
-    return rstd if norm.weight is None else rstd * norm.weight.to(dtype)
-
-
 def _activated(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else apply(x, norm)
 
@@ -182,7 +177,7 @@ def _activated(x: Tensor, norm: Norm | None) -> Tensor:
 def _normalised(conv_out: Tensor, norm: Norm) -> Tensor:
     """norm(conv_out), not rounded."""
     wide = _wide(conv_out)
-    total = (wide - _vector(norm.mean, wide)) * _vector(scale(norm, wide.dtype), wide)
+    total = (wide - _vector(norm.mean, wide)) * _vector(norm.scale(wide.dtype), wide)
     return total if norm.bias is None else total + _vector(norm.bias, wide)
 
 

@@ -1,8 +1,8 @@
-"""Stateless fused functions, and the one place where arguments are validated.
+"""One convolution or batch norm with what follows it.
 
     y = act(batch_norm(conv2d(x)) + residual)
 
-Both functions have `torch.nn.functional.batch_norm`'s meaning: with `training=True` they normalise with the batch's own
+All functions have `torch.nn.functional.batch_norm`'s meaning: with `training=True` they normalise with the batch's own
 statistics and update the running ones in place. They are differentiable (twice, too), autocast-aware and traceable by
 torch.compile and torch.export. Where a fused op has no meaning to the caller (TorchScript and ONNX tracing, torch.func
 transforms, forward-mode AD, empty batches) the same arithmetic runs as plain PyTorch.
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import arguments, autograd, dispatch  # noqa: F401  (autograd registers the formulas)
-from .context import autocasts, cast, conv_dtype, plain_pytorch_reason
+from .. import arguments, autograd, dispatch  # noqa: F401  (autograd registers the formulas)
+from ..context import autocasts, cast, conv_dtype, plain_pytorch_reason
 
 _ops = torch.ops.resnet_fast
 
@@ -58,7 +58,7 @@ def bn_act(
     arguments.check_batch_norm(x.dtype, x.device, channels, running_mean, running_var, weight, bias, training)
     arguments.check_residual(residual, x.shape, x.device)
     relu = arguments.wants_relu(act)
-    if _plain_pytorch(x):
+    if needs_plain_pytorch(x):
         return _plain(x, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu)
     arguments.check_batch(x.shape, training)
     backend = dispatch.select("bn_act", x.device.type, x.dtype, backend)
@@ -66,7 +66,7 @@ def bn_act(
     if not training:
         return _ops.bn_act(x, weight, bias, running_mean, running_var, residual, eps, relu, backend)
     y, mean, var = _ops.bn_act_train(x, weight, bias, residual, eps, relu, backend)
-    _update_running(running_mean, running_var, mean, var, x.numel() // channels, momentum)
+    update_running(running_mean, running_var, mean, var, x.numel() // channels, momentum)
     return y
 
 
@@ -106,14 +106,25 @@ def conv_bn_act(
         As `bn_act`, and ValueError where x's channels, `conv_weight` and `groups` do not fit each other.
     """
     stage = ConvBn(
-        conv_weight, running_mean, running_var, weight, bias, conv_bias, stride, padding, dilation, groups, eps
+        conv_weight,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        conv_bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        eps,
+        training,
     )
-    x, stage, shape = _checked(x, stage, training)
+    x, stage, shape = checked(x, stage)
     relu = arguments.wants_relu(act)
     arguments.check_residual(residual, shape, x.device)
     conv_weight, conv_bias = stage.conv_weight, stage.conv_bias
     conv = (stage.stride, stage.padding, stage.dilation, groups)
-    if _plain_pytorch(x):
+    if needs_plain_pytorch(x):
         conv_out = F.conv2d(x, conv_weight, conv_bias, *conv)
         return _plain(conv_out, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu)
     arguments.check_batch(shape, training)
@@ -123,7 +134,7 @@ def conv_bn_act(
         y, _, mean, var = _ops.conv_bn_act_train(
             x, conv_weight, conv_bias, weight, bias, residual, *conv, eps, relu, backend
         )
-        _update_running(running_mean, running_var, mean, var, shape[0] * shape[2] * shape[3], momentum)
+        update_running(running_mean, running_var, mean, var, shape[0] * shape[2] * shape[3], momentum)
         return y
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         # weight's gradient needs the convolution's output: two ops keep it, where one would compute it twice
@@ -136,7 +147,10 @@ def conv_bn_act(
 
 
 class ConvBn(NamedTuple):
-    """A convolution and its batch norm: what `conv_bn_act` takes one by one."""
+    """A convolution and its batch norm: what `conv_bn_act` takes one by one.
+
+    training: the statistics are the batch's own, and the running ones, where there are any, are updated in place.
+    """
 
     conv_weight: Tensor
     running_mean: Tensor | None
@@ -149,6 +163,8 @@ class ConvBn(NamedTuple):
     dilation: int | Sequence[int] = 1
     groups: int = 1
     eps: float = 1e-5
+    training: bool = False
+    momentum: float = 0.1
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -161,8 +177,8 @@ def conv_bn_shortcut_act(
 ) -> Tensor:
     """act(batch_norm(conv2d(x)) + batch_norm(conv2d(shortcut))): a block's last convolution with its downsample.
 
-    Inference statistics only. Where a backend can, one kernel computes both convolutions, so that the shortcut's
-    output never reaches memory; where a gradient is wanted, two `conv_bn_act` calls do.
+    Where a backend can, one kernel computes both convolutions, so that the shortcut's output never reaches memory;
+    where a gradient is wanted or statistics are the batch's own, two `conv_bn_act` calls do.
 
     Args:
         x: (N, Cin, H, W). main: its convolution and batch norm.
@@ -175,14 +191,12 @@ def conv_bn_shortcut_act(
     Raises:
         As `conv_bn_act`, and ValueError where `branch` is no such 1x1 or the outputs' shapes differ.
     """
-    learns = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *main.tensors, shortcut, *branch.tensors)
-    )
-    if learns or _plain_pytorch(x):
-        residual = conv_bn_act(shortcut, *branch[:5], **_keywords(branch), act=None, backend=backend)
-        return conv_bn_act(x, *main[:5], **_keywords(main), residual=residual, act=act, backend=backend)
-    x, main, shape = _checked(x, main, False)
-    shortcut, branch, branch_shape = _checked(shortcut, branch, False, "shortcut")
+    learns = learns_any(x, *main.tensors, shortcut, *branch.tensors)
+    if learns or main.training or branch.training or needs_plain_pytorch(x):
+        residual = apply_layer(shortcut, branch, None, None, backend)
+        return apply_layer(x, main, residual, act, backend)
+    x, main, shape = checked(x, main)
+    shortcut, branch, branch_shape = checked(shortcut, branch, "shortcut")
     arguments.check_device("shortcut", shortcut, x.device)
     if shortcut.dtype != x.dtype:
         raise TypeError(f"shortcut is {shortcut.dtype} and x is {x.dtype}; they must have one dtype")
@@ -208,11 +222,16 @@ def conv_bn_shortcut_act(
     )
 
 
-def _keywords(stage: ConvBn) -> dict:
-    return dict(zip(stage._fields[5:], stage[5:], strict=True))
+def apply_layer(x: Tensor, stage: ConvBn, residual: Tensor | None, act: str | None, backend: str) -> Tensor:
+    keywords = dict(zip(stage._fields[5:], stage[5:], strict=True))
+    return conv_bn_act(x, *stage[:5], **keywords, residual=residual, act=act, backend=backend)
 
 
-def _checked(x: Tensor, stage: ConvBn, training: bool, name: str = "x") -> tuple[Tensor, ConvBn, tuple[int, ...]]:
+def learns_any(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def checked(x: Tensor, stage: ConvBn, name: str = "x") -> tuple[Tensor, ConvBn, tuple[int, ...]]:
     """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape."""
     arguments.check_input(name, x)
     arguments.check_conv(name, x, stage.conv_weight, stage.conv_bias, stage.groups)
@@ -230,12 +249,12 @@ def _checked(x: Tensor, stage: ConvBn, training: bool, name: str = "x") -> tuple
         dilation=arguments.pair("dilation", stage.dilation, 1),
     )
     vectors = (stage.running_mean, stage.running_var, stage.weight, stage.bias)
-    arguments.check_batch_norm(dtype, x.device, stage.conv_weight.shape[0], *vectors, training)
+    arguments.check_batch_norm(dtype, x.device, stage.conv_weight.shape[0], *vectors, stage.training)
     shape = arguments.conv_shape(x, stage.conv_weight, stage.stride, stage.padding, stage.dilation)
     return cast(x, dtype), stage, shape
 
 
-def _plain_pytorch(x: Tensor) -> bool:
+def needs_plain_pytorch(x: Tensor) -> bool:
     return x.numel() == 0 or plain_pytorch_reason() is not None
 
 
@@ -247,7 +266,7 @@ def _plain(x, running_mean, running_var, weight, bias, residual, training, momen
 
 
 @torch.no_grad()
-def _update_running(running_mean, running_var, mean, var, count: int, momentum: float) -> None:
+def update_running(running_mean, running_var, mean, var, count: int, momentum: float) -> None:
     if running_mean is not None:
         _average_(running_mean, mean, momentum)
         _average_(running_var, var * (count / (count - 1)), momentum)

@@ -1,0 +1,178 @@
+"""A whole residual block, and a ResNet's stem: one autograd node each where something is learnt.
+
+y = relu(F(x) + shortcut(x))        He et al. 2015, https://arxiv.org/abs/1512.03385
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arguments, autograd_training, dispatch, training  # noqa: F401  (autograd_training registers formulas)
+from ..context import cast
+from ..training import RECORD
+from .conv_bn_act import (
+    ConvBn,
+    apply_layer,
+    checked,
+    conv_bn_shortcut_act,
+    learns_any,
+    needs_plain_pytorch,
+    update_running,
+)
+
+_ops = torch.ops.resnet_fast
+
+
+def residual_block(
+    x: Tensor,
+    main: Sequence[ConvBn],
+    shortcut: ConvBn | Tensor | None = None,
+    *,
+    train_stage: int | str = "auto",
+    group: str = "",
+    backend: str = "auto",
+) -> Tensor:
+    """relu(F(x) + shortcut), F being the layers of `main` with a ReLU between each two.
+
+    One autograd node, which saves x, y and raw convolution outputs, no activation between them. Where nothing is
+    learnt and all statistics are running ones, one fused op a convolution instead.
+
+    Args:
+        x: (N, C, H, W), as `conv_bn_act`'s.
+        main: the block's convolutions with their batch norms, in order: two of a basic block, three of a bottleneck.
+        shortcut: the downsample's convolution and batch norm; a tensor of the output's shape; or None, which is x.
+        train_stage: how much is fused, 1 to 4 (see `resnet_fast.training`), or "auto": RESNET_FAST_TRAIN if it is
+            set, else what is fastest.
+        group: name of the torch.distributed process group over which statistics in training are taken (SyncBatchNorm),
+            "" for this process alone.
+        backend: as `conv_bn_act`.
+
+    Returns:
+        y: (N, K, P, Q) in the convolutions' output dtype and memory format.
+
+    Raises:
+        As `conv_bn_act`; and ValueError where `main` is empty, `train_stage` is no stage, shapes do not fit each other,
+        or a process of a group has an empty batch.
+    """
+    if not main:
+        raise ValueError("main must have at least one convolution, but is empty")
+    stage = training.requested(train_stage)
+    downsample = isinstance(shortcut, ConvBn)
+    layers = [*main, shortcut] if downsample else list(main)
+    _check_group(x, group)
+    residual = None if downsample else shortcut
+    learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
+    has_bias = any(layer.conv_bias is not None for layer in layers)
+    if needs_plain_pytorch(x) or has_bias or not (learns or any(layer.training for layer in layers)):
+        return _layer_by_layer(x, main, shortcut, backend)
+
+    x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
+    for layer, shape in zip(layers, shapes, strict=True):
+        arguments.check_batch(shape, layer.training and not group)
+    out_shape = shapes[len(main) - 1]
+    if downsample and shapes[-1] != out_shape:
+        raise ValueError(f"shortcut gives {shapes[-1]} and main {out_shape}; they must have one shape")
+    if not downsample:
+        arguments.check_residual(x if residual is None else residual, out_shape, x.device)
+        residual = cast(residual, x.dtype)
+    backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
+    stages = training.stages(stage, layers, downsample, x.device.type, x.dtype.itemsize, backend)
+    y, records = _ops.residual_block_train(
+        x,
+        residual,
+        *_columns(x, layers),
+        [number for layer in layers for number in _geometry(layer)],
+        [layer.eps for layer in layers],
+        [layer.training for layer in layers],
+        downsample,
+        stages,
+        group,
+        backend,
+    )
+    for number, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+        _update(layer, records[number * len(RECORD) :], shape, group)
+    return y
+
+
+def stem(x: Tensor, layer: ConvBn, *, group: str = "", backend: str = "auto") -> Tensor:
+    """max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1), with the batch's own statistics.
+
+    One autograd node, which saves x and the convolution's output and neither activation nor pooling indices.
+
+    Args:
+        x: (N, C, H, W), as `conv_bn_act`'s. layer: the convolution and its batch norm; the running statistics are
+        updated. group, backend: as `residual_block`.
+
+    Returns:
+        y: (N, K, P, Q), pooled, in the convolution's output dtype and memory format.
+
+    Raises:
+        As `residual_block`; and ValueError where `layer.training` is False or the convolution has a bias.
+    """
+    if not layer.training or layer.conv_bias is not None:
+        raise ValueError("layer must have batch statistics (training=True) and no conv_bias")
+    _check_group(x, group)
+    if needs_plain_pytorch(x):
+        return F.max_pool2d(apply_layer(x, layer, None, "relu", backend), 3, 2, 1)
+    x, layer, shape = checked(x, layer)
+    arguments.check_batch(shape, not group)
+    backend = dispatch.select("stem_train", x.device.type, x.dtype, backend)
+    vectors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    y, records = _ops.stem_train(x, layer.conv_weight, *vectors, _geometry(layer), layer.eps, group, backend)
+    _update(layer, records, shape, group)
+    return y
+
+
+def _check_group(x: Tensor, group: str) -> None:
+    if group and x.numel() == 0:
+        raise ValueError("x is empty; every process of a group with SyncBatchNorm needs at least one image")
+
+
+def _layer_by_layer(x: Tensor, main: Sequence[ConvBn], shortcut: ConvBn | Tensor | None, backend: str) -> Tensor:
+    """`residual_block` by one op a convolution."""
+    value, last = x, main[-1]
+    for layer in main[:-1]:
+        value = apply_layer(value, layer, None, "relu", backend)
+    if not isinstance(shortcut, ConvBn):
+        return apply_layer(value, last, x if shortcut is None else shortcut, "relu", backend)
+    pointwise = tuple(shortcut.conv_weight.shape[2:]) == (1, 1) and shortcut.padding in (0, (0, 0), [0, 0])
+    if pointwise and shortcut.groups == 1:
+        return conv_bn_shortcut_act(value, last, x, shortcut, backend=backend)
+    return apply_layer(value, last, apply_layer(x, shortcut, None, None, backend), "relu", backend)
+
+
+def _checked_chain(x: Tensor, main: Sequence[ConvBn], branch: ConvBn | None):
+    """x as the first convolution takes it, all layers validated, `branch` last, and their outputs' shapes."""
+    value, layers, shapes = x, [], []
+    for layer in main:
+        value, layer, shape = checked(value, layer)
+        x = x if layers else value
+        layers.append(layer)
+        shapes.append(shape)
+        value = value.new_empty(()).expand(shape)  # its shape and dtype are all that is looked at
+    if branch is not None:
+        _, branch, shape = checked(x, branch)
+        layers.append(branch)
+        shapes.append(shape)
+    return x, layers, shapes
+
+
+def _columns(x: Tensor, layers: Sequence[ConvBn]) -> list[list[Tensor]]:
+    """The op's lists of tensors, an empty one for None."""
+    none = x.new_empty(0)
+    rows = ((c.conv_weight, c.weight, c.bias, c.running_mean, c.running_var) for c in layers)
+    return [[none if tensor is None else tensor for tensor in column] for column in zip(*rows, strict=True)]
+
+
+def _geometry(layer: ConvBn) -> list[int]:
+    return [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
+
+
+def _update(layer: ConvBn, record: Sequence[Tensor], shape: tuple[int, ...], group: str) -> None:
+    """The running statistics from a layer's entries of the op's records."""
+    if layer.training:
+        mean, var, count = record[1:4]
+        count = count if group else shape[0] * shape[2] * shape[3]
+        update_running(layer.running_mean, layer.running_var, mean, var, count, layer.momentum)
