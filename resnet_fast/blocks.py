@@ -69,7 +69,10 @@ class _FastBlock:
             shortcut = shortcut(x) if why_not_downsample(shortcut) is not None else conv_bn(*shortcut)
         main = [conv_bn(conv, bn) for conv, bn in self._stages()]
         settings = {"train_stage": self.fast_train_stage, "backend": self.fast_backend}
-        return residual_block(x, main, shortcut, group=_group(self), **settings)
+        y = residual_block(x, main, shortcut, group=_group(self), **settings)
+        for bn in batch_norms(self):
+            count_batch(bn)
+        return y
 
 
 class FastBasicBlock(_FastBlock, BasicBlock):
@@ -204,20 +207,31 @@ def _group(block: nn.Module) -> str:
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
-    """The two as `functional` takes them; counts the batch, as torch.nn.BatchNorm2d.forward does."""
+    """The two as `functional` takes them, with the momentum of this batch, which `count_batch` is still to count."""
     training, momentum, running_mean, running_var = False, 0.0, bn.running_mean, bn.running_var
     if type(bn) in _BATCH_NORMS:
         momentum = 0.0 if bn.momentum is None else bn.momentum
-        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-            if bn.momentum is None:  # cumulative average
-                momentum = 1.0 / float(bn.num_batches_tracked)
+        if _counts(bn) and bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked + 1)
         training = has_batch_statistics(bn)
         if bn.training and not bn.track_running_stats:
             running_mean = running_var = None
     statistics = (running_mean, running_var, bn.weight, bn.bias)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return ConvBn(conv.weight, *statistics, conv.bias, *geometry, bn.eps, training, momentum)
+
+
+def count_batch(bn: nn.Module) -> None:
+    """What torch.nn.BatchNorm2d.forward does to num_batches_tracked. It comes after the op, as the running statistics
+    do, so that a forward that checkpointing ends early counts for neither."""
+    if _counts(bn):
+        bn.num_batches_tracked.add_(1)
+
+
+def _counts(bn: nn.Module) -> bool:
+    return (
+        type(bn) in _BATCH_NORMS and bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+    )
 
 
 def has_batch_statistics(bn: nn.Module) -> bool:

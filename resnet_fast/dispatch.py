@@ -104,6 +104,12 @@ def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "; ".join(f"{name}: {why_not_auto(name, op, device_type, dtype)}" for name in fused)
 
 
+@torch.compiler.assume_constant_result
+def train_stage(backend: str, device_type: str) -> tuple[int, tuple[float, float] | None]:
+    """The stage of training that "auto" takes on this backend, and bandwidth and peak where that is the last one."""
+    return load(backend).train_stage(device_type)
+
+
 def clear_cache() -> None:
     """Forget past selections, for tests that break and mend backends."""
     _select.cache_clear()

@@ -21,8 +21,8 @@ STAGES = (LIBRARY, EPILOGUE, PROLOGUE, GRAM)
 RECORD = ("conv_out", "mean", "var", "count", "input_mean", "input_cov")
 """A layer's entries in the ops' `records`, in this order; an empty tensor where there is no such thing.
 
-conv_out: raw output (N, K, P, Q). mean, var: what it is normalised with, (K,). count: how many values they are of, 0-dim,
-where other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C).
+conv_out: raw output (N, K, P, Q). mean, var: what it is normalised with, (K,). count: how many values they are of, 0-dim, where
+other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C).
 """
 
 
@@ -51,7 +51,7 @@ def stages(
     if stage is not None:
         limits = [stage] * len(layers)
     else:
-        highest, rates = dispatch.load(backend).train_stage(device_type)
+        highest, rates = dispatch.train_stage(backend, device_type)
         limits = [highest] * len(layers)
         if highest == GRAM:
             limits = [GRAM if gram_pays(*_channels(layer), itemsize, *rates) else PROLOGUE for layer in layers]

@@ -72,7 +72,6 @@ def weight_norm(block):
 
 STOCK = {  # edit of the block after the swap -> a word of the reason
     "identity": (replace("bn2", lambda bn: nn.Identity()), "bn2 is Identity"),
-    "sync_bn": (lambda block: replace("bn1", nn.SyncBatchNorm.convert_sync_batchnorm)(block), "bn1 is SyncBatchNorm"),
     "group_norm": (replace("bn3", lambda bn: nn.GroupNorm(4, bn.num_features).double()), "bn3 is GroupNorm"),
     "conv_subclass": (replace("conv3", doubled), "conv3 is Doubled"),
     "parametrization": (weight_norm, "conv2 is Parametrized"),
@@ -84,7 +83,6 @@ STOCK = {  # edit of the block after the swap -> a word of the reason
     "reflect_padding": (reflect, "only zero padding"),
     "relu_hook": (lambda block: block.relu.register_forward_hook(lambda m, a, y: y * 2), "relu has hooks"),
 }
-EVAL_ONLY = {"sync_bn"}  # on the CPU it has no training mode
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -95,7 +93,7 @@ def test_edit_after_the_swap_runs_stock_and_says_why_once(name, backend, said):
     for block in (stock_block, fast_block):
         torch.manual_seed(2)
         edit(block)
-        block.train(name not in EVAL_ONLY)
+        block.train()
     x = draw((2, 16, 6, 6), torch.float64)
     with count_fused_calls() as calls:
         for _ in range(3):

@@ -184,7 +184,7 @@ def test_report_is_a_table_and_plain_data(backend):
     assert "4 of 4 residual blocks fused" in text
     assert "layer4.0" in text
     assert backend in text
-    kernel = dispatch.load(backend).kernel("conv_bn_act_train", "cpu", torch.float32)
+    kernel = dispatch.load(backend).kernel("residual_block_train", "cpu", torch.float32)
     assert report.to_dict()["blocks"][0] == {"name": "layer1.0", "type": "BasicBlock", "fused": True,
                                              "backend": backend, "kernel": kernel, "reason": ""}  # fmt: skip
 
@@ -254,10 +254,10 @@ def test_the_backend_argument_is_the_one_that_runs(backend, monkeypatch):
     model = optimize(small(), backend=backend, strict=True)
     ran = []
     module = dispatch.load(backend)
-    original = module.conv_bn_act_train
-    monkeypatch.setattr(module, "conv_bn_act_train", lambda *args: ran.append(1) or original(*args))
+    original = module.residual_block_train
+    monkeypatch.setattr(module, "residual_block_train", lambda *args: ran.append(1) or original(*args))
     model(draw((2, 3, 32, 32), torch.float32))
-    assert len(ran) == 11
+    assert len(ran) == len(model.resnet_fast_report)
 
 
 def test_moving_and_casting_after_the_swap(backend):

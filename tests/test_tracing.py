@@ -160,9 +160,11 @@ def test_fx_symbolic_trace_and_checkpointing(backend):
     fast.train(), stock.train()
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     checkpoint(fast, leaf, use_reentrant=False).square().sum().backward()
-    checkpoint(stock, other, use_reentrant=False).square().sum().backward()
+    stock(other).square().sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad)
-    torch.testing.assert_close(fast.bn1.running_mean, stock.bn1.running_mean)
+    # As without checkpointing. (Stock blocks count a batch twice: once more as they are computed again.)
+    for name, buffer in stock.named_buffers():
+        torch.testing.assert_close(fast.get_buffer(name), buffer, msg=name)
 
 
 def test_inference_mode(backend):
