@@ -1,9 +1,10 @@
 """Fused residual blocks for PyTorch ResNets: `resnet_fast.optimize(model)`."""
 
 from . import functional
-from .blocks import FastBasicBlock, FastBottleneck, FusionError, disabled
+from .blocks import FastBasicBlock, FastBottleneck, FusionError
 from .dispatch import BackendUnavailable
 from .freeze import freeze
+from .layers import disabled
 from .optimize import optimize, restore
 from .report import BlockReport, Report
 from .warm import warmup

@@ -9,8 +9,10 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import dispatch
-from .blocks import fast_type, why_not_downsample, why_not_fusable, why_not_stage
+from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
+from .layers import why_not_stage
+from .optimize import restore_classes
 from .planned import PlannedResNet, PlannedStage
 from .planner import FUSIONS
 from .report import BlockReport, Report
@@ -62,6 +64,7 @@ def freeze(
     settings = {"backend": backend, "fusion": fusion, "cuda_graph": cuda_graph}
     holder = nn.Module()  # so that a model which is itself a block can be replaced like any other
     holder.model = copy.deepcopy(model)
+    restore_classes(holder.model)
     rows: list[BlockReport] = []
     _freeze_children("", holder, dtype, rows)
     _plan_whole(holder, settings)

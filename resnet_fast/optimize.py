@@ -9,15 +9,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from . import _log, dispatch
+from . import _log, dispatch, training
 from .blocks import FAST, FusionError, why_not_fusable
 from .report import BlockReport, Report
+from .resnet import FastResNet
 
 Model = TypeVar("Model", bound=nn.Module)
-_STOCK = {fast: stock for stock, fast in FAST.items()}
-_SETTINGS = ("fast_backend", "fast_strict")
+_STOCK = {fast: stock for stock, fast in FAST.items()} | {FastResNet: ResNet}
+_SETTINGS = ("fast_backend", "fast_strict", "fast_train_stage")
 
 
 def optimize(
@@ -25,16 +26,19 @@ def optimize(
     *,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     backend: str = "auto",
+    train_stage: int | str = "auto",
     strict: bool = False,
     dry_run: bool = False,
 ) -> Model:
-    """Fuse the residual blocks of `model`, in place.
+    """Fuse the residual blocks of `model`, in place, and in training the stems of its torchvision ResNets.
 
     Args:
         model: any module that holds torchvision BasicBlocks or Bottlenecks: ResNet, ResNeXt, Wide ResNet, and the
             segmentation and detection models built on them. Training or eval, any device and dtype.
         filter_fn: called with each block's name and module; False leaves that block alone.
         backend: "auto", or the name of the backend that must run ("triton", "native", "reference").
+        train_stage: how much of a block is fused in training, 1 to 4 (`resnet_fast.training` says what they are): 4
+            saves least for the backward pass. "auto": RESNET_FAST_TRAIN if it is set, else what is fastest.
         strict: raise where a block cannot be fused, here and at every later call, rather than run it stock.
         dry_run: change nothing, only report.
 
@@ -42,12 +46,13 @@ def optimize(
         `model` itself, with a `Report` in `model.resnet_fast_report` that prints as a table.
 
     Raises:
-        TypeError: `model` is not a module. ValueError: unknown backend, or `strict` and no residual blocks.
+        TypeError: `model` is not a module. ValueError: unknown backend or stage, or `strict` and no residual blocks.
         BackendUnavailable: the named backend cannot run on this model. FusionError: `strict`, and a block cannot be
         fused. The model is then as it was before.
     """
     _check_module(model)
     dispatch.requested(backend)
+    training.requested(train_stage)
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, (BasicBlock, Bottleneck))]
     if not blocks:
         _nothing_to_do(model, strict)
@@ -63,7 +68,9 @@ def optimize(
     if not dry_run:
         for block in swaps:
             block.__class__ = FAST[type(block)]
-            block.fast_backend, block.fast_strict = backend, strict
+            block.fast_backend, block.fast_strict, block.fast_train_stage = backend, strict, train_stage
+        for network in [module for module in model.modules() if type(module) is ResNet and filter_fn is None]:
+            network.__class__, network.fast_backend = FastResNet, backend
     for row in rows:
         if not row.fused:
             _log.once(f"optimize: {row.name} ({row.type}) stays stock: {row.reason}", logging.INFO)
@@ -81,15 +88,20 @@ def restore(model: Model) -> Model:
         TypeError: `model` is not a module.
     """
     _check_module(model)
-    fast = [module for module in model.modules() if type(module) in _STOCK]
-    if not fast:
+    if not restore_classes(model):
         _log.once(f"restore: {type(model).__name__} has no fast blocks, so nothing was changed")
-    for block in fast:
-        block.__class__ = _STOCK[type(block)]
-        for setting in _SETTINGS:
-            block.__dict__.pop(setting, None)
-    model.__dict__.pop("resnet_fast_report", None)
     return model
+
+
+def restore_classes(model: nn.Module) -> bool:
+    """`restore` without a word; whether there was anything to do."""
+    fast = [module for module in model.modules() if type(module) in _STOCK]
+    for module in fast:
+        module.__class__ = _STOCK[type(module)]
+        for setting in _SETTINGS:
+            module.__dict__.pop(setting, None)
+    model.__dict__.pop("resnet_fast_report", None)
+    return bool(fast)
 
 
 _FILTERED = "left alone by filter_fn"

@@ -1,0 +1,136 @@
+"""A convolution and its batch norm as modules: whether they can be fused as they are, and what `functional` takes.
+
+Everything is looked at on every call, because conversions, parametrizations, hooks and edits may come at any time.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from . import dispatch
+from .context import autocasts, conv_dtype, plain_pytorch_reason
+from .functional import ConvBn
+
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_disabled_depth = 0
+
+
+class disabled:
+    """Context manager in which every fast block, on every thread, runs its stock forward. Reentrant."""
+
+    def __enter__(self) -> None:
+        global _disabled_depth
+        _disabled_depth += 1
+
+    def __exit__(self, *exc_info) -> None:
+        global _disabled_depth
+        _disabled_depth -= 1
+
+
+def is_disabled() -> bool:
+    """Whether this is inside `disabled()`."""
+    return _disabled_depth > 0
+
+
+def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+    """Why a convolution and its batch norm cannot be fused; None where they can."""
+    reason = why_not_module(conv_name, conv, (nn.Conv2d,))
+    if reason is None:
+        reason = why_not_module(bn_name, bn, (*_BATCH_NORMS, FrozenBatchNorm2d))
+    if reason is not None:
+        return reason
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"{conv_name} pads {conv.padding!r} with {conv.padding_mode!r}; only zero padding by numbers is fused"
+    return None
+
+
+def why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str | None:
+    """Exact types only: a subclass (a parametrization, a quantizable twin) may compute otherwise."""
+    if type(module) not in types:
+        return f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own, bound to the instance"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has hooks, which a fused call would skip"
+    return None
+
+
+def why_not_called(op: str, x: Tensor, conv: nn.Conv2d, backend: str) -> str | None:
+    """Why this call, whose input `conv` is the first to take, cannot be fused; None where it can."""
+    if is_disabled() or os.environ.get("RESNET_FAST_DISABLE", "0") not in ("", "0"):
+        return "fusion is disabled (resnet_fast.disabled() or RESNET_FAST_DISABLE)"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return "global module hooks are registered, which a fused call would skip"
+    reason = plain_pytorch_reason()
+    if reason is not None:
+        return reason
+    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != conv.in_channels or x.device != conv.weight.device:
+        return f"input {tuple(x.shape)} on {x.device} is left to the stock forward"
+    dtype = conv_dtype(x)
+    if dtype != conv.weight.dtype and not autocasts(x):
+        return f"input is {dtype} and conv1.weight {conv.weight.dtype}"
+    if dispatch.runs_fused(op, x.device.type, dtype, backend):
+        return None
+    return f"no fused backend for {x.device.type} {dtype} ({dispatch.why_not_fused(op, x.device.type, dtype)})"
+
+
+def why_not_normalised(batch_norms: Sequence[nn.Module], x: Tensor) -> str | None:
+    """Why these batch norms together, in a call with x, are stock; None where they can be fused."""
+    if len(_groups(batch_norms)) > 1:
+        return "its batch norms take their statistics over different groups of processes"
+    dtype = conv_dtype(x)
+    for bn in batch_norms:
+        if type(bn) is FrozenBatchNorm2d and bn.weight.dtype != dtype:
+            return f"FrozenBatchNorm2d is {bn.weight.dtype} beside {dtype} activations and would promote them"
+    return None
+
+
+def group_name(batch_norms: Sequence[nn.Module]) -> str:
+    """`functional`'s name of the processes over which they take their statistics; "" for this one alone."""
+    return next((group.group_name for group in _groups(batch_norms) if group is not None), "")
+
+
+def _groups(batch_norms: Sequence[nn.Module]) -> set[dist.ProcessGroup | None]:
+    return {process_group(bn) for bn in batch_norms if has_batch_statistics(bn)}
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
+    """The two as `functional` takes them, with the momentum of this batch, which `count_batch` is still to count."""
+    training, momentum, running_mean, running_var = False, 0.0, bn.running_mean, bn.running_var
+    if type(bn) in _BATCH_NORMS:
+        momentum = 0.0 if bn.momentum is None else bn.momentum
+        if _counts(bn) and bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked + 1)
+        training = has_batch_statistics(bn)
+        if bn.training and not bn.track_running_stats:
+            running_mean = running_var = None
+    statistics = (running_mean, running_var, bn.weight, bn.bias)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return ConvBn(conv.weight, *statistics, conv.bias, *geometry, bn.eps, training, momentum)
+
+
+def count_batch(bn: nn.Module) -> None:
+    """What torch.nn.BatchNorm2d.forward does to num_batches_tracked. It comes after the op, as the running statistics
+    do, so that a forward that checkpointing ends early counts for neither."""
+    if _counts(bn):
+        bn.num_batches_tracked.add_(1)
+
+
+def _counts(bn: nn.Module) -> bool:
+    return type(bn) in _BATCH_NORMS and bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+
+
+def has_batch_statistics(bn: nn.Module) -> bool:
+    """Whether this batch norm now normalises with the batch's own statistics."""
+    return type(bn) in _BATCH_NORMS and (bn.training or (bn.running_mean is None and bn.running_var is None))
+
+
+def process_group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that this batch norm takes its statistics over; None for this one alone."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

@@ -1,0 +1,74 @@
+"""torchvision's ResNet with its stem fused in training: conv1, bn1, relu and maxpool as one autograd node.
+
+The stem's activations are the largest of the network: stock training keeps the convolution's output, the ReLU's and the
+pooling's 8-byte indices for the backward pass, and this keeps the first of them.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+
+from . import _log
+from .functional import stem
+from .layers import (
+    conv_bn,
+    count_batch,
+    group_name,
+    has_batch_statistics,
+    why_not_called,
+    why_not_module,
+    why_not_stage,
+)
+
+_POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False}
+
+
+class FastResNet(ResNet):
+    """torchvision's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
+
+    fast_backend: str = "auto"
+
+    def why_stock_stem(self, x: Tensor | None = None) -> str | None:
+        """Why the stem would run stock (for input `x`, if given); None where it is fused."""
+        reason = why_not_stem(self)
+        if reason is None and x is not None:
+            reason = why_not_called("stem_train", x, self.conv1, self.fast_backend)
+        return reason
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or not self.training or isinstance(x, torch.fx.Proxy):
+            return super()._forward_impl(x)
+        return self._forward_training(x)
+
+    @torch.jit.unused
+    def _forward_training(self, x: Tensor) -> Tensor:
+        reason = self.why_stock_stem(x)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _log.once(f"FastResNet runs its stock stem: {reason}", logging.INFO)
+            return super()._forward_impl(x)
+        layer, group = conv_bn(self.conv1, self.bn1), group_name([self.bn1])
+        x = stem(x, layer, group=group, backend=self.fast_backend)
+        count_batch(self.bn1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def why_not_stem(model: ResNet) -> str | None:
+    """Why the children of `model` that make its stem, as they are now, cannot be fused; None where they can."""
+    reason = why_not_stage("conv1", model.conv1, "bn1", model.bn1)
+    reason = reason or why_not_module("relu", model.relu, (nn.ReLU,))
+    reason = reason or why_not_module("maxpool", model.maxpool, (nn.MaxPool2d,))
+    if reason is not None:
+        return reason
+    if model.conv1.bias is not None:
+        return "conv1 has a bias"
+    if not has_batch_statistics(model.bn1):
+        return "bn1 has fixed statistics; the stem is fused for the batch's own"
+    for name, usual in _POOL.items():
+        value = getattr(model.maxpool, name)
+        if value not in (usual, (usual, usual)):
+            return f"maxpool has {name}={value}, not {usual}"
+    return None
