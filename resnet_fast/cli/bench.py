@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from rich.table import Table
 
-from .. import dispatch
+from .. import dispatch, training
 from . import UserError, contenders, environment, harness, networks, output
 from .harness import CONTENDERS, Row
 
@@ -54,6 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"all, or some of {', '.join(CONTENDERS)} (default: {', '.join(DEFAULT)}; compile with --torchcompile)",
     )
     flag("--backend", choices=("auto", *dispatch.PRIORITY), default="auto", help="what fast and frozen run on")
+    flag(
+        "--train-stages",
+        nargs="+",
+        type=int,
+        choices=training.STAGES,
+        default=(),
+        metavar="STAGE",
+        help="add fast in these stages of training, 1 to 4 (4 saves least for the backward pass)",
+    )
     flag("--num-warm-iter", type=output.positive, default=3, metavar="N", help="untimed steps of each contender")
     flag("--num-bench-iter", type=output.positive, default=20, metavar="N", help="timed steps of each contender")
     flag("--rounds", type=output.positive, default=10, metavar="N", help="turns those steps are spread over")
@@ -89,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def table(rows: Sequence[Row], title: str) -> Table:
     """Results as a table."""
     result = Table("contender", "match", title=title, title_justify="left")
-    for heading in ("error / allowed", "ms", "p20 .. p80", "img/s", "ratio", "peak MB", "TFLOP/s"):
+    for heading in ("error / allowed", "ms", "p20 .. p80", "img/s", "ratio", "peak MB", "saved MB/img", "TFLOP/s"):
         result.add_column(heading, justify="right")
     for row in rows:
         verdict = "[green]yes[/]" if row.match else "[bold red]NO[/]"
@@ -106,6 +115,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{row.median_per_s:.1f}",
             "-" if row.ratio is None else f"{row.ratio:.2f}",
             "-" if row.peak_memory_mb is None else f"{row.peak_memory_mb:.0f}",
+            "-" if row.saved_mb_per_item is None else f"{row.saved_mb_per_item:.1f}",
             "-" if row.tflop_per_s is None else f"{row.tflop_per_s:.3g}",
         )
     return result
@@ -124,7 +134,7 @@ def _setting(args: argparse.Namespace, device: str) -> contenders.Setting:
         raise UserError("training needs more than one value per channel: raise --batch-size or --img-size above 32")
     stock = networks.build(args.model, calibration)
     amp_dtype = getattr(torch, _dtype(args)) if args.amp or args.amp_dtype else None
-    return contenders.Setting(stock, images, amp_dtype, tuple(args.torchcompile or ()), args.backend)
+    return contenders.Setting(stock, images, amp_dtype, tuple(args.torchcompile or ()), args.backend, args.train_stages)
 
 
 def _chosen(args: argparse.Namespace) -> list[str]:

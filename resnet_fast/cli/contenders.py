@@ -18,6 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import freeze, memory, numerics, optimize
 from ..numerics import Comparison
+from ..saved import saved_bytes
 from . import checks, networks
 from .harness import CONTENDERS, Contender
 
@@ -28,13 +29,15 @@ CHECKED_IMAGES = 2
 @dataclass(frozen=True)
 class Setting:
     """What all contenders of one comparison share. `stock` is in eval mode, float32; `images` is (N, 3, H, W) float32,
-    channels_last; `amp_dtype` None is float32 throughout; `compile_modes` are torch.compile's, or "freezing"."""
+    channels_last; `amp_dtype` None is float32 throughout; `compile_modes` are torch.compile's, or "freezing";
+    `train_stages` are stages of training to compare beside the one that "auto" takes."""
 
     stock: nn.Module
     images: Tensor
     amp_dtype: torch.dtype | None = None
     compile_modes: Sequence[str] = ()
     backend: str = "auto"
+    train_stages: Sequence[int] = ()
 
     @property
     def device(self) -> str:
@@ -85,10 +88,16 @@ def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[
             model = prepare(copy.deepcopy(setting.stock).train())
             return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
-        def step() -> Tensor:
-            model, optimizer = state()
+        def forward() -> Tensor:
             with context():
-                loss = F.cross_entropy(model(inputs).float(), labels)
+                return F.cross_entropy(state()[0](inputs).float(), labels)
+
+        def saved() -> int:
+            return saved_bytes(forward, state()[0].parameters())
+
+        def step() -> Tensor:
+            _, optimizer = state()
+            loss = forward()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -106,7 +115,7 @@ def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[
             ]
             return found + (_check_blocks(setting) if name == "fast" else [])
 
-        return Contender(name, step, check, len(inputs), flops, None, setting.device, label)
+        return Contender(name, step, check, len(inputs), flops, None, setting.device, label, saved)
 
     return [contender(*variant) for variant in _variants(setting, chosen, train=True)]
 
@@ -135,6 +144,9 @@ def _variants(setting: Setting, chosen: Sequence[str], train: bool):
                     yield f"{name}_{mode}", f"{CONTENDERS[name]} {mode}", _compiler(mode), last, context
         elif not (train and name == "frozen"):
             yield name, CONTENDERS[name], *plain[name]
+    for stage in setting.train_stages if train else ():
+        prepare = functools.partial(optimize, backend=setting.backend, train_stage=stage)
+        yield f"fast_stage{stage}", f"{CONTENDERS['fast']}, stage {stage}", prepare, last, autocast
 
 
 def _compiler(mode: str) -> Callable[[nn.Module], Callable]:

@@ -37,7 +37,8 @@ BASELINE = "eager_channels_last"
 class Contender:
     """`step()` is what is timed; `check()` compares its results beforehand.
 
-    items: images (or whatever is counted) per step. flops, bytes: per step, None where they are not known.
+    items: images (or whatever is counted) per step. flops, bytes: per step, None where they are not known. saved:
+    counts the bytes that a step keeps for its backward pass, None where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Contender:
     bytes: float | None = None
     device: str = "cpu"
     label: str = ""
+    saved: Callable[[], int] | None = None
     samples: list[float] = field(default_factory=list)
 
 
@@ -58,6 +60,7 @@ class Row:
     match, worst_ratio, worst_tensor, reason: the gate. *_ms: one step. *_per_s: items a second at that quantile of time
     (p20 is the fast end). ratio: the baseline's median time / this one's. peak_memory_mb: highest memory during a step
     above that before it (CPU: resident, from VmHWM; CUDA: allocated). tflop_per_s, gb_per_s: at the median.
+    saved_mb_per_item: kept for the backward pass (`resnet_fast.saved`), in 10^6 bytes an item.
     """
 
     contender: str
@@ -76,6 +79,7 @@ class Row:
     peak_memory_mb: float | None = None
     tflop_per_s: float | None = None
     gb_per_s: float | None = None
+    saved_mb_per_item: float | None = None
     samples: int = 0
 
     def to_dict(self) -> dict:
@@ -206,6 +210,7 @@ def _row(
         peak_memory_mb=None if peak is None else peak / 2**20,
         tflop_per_s=None if contender.flops is None else contender.flops / median / 1e9,
         gb_per_s=None if contender.bytes is None else contender.bytes / median / 1e6,
+        saved_mb_per_item=None if contender.saved is None else contender.saved() / contender.items / 1e6,
         samples=len(contender.samples),
     )
 
