@@ -7,6 +7,7 @@ from .freeze import freeze
 from .layers import disabled
 from .optimize import optimize, restore
 from .report import BlockReport, Report
+from .resnet import FastResNet
 from .warm import warmup
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "BlockReport",
     "FastBasicBlock",
     "FastBottleneck",
+    "FastResNet",
     "FusionError",
     "Report",
     "disabled",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .training import RECORD
+from .training import GRAM, RECORD
 
 _ops = torch.ops.resnet_fast
 
@@ -22,22 +22,27 @@ def _setup_residual_block_train(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     count = len(conv_weights)
     wanted = list(ctx.needs_input_grad[: 2 + 3 * count])
-    records = _needed(records, wanted, count, downsample, batch_statistics)
+    records = _needed(records, wanted, count, downsample, batch_statistics, stages)
     ctx.save_for_backward(x, y, *conv_weights, *weights, *biases, *records)
     ctx.count, ctx.wanted, ctx.identity = count, wanted, residual is None and not downsample
     ctx.block = (geometry, eps, batch_statistics, downsample, stages, group, backend)
 
 
-def _needed(records, wanted, count: int, downsample: bool, batch_statistics) -> list[Tensor]:
+def _needed(records, wanted, count: int, downsample: bool, batch_statistics, stages) -> list[Tensor]:
     """`records` without the raw outputs that no wanted gradient is computed from."""
-    records = list(records)
-    wants_any = wanted[0]  # at or before this layer
+    records, below = list(records), wanted[0]
+    own = [wanted[2 + number : 2 + 3 * count : count] for number in range(count)]  # conv_weight, weight, bias
+    last = count - 1 - downsample
     for number in range(count):
-        is_branch, at = downsample and number == count - 1, number * len(RECORD)
-        own = [wanted[2 + kind * count + number] for kind in range(3)]
-        wants_any = (wanted[0] if is_branch else wants_any) or any(own)
-        ends = is_branch or number == count - 1 - downsample  # no ReLU of its own behind it
-        if not wants_any or (ends and not batch_statistics[number] and not own[1]):
+        joined = number >= last  # no ReLU of its own behind it, nor a layer
+        wants_conv = own[number][0] or (wanted[0] if number > last else below)
+        needed = any(own[number][1:]) or (wants_conv and (batch_statistics[number] or not joined))
+        if not joined:  # it is what the next layer reads
+            after = own[number + 1]
+            needed = needed or after[0] or (stages[number + 1] == GRAM and any(after))
+        below = below or any(own[number])
+        if not needed:
+            at = number * len(RECORD)
             records[at] = records[at].new_empty(0)
     return records
 

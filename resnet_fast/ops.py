@@ -162,11 +162,11 @@ def stem_backward_fake(dy, x, conv_weight, weight, bias, records, geometry, eps,
 
 def _record(x: Tensor, conv_out: Tensor | None, conv_weight: Tensor, group: str, gram: bool) -> list[Tensor]:
     """A layer's entries of `records`, in the order of `backends.train_ops.RECORD`."""
-    none, channels = x.new_empty(0), conv_weight.shape[0]
-    vectors = [_statistic(x, channels), _statistic(x, channels)]
-    count = vectors[0].new_empty(()) if group else none
-    matrices = [_statistic(x, x.shape[1]), vectors[0].new_empty(x.shape[1], x.shape[1])] if gram else [none, none]
-    return [none if conv_out is None else conv_out, *vectors, count, *matrices]
+    mean, channels = _statistic(x, conv_weight.shape[0]), x.shape[1]
+    sizes = ((), (channels,), (channels, channels))  # of count, input_mean, input_cov
+    wanted = (bool(group), gram, gram)
+    rest = [mean.new_empty(size) if there else x.new_empty(0) for size, there in zip(sizes, wanted, strict=True)]
+    return [x.new_empty(0) if conv_out is None else conv_out, mean, torch.empty_like(mean), *rest]
 
 
 def _like_other(tensor: Tensor, other: Tensor) -> Tensor:

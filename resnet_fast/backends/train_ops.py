@@ -3,6 +3,7 @@
 An empty tensor in a list stands for an absent one. Gradients of weights keep the weights' own strides.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -59,7 +60,19 @@ def make(primitives: Callable[[], ModuleType]) -> tuple[Callable, ...]:
         )
         return [x.new_empty(0) if grad is None else grad for grad in (dx, *_columns([grads], [layer]))]
 
-    return residual_block_train, residual_block_backward, stem_train, stem_backward
+    ops = (residual_block_train, residual_block_backward, stem_train, stem_backward)
+    return tuple(map(_without_autocast, ops))
+
+
+def _without_autocast(op: Callable) -> Callable:
+    """Inside an op the dtypes are settled: a product in float32 must not be cast once more."""
+
+    @functools.wraps(op)
+    def run(tensor, *args):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return op(tensor, *args)
+
+    return run
 
 
 def _layers(conv_weights, weights, biases, means, variances, geometry, eps, batch_statistics, stages) -> list[Layer]:
