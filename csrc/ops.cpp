@@ -3,9 +3,14 @@
 // One function per op and device; validation for users is in resnet_fast/functional.py. x is 4-D and dense, in
 // channels_last or contiguous memory format, which the outputs follow; per-channel tensors are (C,). SymInt in a schema
 // matches the public ops; kernels take plain integers.
+//
+// The last ten are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
+// and bias, empty for none; the ones of 1x1 convolutions take x in channels_last.
 #include <torch/library.h>
 
 #include "cpu/bn_act.h"
+#include "cpu/bn_train.h"
+#include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
 #ifdef WITH_CUDA
 #include "cuda/bn_act.h"
@@ -35,6 +40,31 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? bias, Tensor mean, Tensor var, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
       "float eps, bool relu, bool training, bool[6] output_mask) "
       "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)");
+
+  m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_apply(Tensor conv_out, Tensor?[] norm, float eps, Tensor? residual, Tensor?[] residual_norm, "
+      "float residual_eps, bool relu) -> Tensor");
+  m.def(
+      "bn_backward_reduce(Tensor dy, Tensor conv_out, Tensor?[] norm, float eps, bool relu) "
+      "-> (Tensor sum_dz, Tensor sum_dzx)");
+  m.def(
+      "bn_backward_apply(Tensor dy, Tensor? conv_out, Tensor?[] norm, float eps, bool relu, Tensor? mean_dz, "
+      "Tensor? mean_dzx) -> Tensor");
+  m.def("relu_mask(Tensor dy, Tensor y, Tensor layout_like) -> Tensor");
+  m.def(
+      "conv1x1_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, bool statistics) "
+      "-> (Tensor conv_out, Tensor mean, Tensor var)");
+  m.def(
+      "conv1x1_join(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, int[2] stride, Tensor?[] norm, "
+      "float eps, Tensor? residual, Tensor?[] residual_norm, float residual_eps, bool relu) -> Tensor");
+  m.def("gram(Tensor x, Tensor?[] x_norm, float x_eps, int[2] stride) -> (Tensor mean, Tensor cov)");
+  m.def(
+      "outer(Tensor dz, Tensor x, Tensor?[] x_norm, float x_eps, int[2] stride, Tensor mean) "
+      "-> (Tensor outer, Tensor sum_dz)");
+  m.def(
+      "gram_dgrad(Tensor dz, Tensor x, Tensor?[] x_norm, float x_eps, int[2] stride, Tensor dz_matrix, "
+      "Tensor x_matrix, Tensor mean, Tensor constant, Tensor? add) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
@@ -44,6 +74,16 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act", &resnet_fast::cpu::conv_bn_act);
   m.impl("conv_bn_act_train", &resnet_fast::cpu::conv_bn_act_train);
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
+  m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
+  m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
+  m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);
+  m.impl("bn_backward_apply", &resnet_fast::cpu::bn_backward_apply);
+  m.impl("relu_mask", &resnet_fast::cpu::relu_mask);
+  m.impl("conv1x1_train", &resnet_fast::cpu::conv1x1_train);
+  m.impl("conv1x1_join", &resnet_fast::cpu::conv1x1_join);
+  m.impl("gram", &resnet_fast::cpu::gram);
+  m.impl("outer", &resnet_fast::cpu::outer);
+  m.impl("gram_dgrad", &resnet_fast::cpu::gram_dgrad);
 }
 
 #ifdef WITH_CUDA

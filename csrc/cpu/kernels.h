@@ -67,7 +67,17 @@ struct ApplyArgs {
   const void* residual = nullptr;  // may be null
   void* y = nullptr;               // may be x
   ColumnParams params;
+  ColumnParams residual_params;  // of the residual's own batch norm; null where it has none
   bool relu = false;
+};
+
+// Contiguous rows only. Where scale is not null, x is normalised, activated and rounded to its own type first.
+struct CentreArgs {
+  const void* x = nullptr;
+  void* y = nullptr;  // of the accumulation type if `wide`, else of x's, and then it may be x
+  ColumnParams params;
+  const void* shift = nullptr;
+  bool wide = false;
 };
 
 enum class Mask : int { none = 0, from_x = 1, from_y = 2 };
@@ -90,8 +100,10 @@ struct Kernels {
   const char* name;
   // Per chunk and column: mean and centred sum of squares.
   void (*stats[kDTypes])(const Plan&, const StatsArgs&, int64_t begin, int64_t end);
-  // y = act((x - mean) * scale + bias + residual)
+  // y = act((x - mean) * scale + bias + residual), or + (residual - its mean) * its scale + its bias
   void (*apply[kDTypes])(const Plan&, const ApplyArgs&, int64_t begin, int64_t end);
+  // y = act((x - mean) * scale + bias) - shift, or x - shift
+  void (*centre[kDTypes])(const Plan&, const CentreArgs&, int64_t begin, int64_t end);
   // Per chunk and column: sum(dz), sum(dz * (x - mean)); on the way dz and, with fixed statistics, dx = scale * dz.
   void (*backward_reduce[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
   // dx = scale * (dz - mean_dz - (x - mean) * mean_dzx), batch statistics

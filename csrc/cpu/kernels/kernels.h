@@ -1,4 +1,4 @@
-// Every kernel of one instruction set, instantiated in stats.cpp, apply.cpp and backward.cpp for the four dtypes.
+// Every kernel of one instruction set, instantiated in stats.cpp, apply.cpp, centre.cpp and backward.cpp for the four dtypes.
 #pragma once
 
 #include "../kernels.h"
@@ -10,6 +10,8 @@ template <typename scalar_t>
 void stats(const Plan& plan, const StatsArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
 void apply(const Plan& plan, const ApplyArgs& args, int64_t begin, int64_t end);
+template <typename scalar_t>
+void centre(const Plan& plan, const CentreArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
 void backward_reduce(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>

@@ -56,6 +56,17 @@ struct Lanes {
     for (int i = 0; i < parts; ++i) v[i].store(p + i * Vec::size());
   }
 
+  // The same where what lies past a Part's count is not to be touched.
+  C10_ALWAYS_INLINE void store_acc(acc_t* p, Full) const { store_acc(p); }
+  C10_ALWAYS_INLINE void store_acc(acc_t* p, Part part) const {
+    acc_t lanes[size];
+    store_acc(lanes);
+    for (int64_t i = 0; i < part.count; ++i) p[i] = lanes[i];
+  }
+
+  // As it would be read back after it had been stored.
+  C10_ALWAYS_INLINE Lanes rounded() const { return widen(narrow()); }
+
   // Zero in the lanes that a Part does not cover, whatever is there.
   C10_ALWAYS_INLINE Lanes keep(Full) const { return *this; }
   C10_ALWAYS_INLINE Lanes keep(Part part) const {

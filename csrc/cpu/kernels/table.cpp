@@ -16,6 +16,7 @@ const Kernels& table() {
       RF_STRINGIFY(CPU_CAPABILITY),
       RF_ALL_DTYPES(stats),
       RF_ALL_DTYPES(apply),
+      RF_ALL_DTYPES(centre),
       RF_ALL_DTYPES(backward_reduce),
       RF_ALL_DTYPES(backward_apply_train),
       RF_ALL_DTYPES(backward_apply_eval),

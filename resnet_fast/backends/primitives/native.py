@@ -1,0 +1,189 @@
+"""The primitives on CPUs: the C++ extension's passes, PyTorch's (oneDNN's) convolutions, and 1x1s slab by slab.
+
+A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that never leaves the cache between
+its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products no CPU of
+today has in hardware) takes PyTorch's convolution and passes, or `reference`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...training import EPILOGUE
+from .. import native
+from . import Geometry, Norm, Shortcut, reference
+
+_PRODUCT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_bn_statistics = native._op("bn_statistics")
+_bn_apply = native._op("bn_apply")
+_bn_backward_reduce = native._op("bn_backward_reduce")
+_bn_backward_apply = native._op("bn_backward_apply")
+_relu_mask = native._op("relu_mask")
+_conv1x1_train = native._op("conv1x1_train")
+_conv1x1_join = native._op("conv1x1_join")
+_gram = native._op("gram")
+_outer = native._op("outer")
+_gram_dgrad = native._op("gram_dgrad")
+
+
+def conv(
+    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, stage: int, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`reference.conv`."""
+    if stage >= EPILOGUE and geometry.stride == [1, 1] and _is_product(x, conv_weight, geometry):
+        conv_out, mean, var = _conv1x1_train(x, *_norm(x_norm), conv_weight, statistics)
+        return conv_out, *((mean, var) if statistics else (None, None))
+    conv_out = _convolved(x, x_norm, conv_weight, geometry)
+    return conv_out, *(batch_statistics(conv_out) if statistics else (None, None))
+
+
+def batch_statistics(conv_out: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.batch_statistics`."""
+    if conv_out.numel() == 0:
+        return reference.batch_statistics(conv_out)
+    return _bn_statistics(conv_out)
+
+
+def apply(
+    conv_out: Tensor, norm: Norm, residual: Tensor | None = None, residual_norm: Norm | None = None, relu: bool = True
+) -> Tensor:
+    """`reference.apply`."""
+    if conv_out.numel() == 0:
+        return reference.apply(conv_out, norm, residual, residual_norm, relu)
+    return _bn_apply(conv_out, *_norm(norm), residual, *_norm(residual_norm), relu)
+
+
+def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """`reference.gram`."""
+    if not _is_rows(x):
+        return reference.gram(_activated(x, x_norm), None, geometry)
+    return _gram(x, *_norm(x_norm), geometry.stride)
+
+
+def conv_join(
+    x: Tensor,
+    x_norm: Norm | None,
+    conv_weight: Tensor,
+    geometry: Geometry,
+    norm: Norm,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    shortcut: Shortcut | None = None,
+) -> Tensor:
+    """`reference.conv_join`; a shortcut is computed first, and stored."""
+    if shortcut is not None:
+        residual, residual_norm = _joined(shortcut.x, None, *shortcut[1:], None, None, relu=False), None
+    return _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, relu=True)
+
+
+def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
+    """`reference.mask`."""
+    return reference.mask(dy, y, layout_like) if y.numel() == 0 else _relu_mask(dy, y, layout_like)
+
+
+def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tuple[Tensor, Tensor]:
+    """`reference.backward_reduce`."""
+    if dy.numel() == 0:
+        return reference.backward_reduce(dy, conv_out, norm, relu)
+    return _bn_backward_reduce(dy, conv_out, *_norm(norm), relu)
+
+
+def backward_apply(
+    dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, mean_dz: Tensor | None, mean_dzx: Tensor | None
+) -> Tensor:
+    """`reference.backward_apply`, in the memory format of conv_out where that is given."""
+    if dy.numel() == 0:
+        return reference.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx)
+    return _bn_backward_apply(dy, conv_out, *_norm(norm), relu, mean_dz, mean_dzx)
+
+
+def conv_backward(
+    dconv_out: Tensor,
+    x: Tensor,
+    x_norm: Norm | None,
+    conv_weight: Tensor,
+    geometry: Geometry,
+    stage: int,
+    wants_dx: bool,
+    wants_dweight: bool,
+    add: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`reference.conv_backward`."""
+    activated = _activated(x, x_norm) if wants_dweight else x
+    return reference.conv_backward(
+        dconv_out, activated, None, conv_weight, geometry, stage, wants_dx, wants_dweight, add
+    )
+
+
+def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.outer`."""
+    if not _is_rows(x):
+        return reference.outer(dz, _activated(x, x_norm), None, geometry, mean)
+    return _outer(dz, x, *_norm(x_norm), geometry.stride, mean)
+
+
+def gram_dgrad(
+    dz: Tensor,
+    x: Tensor,
+    x_norm: Norm | None,
+    geometry: Geometry,
+    dz_matrix: Tensor,
+    x_matrix: Tensor,
+    mean: Tensor,
+    constant: Tensor,
+    add: Tensor | None = None,
+) -> Tensor:
+    """`reference.gram_dgrad`."""
+    matrices = (dz_matrix, x_matrix, mean, constant, add)
+    if not _is_rows(x) or x.dtype not in _PRODUCT_DTYPES:
+        return reference.gram_dgrad(dz, _activated(x, x_norm), None, geometry, *matrices)
+    return _gram_dgrad(dz, x, *_norm(x_norm), geometry.stride, *matrices)
+
+
+def pool(conv_out: Tensor, norm: Norm) -> Tensor:
+    """`reference.pool`."""
+    return F.max_pool2d(apply(conv_out, norm), 3, 2, 1)
+
+
+def pool_backward(dy: Tensor, conv_out: Tensor, norm: Norm) -> Tensor:
+    """`reference.pool_backward`."""
+    activated = apply(conv_out, norm)
+    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
+    dy = dy.contiguous(memory_format=torch._prims_common.suggest_memory_format(conv_out))
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
+
+
+def _norm(norm: Norm | None) -> tuple[list[Tensor | None], float]:
+    """As the ops take one: mean, var, weight, bias, and eps."""
+    return ([], 0.0) if norm is None else (list(norm[:4]), norm.eps)
+
+
+def _activated(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else apply(x, norm)
+
+
+def _convolved(x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    activated = _activated(x, x_norm)
+    return torch.ops.aten.convolution(activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups)
+
+
+def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, relu: bool) -> Tensor:
+    if not _is_product(x, conv_weight, geometry):
+        return apply(_convolved(x, x_norm, conv_weight, geometry), norm, residual, residual_norm, relu)
+    stride, joined = geometry.stride, (residual, *_norm(residual_norm))
+    return _conv1x1_join(x, *_norm(x_norm), conv_weight, stride, *_norm(norm), *joined, relu)
+
+
+def _is_rows(x: Tensor) -> bool:
+    """Whether memory holds x pixel by pixel and its strides say so, which those of one pixel or channel may not."""
+    wanted = torch.channels_last
+    suggested = torch._prims_common.suggest_memory_format(x)
+    return suggested == wanted and x.is_contiguous(memory_format=wanted) and x.numel() > 0
+
+
+def _is_product(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+    pointwise = conv_weight.shape[2:] == (1, 1) and geometry.groups == 1 and not any(geometry.padding)
+    return pointwise and x.dtype in _PRODUCT_DTYPES and _is_rows(x)
