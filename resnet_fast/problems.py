@@ -98,10 +98,12 @@ class Conv:
 
 @dataclass(frozen=True)
 class ConvProblem:
-    """act(bn(conv(x)) [+ residual | + bn(shortcut(s))]): one convolution with its epilogue.
+    """act(bn(conv(x)) [+ residual | + bn(residual) | + bn(shortcut(s))]): one convolution with its epilogue.
 
     shortcut: a 1x1 on a second input whose output is added before the activation; then there is no residual.
     folded: batch norm is in the weights already, so that one accumulator serves convolution and shortcut.
+    residual_norm: a batch norm is pending on the residual. statistics: those of the output are wanted too. Both are of
+    training.
     """
 
     conv: Conv
@@ -110,6 +112,8 @@ class ConvProblem:
     shortcut: Conv | None = None
     folded: bool = True
     relu: bool = True
+    residual_norm: bool = False
+    statistics: bool = False
 
     @property
     def flops(self) -> int:
@@ -125,10 +129,76 @@ class ConvProblem:
     @property
     def key(self) -> str:
         parts = ["conv", self.conv.key, self.dtype]
-        parts += ["+residual"] if self.residual else []
+        parts += _residual_parts(self) + (["+statistics"] if self.statistics else [])
         parts += [f"+shortcut({self.shortcut.key})"] if self.shortcut else []
         parts += [] if self.relu else ["no-relu"]
         return " ".join(parts + ([] if self.folded else ["bn"]))
+
+
+@dataclass(frozen=True)
+class PrologueProblem:
+    """conv1x1(relu(bn(x))), x a raw convolution output, in training: raw, or relu(bn(.) [+ residual | + bn(residual)]).
+
+    joined: the second; then nothing raw is stored. statistics: of the raw output.
+    """
+
+    conv: Conv
+    dtype: str
+    statistics: bool = False
+    joined: bool = False
+    residual: bool = False
+    residual_norm: bool = False
+
+    @property
+    def relu(self) -> bool:
+        return self.joined
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops
+
+    @property
+    def bytes(self) -> int:
+        elements = self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements * (2 if self.residual else 1)
+        return elements * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        parts = ["prologue", self.conv.key, self.dtype, *_residual_parts(self)]
+        parts += ["+statistics"] if self.statistics else []
+        return " ".join(parts + (["joined"] if self.joined else []))
+
+
+@dataclass(frozen=True)
+class GramDgradProblem:
+    """The data gradient of a 1x1 in the Gram form: dz @ (K, C) + (act(x) - mean) @ (C, C) + constant [+ add].
+
+    conv: the layer's own, without stride. prologue: a batch norm and ReLU are pending on x.
+    """
+
+    conv: Conv
+    dtype: str
+    prologue: bool = False
+    add: bool = False
+
+    @property
+    def relu(self) -> bool:
+        return self.prologue
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops + 2 * self.conv.x_elements * self.conv.in_channels
+
+    @property
+    def bytes(self) -> int:
+        channels = self.conv.in_channels
+        elements = self.conv.y_elements + self.conv.x_elements * (3 if self.add else 2)
+        return (elements + self.conv.weight_elements + channels * channels) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        parts = ["gram_dgrad", self.conv.key, self.dtype]
+        return " ".join(parts + ["+prologue"] * self.prologue + ["+add"] * self.add)
 
 
 @dataclass(frozen=True)
@@ -247,5 +317,11 @@ class AveragePoolProblem:
         return f"avgpool n{self.batch} {self.channels}x{self.height}x{self.width} {self.dtype}"
 
 
-Problem = ConvProblem | StemProblem | TailProblem
+def _residual_parts(problem: ConvProblem | PrologueProblem) -> list[str]:
+    if not problem.residual:
+        return []
+    return ["+bn(residual)" if problem.residual_norm else "+residual"]
+
+
+Problem = ConvProblem | StemProblem | TailProblem | PrologueProblem | GramDgradProblem
 """What a Triton kernel can compute; pools are always the library's."""

@@ -20,8 +20,8 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver
 
 from resnet_fast.backends import triton_launch
-from resnet_fast.kernels.configs import Config
-from resnet_fast.problems import ConvProblem, Problem, StemProblem, TailProblem
+from resnet_fast.kernels.configs import Config, pixel_tiles
+from resnet_fast.problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, StemProblem, TailProblem
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -144,7 +144,13 @@ def _run(command: list[str]) -> str:
 
 def start(problem: Problem, config: Config) -> Callable[[], None]:
     """A launch of `problem` with `config`, as the engine and the backend do it, on tensors that have shapes alone."""
-    launch = {ConvProblem: _conv, StemProblem: _stem, TailProblem: _tail}[type(problem)]
+    launch = {
+        ConvProblem: _conv,
+        StemProblem: _stem,
+        TailProblem: _tail,
+        PrologueProblem: _prologue,
+        GramDgradProblem: _gram_dgrad,
+    }[type(problem)]
     return functools.partial(launch, problem, config)
 
 
@@ -161,10 +167,52 @@ def _conv(problem: ConvProblem, config: Config) -> None:
         _tensor(conv.y_shape, dtype),
         problem,
         config,
-        _norm(conv.out_channels, dtype, problem.folded),
+        _norm(conv.out_channels, dtype, problem.folded) if problem.relu or not problem.folded else triton_launch.Norm(),
         _tensor(conv.y_shape, dtype) if problem.residual else None,
         **shortcut,
+        residual_norm=_norm(conv.out_channels, dtype, False) if problem.residual_norm else None,
+        statistics=_statistics(config, problem) if problem.statistics else None,
     )
+
+
+def _prologue(problem: PrologueProblem, config: Config) -> None:
+    conv, dtype = problem.conv, getattr(torch, problem.dtype)
+    triton_launch.conv_prologue(
+        _tensor(conv.x_shape, dtype),
+        _norm(conv.in_channels, dtype, False),
+        triton_launch.pack_conv(_tensor(conv.weight_shape, dtype), ConvProblem(conv, problem.dtype)),
+        _tensor(conv.y_shape, dtype),
+        problem,
+        config,
+        _norm(conv.out_channels, dtype, False) if problem.joined else None,
+        _tensor(conv.y_shape, dtype) if problem.residual else None,
+        _norm(conv.out_channels, dtype, False) if problem.residual_norm else None,
+        _statistics(config, problem) if problem.statistics else None,
+    )
+
+
+def _gram_dgrad(problem: GramDgradProblem, config: Config) -> None:
+    conv, dtype = problem.conv, getattr(torch, problem.dtype)
+    x, channels = _tensor(conv.x_shape, dtype), conv.in_channels
+    triton_launch.gram_dgrad(
+        _tensor(conv.y_shape, dtype),
+        x,
+        _norm(channels, dtype, False) if problem.prologue else None,
+        torch.empty(channels, conv.out_channels, dtype=dtype, device="meta"),
+        torch.empty(channels, channels, dtype=dtype, device="meta"),
+        torch.empty(channels, device="meta"),
+        torch.empty(channels, device="meta"),
+        x if problem.add else None,
+        x,
+        problem,
+        config,
+    )
+
+
+def _statistics(config: Config, problem: Problem) -> triton_launch.Statistics:
+    rows, channels = pixel_tiles(config, problem), problem.conv.out_channels
+    mean, m2 = torch.empty(2, rows, channels, device="meta")
+    return triton_launch.Statistics(mean, m2, torch.empty(rows, device="meta"))
 
 
 def _stem(problem: StemProblem, config: Config) -> None:

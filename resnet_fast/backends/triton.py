@@ -140,8 +140,8 @@ def conv_bn_act(
     relu: bool,
 ) -> Tensor:
     """`ops.conv_bn_act` in one kernel, or the library's convolution and one pass behind it."""
-    geometry = _geometry(x, conv_weight, stride, padding, dilation, groups)
-    problem = ConvProblem(geometry, _name(x.dtype), residual is not None, folded=False, relu=relu)
+    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
+    problem = ConvProblem(geometry, dtype_name(x.dtype), residual is not None, folded=False, relu=relu)
     launch, layout = launcher(), _out_layout(x, conv_weight)
 
     def run(config, y):
@@ -184,9 +184,9 @@ def conv_bn_shortcut_act(
     main = (x, conv_weight, conv_bias, weight, bias, mean, var)
     branch = (shortcut, shortcut_conv_weight, shortcut_conv_bias, shortcut_weight, shortcut_bias)
     pointwise = (shortcut_stride, [0, 0], [1, 1], 1)
-    geometry = _geometry(x, conv_weight, stride, padding, dilation, groups)
-    branch_geometry = _geometry(shortcut, shortcut_conv_weight, *pointwise)
-    problem = ConvProblem(geometry, _name(x.dtype), False, branch_geometry, folded=False, relu=relu)
+    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
+    branch_geometry = geometry_of(shortcut, shortcut_conv_weight, *pointwise)
+    problem = ConvProblem(geometry, dtype_name(x.dtype), False, branch_geometry, folded=False, relu=relu)
     launch, layout = launcher(), _out_layout(x, conv_weight)
 
     def run(config, y):
@@ -225,8 +225,8 @@ conv_bn_act_backward = reference.conv_bn_act_backward
 def why_not_convolution(x, conv_weight, stride, padding, dilation, groups, residual: bool, relu: bool) -> str | None:
     """Why no kernel computes this convolution of inference statistics at all; None where one does, or the library is
     merely faster."""
-    geometry = _geometry(x, conv_weight, stride, padding, dilation, groups)
-    problem = ConvProblem(geometry, _name(x.dtype), residual, folded=False, relu=relu)
+    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
+    problem = ConvProblem(geometry, dtype_name(x.dtype), residual, folded=False, relu=relu)
     choice = selection.choose(problem, gpu_of(x))
     return choice.reason if choice.config is None and choice.source in ("predicted", "refused") else None
 
@@ -258,14 +258,16 @@ def _why_library(problem: ConvProblem, layout: torch.memory_format) -> str | Non
     return None
 
 
-def _geometry(x, conv_weight, stride, padding, dilation, groups) -> Conv:
+def geometry_of(x, conv_weight, stride, padding, dilation, groups) -> Conv:
+    """The convolution of these tensors as plain data."""
     batch, channels, height, width = x.shape
     out_channels, _, *kernel = conv_weight.shape
     pairs = (tuple(pair) for pair in (kernel, stride, padding, dilation))
     return Conv(batch, channels, height, width, out_channels, *pairs, groups)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its module: float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -15,12 +15,23 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels.bn_act import bn_act as bn_act_kernel
-from ..kernels.configs import PointerConfig, StemConfig, TailConfig, TmaConfig, group_shape, programs
+from ..kernels.configs import (
+    GramDgradConfig,
+    PointerConfig,
+    PrologueConfig,
+    StemConfig,
+    TailConfig,
+    TmaConfig,
+    group_shape,
+    programs,
+)
 from ..kernels.conv_pointer import conv_bn_act_pointer
+from ..kernels.conv_prologue import conv_prologue as conv_prologue_kernel
 from ..kernels.conv_tma import conv_bn_act_tma
+from ..kernels.gram_dgrad import gram_dgrad as gram_dgrad_kernel
 from ..kernels.stem import stem as stem_kernel
 from ..kernels.tail import bottleneck_tail
-from ..problems import Conv, ConvProblem, StemProblem, TailProblem
+from ..problems import Conv, ConvProblem, GramDgradProblem, PrologueProblem, StemProblem, TailProblem
 
 REFUSALS = (OutOfResources, CompilationError, PTXASError)
 """What a launch raises where a configuration does not fit the GPU or its compiler: another path can be taken."""
@@ -40,6 +51,14 @@ class Norm(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
+
+
+class Statistics(NamedTuple):
+    """Where a convolution leaves its output's statistics by tile of pixels, float32: see `kernels.statistics`."""
+
+    mean: Tensor | None = None
+    m2: Tensor | None = None
+    count: Tensor | None = None
 
 
 def pack_conv(weight: Tensor, problem: ConvProblem) -> Tensor:
@@ -80,8 +99,13 @@ def conv(
     shortcut: Tensor | None = None,
     shortcut_weight: Tensor | None = None,
     shortcut_norm: Norm | None = None,
+    residual_norm: Norm | None = None,
+    statistics: Statistics | None = None,
 ) -> None:
-    """Write `problem`'s result to y: act(norm(conv(x)) + residual, or + shortcut_norm(conv1x1(shortcut)))."""
+    """Write `problem`'s result to y: act(norm(conv(x)) + residual, or + shortcut_norm(conv1x1(shortcut))).
+
+    residual_norm: pending on the residual. statistics: where y's go, `pixel_tiles(config, problem)` rows.
+    """
     geometry, (groups, group_in, group_out) = problem.conv, group_shape(problem)
     branch = problem.shortcut or Conv(1, 1, 1, 1, 1)
     common = {
@@ -99,9 +123,10 @@ def conv(
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
     }
-    norms = (tuple(norm), tuple(shortcut_norm or Norm()))
+    norms = (tuple(residual_norm or Norm()), tuple(norm))
+    more = (tuple(shortcut_norm or Norm()), tuple(statistics or Statistics()))
     if isinstance(config, PointerConfig):
-        args = (x, weight, y, residual, norms[0], shortcut, shortcut_weight, norms[1])
+        args = (x, weight, y, residual, *norms, shortcut, shortcut_weight, *more)
         sizes = (geometry.batch, geometry.height, geometry.width, geometry.out_height, geometry.out_width)
         constants = common | {
             "GROUPS": groups,
@@ -119,10 +144,11 @@ def conv(
             _matrix(weight, weights),
             _image(y, (*box, config.block_out)),
             None if residual is None else _image(_aligned(residual), (*box, config.block_out)),
-            norms[0],
+            *norms,
             None if shortcut is None else strided(shortcut, branch, (*box, config.block_in)),
             None if shortcut is None else _matrix(shortcut_weight, weights),
-            norms[1],
+            *more,
+            geometry.batch,
             geometry.out_height,
             geometry.out_width,
         )
@@ -134,6 +160,62 @@ def conv(
         }
         kernel = conv_bn_act_tma
     launch(kernel, x, programs(config, problem), args, constants, config)
+
+
+def conv_prologue(
+    x: Tensor,
+    x_norm: Norm,
+    weight: Tensor,
+    y: Tensor,
+    problem: PrologueProblem,
+    config: PrologueConfig,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    residual_norm: Norm | None = None,
+    statistics: Statistics | None = None,
+) -> None:
+    """Write conv1x1(relu(x_norm(x))) to y, raw, and its statistics; or relu(norm(.) + residual)."""
+    geometry = problem.conv
+    constants = {
+        "CHANNELS": geometry.in_channels,
+        "OUT_CHANNELS": geometry.out_channels,
+        "RELU": problem.joined,
+        "PRECISION": _precision(x.dtype),
+        "BLOCK_PIXELS": config.block_pixels,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+        "SPLITS": config.splits,
+    }
+    norms = tuple(norm or Norm()), residual, tuple(residual_norm or Norm())
+    args = (x, tuple(x_norm), weight, y, *norms, tuple(statistics or Statistics()), geometry.pixels)
+    launch(conv_prologue_kernel, x, programs(config, problem), args, constants, config)
+
+
+def gram_dgrad(
+    dz: Tensor,
+    x: Tensor,
+    x_norm: Norm | None,
+    dz_matrix: Tensor,
+    x_matrix: Tensor,
+    mean: Tensor,
+    constant: Tensor,
+    add: Tensor | None,
+    dx: Tensor,
+    problem: GramDgradProblem,
+    config: GramDgradConfig,
+) -> None:
+    """Write the Gram form's data gradient to dx. The matrices are (C, K) and (C, C), a row a channel of dx, and dense,
+    of x's dtype; mean and constant (C,) float32."""
+    constants = {
+        "CHANNELS": problem.conv.in_channels,
+        "OUT_CHANNELS": problem.conv.out_channels,
+        "PRECISION": _precision(x.dtype),
+        "BLOCK_PIXELS": config.block_pixels,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_IN": config.block_in,
+    }
+    args = (dz, x, tuple(x_norm or Norm()), dz_matrix, x_matrix, mean, constant, add, dx, problem.conv.pixels)
+    launch(gram_dgrad_kernel, x, programs(config, problem), args, constants, config)
 
 
 def tail(

@@ -1,106 +1,64 @@
-"""Launch configurations as data: which exist, which are valid for a problem on a GPU, and which should be fastest.
+"""Launch configurations: which exist, which are valid for a problem on a GPU, and which should be fastest.
 
-`why_not` is the one validity function, `candidates` what tuning measures, `predicted_seconds` the cost model that ranks
-them where nothing has been measured. A kernel's tile sizes are chosen nowhere else.
+`why_not` is the one validity function, `candidates` what tuning measures, ranked by the cost model (`cost`). A kernel's
+tile sizes are chosen nowhere else.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 
 from ..gpus import Gpu
-from ..problems import ITEMSIZE, KERNEL_DTYPES, Conv, ConvProblem, Problem, StemProblem, TailProblem
+from ..problems import (
+    ITEMSIZE,
+    KERNEL_DTYPES,
+    Conv,
+    ConvProblem,
+    GramDgradProblem,
+    Problem,
+    PrologueProblem,
+    StemProblem,
+    TailProblem,
+)
+from .config_types import (
+    KERNELS,
+    BoxConfig,
+    Config,
+    GramDgradConfig,
+    PointerConfig,
+    PrologueConfig,
+    StemConfig,
+    TailConfig,
+    TmaConfig,
+    from_dict,
+    kernel_name,
+    to_dict,
+)
+from .cost import SUPERGROUP, box_count, group_shape, pixel_tiles, predicted_seconds, programs, shared_memory
 
-SUPERGROUP = 64
-"""Grouped convolutions are computed as dense ones over groups packed together, this many channels at least."""
+__all__ = [
+    "KERNELS",
+    "SUPERGROUP",
+    "Config",
+    "GramDgradConfig",
+    "PointerConfig",
+    "PrologueConfig",
+    "StemConfig",
+    "TailConfig",
+    "TmaConfig",
+    "boxes",
+    "candidates",
+    "from_dict",
+    "group_shape",
+    "kernel_name",
+    "pixel_tiles",
+    "predicted_seconds",
+    "programs",
+    "shared_memory",
+    "to_dict",
+    "why_not",
+]
 
-
-@dataclass(frozen=True)
-class PointerConfig:
-    """conv_pointer: a program computes block_pixels x block_out outputs, block_in channels at a time."""
-
-    block_pixels: int
-    block_out: int
-    block_in: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class BoxConfig:
-    """A program has a box of output pixels, (images, rows, columns), which descriptors load and store whole."""
-
-    box: tuple[int, int, int]
-    block_out: int
-    block_in: int
-    warps: int
-    stages: int
-
-    @property
-    def block_pixels(self) -> int:
-        return math.prod(self.box)
-
-
-class TmaConfig(BoxConfig):
-    """conv_tma: a program computes its box x block_out output channels, block_in input channels at a time."""
-
-
-class TailConfig(BoxConfig):
-    """tail: a program computes all channels of its box, block_out of the block's output at a time."""
-
-
-@dataclass(frozen=True)
-class StemConfig:
-    """stem: a program computes tile_h x tile_w convolution outputs x block_out channels and pools them."""
-
-    tile_h: int
-    tile_w: int
-    block_out: int
-    block_in: int
-    warps: int
-    stages: int
-
-    @property
-    def block_pixels(self) -> int:
-        return self.tile_h * self.tile_w
-
-
-Config = PointerConfig | TmaConfig | TailConfig | StemConfig
-KERNELS: dict[str, type] = {
-    "conv_pointer": PointerConfig,
-    "conv_tma": TmaConfig,
-    "bottleneck_tail": TailConfig,
-    "stem": StemConfig,
-}
-"""Kernel name -> its configuration's type."""
-
-
-def kernel_name(config: Config) -> str:
-    """The kernel that `config` is for."""
-    return next(name for name, kind in KERNELS.items() if type(config) is kind)
-
-
-def to_dict(config: Config) -> dict:
-    """Plain data for JSON; `from_dict` reads it back."""
-    return {"kernel": kernel_name(config), **asdict(config)}
-
-
-def from_dict(data: dict) -> Config:
-    """Raises KeyError or TypeError for a kernel or a field that does not exist."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kernel"}
-    return KERNELS[data["kernel"]](**fields)
-
-
-def group_shape(problem: ConvProblem) -> tuple[int, int, int]:
-    """(groups, input channels, output channels of each) as the kernels see them: small groups are packed together."""
-    conv = problem.conv
-    group_in, group_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    together = 1
-    if conv.groups > 1:
-        divisors = (count for count in range(1, conv.groups + 1) if conv.groups % count == 0)
-        wide_enough = (count for count in divisors if count * max(group_in, group_out) >= SUPERGROUP)
-        together = next(wide_enough, conv.groups)
-    return conv.groups // together, group_in * together, group_out * together
+_PROLOGUE_CHANNELS = 512
+"""More leave no room in shared memory for two tiles of weights beside them."""
 
 
 def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
@@ -109,8 +67,7 @@ def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
         return f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}; the kernels need sm_80 or newer"
     if problem.dtype not in KERNEL_DTYPES:
         return f"the kernels take {', '.join(KERNEL_DTYPES)}, not {problem.dtype}"
-    wanted = {ConvProblem: (PointerConfig, TmaConfig), StemProblem: (StemConfig,), TailProblem: (TailConfig,)}
-    if type(config) not in wanted[type(problem)]:
+    if type(config) not in _COMPUTES[type(problem)]:
         return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
     if isinstance(problem, ConvProblem) and (reason := _why_not_shortcut(problem)):
         return reason
@@ -135,7 +92,10 @@ def _why_not_pointer(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> s
         return f"block_in={config.block_in} is mostly empty beside {group_in} input channels"
     if config.block_in * ITEMSIZE[problem.dtype] > 128:
         return f"block_in={config.block_in} is more than 128 bytes, whose pointers take too many registers"
-    return _why_not_warps(config, problem, _pointer_registers(config, problem, gpu))
+    limit = _pointer_registers(config, problem, gpu)
+    if problem.statistics:
+        limit = min(limit, 64 if config.warps == 8 else 32)
+    return _why_not_warps(config, problem, limit)
 
 
 def _pointer_registers(config: PointerConfig, problem: ConvProblem, gpu: Gpu) -> int:
@@ -170,7 +130,7 @@ def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | Non
         return f"block_out={config.block_out} does not divide a group's {group_out} output channels"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
-    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, 128)
+    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, 64 if problem.statistics else 128)
 
 
 def _why_not_tail(config: TailConfig, problem: TailProblem, gpu: Gpu) -> str | None:
@@ -234,7 +194,7 @@ def _why_not_split(conv: Conv) -> str | None:
 
 def _why_not_box(config: BoxConfig, conv: Conv, problem: Problem) -> str | None:
     images = config.box[0]
-    covered = _boxes(config.box, conv) * config.block_pixels
+    covered = box_count(config.box, conv) * config.block_pixels
     if images > max(1, conv.batch) * 2 or covered > 4 * max(conv.pixels, 64):
         return f"box {config.box} is mostly empty over {conv.batch} images of {conv.out_height}x{conv.out_width}"
     if config.block_in * ITEMSIZE[problem.dtype] > 128:
@@ -252,35 +212,69 @@ def _why_not_warps(config: PointerConfig | TmaConfig, problem: ConvProblem, limi
     return None
 
 
+def _why_not_prologue(config: PrologueConfig, problem: PrologueProblem, gpu: Gpu) -> str | None:
+    conv = problem.conv
+    if not conv.pointwise or conv.stride != (1, 1) or conv.groups > 1:
+        return "only a dense 1x1 without stride transforms its input as it reads"
+    if problem.statistics and problem.joined:
+        return "statistics are those of a raw output"
+    if conv.in_channels > _PROLOGUE_CHANNELS:
+        return f"{conv.in_channels} input channels; at most {_PROLOGUE_CHANNELS} are kept in shared memory"
+    if config.block_in * ITEMSIZE[problem.dtype] > 128:
+        return f"block_in={config.block_in} is more than 128 bytes, whose pointers take too many registers"
+    tiles = -(-conv.out_channels // config.block_out)
+    if tiles % config.splits:
+        return f"splits={config.splits} do not divide {tiles} tiles of output channels"
+    return _why_not_whole(config, problem)
+
+
+def _why_not_gram_dgrad(config: GramDgradConfig, problem: GramDgradProblem, gpu: Gpu) -> str | None:
+    conv = problem.conv
+    if not conv.pointwise or conv.stride != (1, 1) or conv.groups > 1:
+        return "only a dense 1x1 without stride has a Gram form here"
+    if config.block_in * ITEMSIZE[problem.dtype] > 128:
+        return f"block_in={config.block_in} is more than 128 bytes, whose pointers take too many registers"
+    if config.block_out > 64 and config.block_out >= 2 * conv.in_channels:
+        return f"block_out={config.block_out} is mostly empty beside {conv.in_channels} channels"
+    return _why_not_whole(config, problem)
+
+
+def _why_not_whole(config: PrologueConfig | GramDgradConfig, problem: Problem) -> str | None:
+    """Of the kernels that transform as they read: what the compiler can hold in registers."""
+    conv = problem.conv
+    registers = config.block_pixels * config.block_out // (32 * config.warps)
+    aligned = not any(side * ITEMSIZE[problem.dtype] % 16 for side in (conv.in_channels, conv.out_channels))
+    limit = 64 if aligned and problem.dtype != "float32" else 32
+    if registers > limit:
+        return f"{registers} accumulator registers a thread; beyond {limit} the compiler spills"
+    return None
+
+
+_COMPUTES = {
+    ConvProblem: (PointerConfig, TmaConfig),
+    StemProblem: (StemConfig,),
+    TailProblem: (TailConfig,),
+    PrologueProblem: (PrologueConfig,),
+    GramDgradProblem: (GramDgradConfig,),
+}
 _WHY_NOT = {
     PointerConfig: _why_not_pointer,
     TmaConfig: _why_not_tma,
     TailConfig: _why_not_tail,
     StemConfig: _why_not_stem,
+    PrologueConfig: _why_not_prologue,
+    GramDgradConfig: _why_not_gram_dgrad,
 }
-
-
-def shared_memory(config: Config, problem: Problem) -> int:
-    """An upper estimate of the bytes of shared memory a block takes; the compile-only tests hold it against ptxas."""
-    itemsize = ITEMSIZE[problem.dtype]
-    if isinstance(config, TailConfig):
-        mid, last = problem.conv2.out_channels, problem.next_conv.out_channels if problem.next_conv else 0
-        shortcut = problem.shortcut.in_channels if problem.shortcut else 0
-        first = config.stages * config.block_in * (config.block_pixels + mid)
-        second = config.block_pixels * (mid + shortcut + 2 * config.block_out) + config.block_out * (mid + shortcut)
-        return itemsize * max(first, second + last * config.block_out) + 1024
-    if isinstance(config, StemConfig):
-        stages = config.stages * config.block_in * (config.block_pixels + config.block_out)
-        return itemsize * max(stages, config.block_pixels * config.block_out) + 8192
-    tile = config.block_in * (config.block_pixels + config.block_out)
-    stages = config.stages + (1 if problem.shortcut else 0)
-    return max(itemsize * stages * tile, itemsize * config.block_pixels * config.block_out) + 1024
 
 
 def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
     """Every valid configuration there is for `problem` on `gpu`, the most promising first."""
     if isinstance(problem, ConvProblem):
         everything: Iterator[Config] = _conv_configs(problem)
+    elif isinstance(problem, PrologueProblem):
+        everything = _prologue_configs(problem)
+    elif isinstance(problem, GramDgradProblem):
+        everything = _gram_dgrad_configs(problem)
     elif isinstance(problem, StemProblem):
         everything = (
             StemConfig(*tile, 64, block_in, warps, stages)
@@ -308,7 +302,7 @@ _BOXES = {
 
 def boxes(conv: Conv) -> list[tuple[int, int, int]]:
     """The box of each size that covers `conv`'s output with the least waste."""
-    return [min(shapes, key=lambda box: _boxes(box, conv)) for shapes in _BOXES.values()]
+    return [min(shapes, key=lambda box: box_count(box, conv)) for shapes in _BOXES.values()]
 
 
 _OUT_IN = ((64, 64), (128, 64), (256, 64), (64, 32), (128, 32), (32, 32), (32, 16), (16, 16))
@@ -326,65 +320,22 @@ def _conv_configs(problem: ConvProblem) -> Iterator[Config]:
                         yield TmaConfig(box, block_out, block_in, warps, stages)
 
 
+def _prologue_configs(problem: PrologueProblem) -> Iterator[PrologueConfig]:
+    row = 128 // ITEMSIZE[problem.dtype]
+    for pixels in (64, 128):
+        for block_out, warps in ((64, 4), (128, 8), (64, 8)):
+            for splits in (1, 2, 4, 8):
+                for stages in (1, 2):
+                    yield PrologueConfig(pixels, block_out, row, splits, warps, stages)
+
+
+def _gram_dgrad_configs(problem: GramDgradProblem) -> Iterator[GramDgradConfig]:
+    row = 128 // ITEMSIZE[problem.dtype]
+    for pixels in (64, 128):
+        for block_out, warps in ((64, 4), (64, 8), (128, 8)):
+            for stages in (2, 3, 4):
+                yield GramDgradConfig(pixels, block_out, row, warps, stages)
+
+
 def _next_channels(problem: TailProblem) -> int:
     return problem.next_conv.out_channels if problem.next_conv else 0
-
-
-def _boxes(box: tuple[int, int, int], conv: Conv) -> int:
-    sizes = (conv.batch, conv.out_height, conv.out_width)
-    return math.prod(-(-size // side) for size, side in zip(sizes, box, strict=True))
-
-
-def programs(config: Config, problem: Problem) -> int:
-    """How many programs the launch has."""
-    if isinstance(config, StemConfig):
-        rows = -(-problem.pool_height // (config.tile_h // 2 - 1))
-        columns = -(-problem.pool_width // (config.tile_w // 2 - 1))
-        return problem.conv.batch * rows * columns * -(-problem.conv.out_channels // config.block_out)
-    if isinstance(config, TailConfig):
-        return _boxes(config.box, problem.conv2)
-    if isinstance(config, TmaConfig):
-        return _boxes(config.box, problem.conv) * -(-problem.conv.out_channels // config.block_out)
-    groups, _, group_out = group_shape(problem)
-    return -(-problem.conv.pixels // config.block_pixels) * groups * -(-group_out // config.block_out)
-
-
-def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """The cost model: the slowest of tensor cores, memory and L2, in whole waves of programs.
-
-    Tensor cores lose to small tiles (operands are read from shared memory once per tile side) and to padding; the
-    last wave counts in full. Constants are from instruction counts of compiled kernels; `tune` replaces all this.
-    """
-    count = programs(config, problem)
-    itemsize = ITEMSIZE[problem.dtype]
-    concurrent = max(1, gpu.shared_memory_per_multiprocessor // (shared_memory(config, problem) + 1024))
-    concurrent = max(1, min(concurrent, 16 // config.warps, 4)) * gpu.multiprocessors
-    waves = math.ceil(count / concurrent) / (count / concurrent)
-
-    issued, loaded = _issued_and_loaded(config, problem)
-    intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
-    efficiency = min(1.0, intensity / 64) ** 0.5 * (0.85 if isinstance(config, PointerConfig) else 1.0)
-    efficiency *= 0.5 if isinstance(config, StemConfig) else 1.0  # two instructions of addressing per useful one
-    compute = count * issued / (gpu.peak(problem.dtype) * efficiency)
-    memory = problem.bytes / gpu.bandwidth
-    l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
-    return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
-
-
-def _issued_and_loaded(config: Config, problem: Problem) -> tuple[float, float]:
-    """FLOPs that one program issues, padding included, and elements it loads."""
-    pixels = config.block_pixels
-    if isinstance(config, TailConfig):
-        work = sum(conv.flops / conv.pixels for conv in problem.convs) * pixels
-        loads = sum(conv.weight_elements for conv in problem.convs)
-        return work, loads + pixels * (9 * problem.conv2.in_channels + 2 * problem.conv3.out_channels)
-    if isinstance(config, StemConfig):
-        terms = -(-problem.conv.kernel[0] * (problem.conv.kernel[1] + 1) * problem.conv.in_channels // config.block_in)
-        return 2 * pixels * config.block_out * terms * config.block_in, pixels * terms * config.block_in
-    _, group_in, _ = group_shape(problem)
-    taps = math.prod(problem.conv.kernel)
-    terms = taps * -(-group_in // config.block_in) * config.block_in
-    if problem.shortcut:
-        terms += -(-problem.shortcut.in_channels // config.block_in) * config.block_in
-    stored = pixels * config.block_out * (2 if problem.residual else 1)
-    return 2 * pixels * config.block_out * terms, terms * (pixels + config.block_out) + stored

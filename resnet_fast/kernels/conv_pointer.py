@@ -1,5 +1,7 @@
 """act(bn(conv2d(x)) + residual), or + bn(conv1x1(shortcut)): implicit GEMM that gathers its operand through pointers.
 
+In training the output may be raw, with its statistics, and the residual a raw one with a norm of its own.
+
 The portable form: sm_80 and newer, any stride, padding, dilation, groups, channel count and alignment. Activations are
 NHWC, weights K R S C with the channels of one group last. Offsets are 64-bit.
 """
@@ -8,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import batch_norm, relu
+from .statistics import store_statistics
 
 _SIZES = ("batch", "height", "width", "out_height", "out_width", "shortcut_height", "shortcut_width")
 
@@ -18,10 +21,12 @@ def conv_bn_act_pointer(
     weight_ptr,  # (K, R, S, GROUP_IN)
     y_ptr,  # (N, P, Q, K)
     residual_ptr,  # (N, P, Q, K) or None
+    residual_norm,  # nothing in it in inference
     norm,
     shortcut_ptr,  # (N, shortcut_height, shortcut_width, SHORTCUT_IN) or None
     shortcut_weight_ptr,  # (K, SHORTCUT_IN)
     shortcut_norm,
+    statistics,  # of y, a row per BLOCK_PIXELS pixels: three pointers, or three None
     batch,
     height,
     width,
@@ -56,7 +61,8 @@ def conv_bn_act_pointer(
     program = tl.program_id(0)
     tile_out = program % tiles_out
     group = program // tiles_out % GROUPS
-    pixel = (program // (tiles_out * GROUPS)).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    tile = program // (tiles_out * GROUPS)
+    pixel = tile.to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     pixel_ok = pixel < batch.to(tl.int64) * out_height * out_width
     column = (pixel % out_width).to(tl.int32)
     row = (pixel // out_width % out_height).to(tl.int32)
@@ -94,10 +100,14 @@ def conv_bn_act_pointer(
     offset = pixel[:, None] * OUT_CHANNELS + out[None, :]
     ok = pixel_ok[:, None] & out_ok[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        acc += batch_norm(residual, out, out_ok, residual_norm, 1)
     if RELU:
         acc = relu(acc)
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=ok)
+    value = acc.to(y_ptr.dtype.element_ty)
+    if statistics[0] is not None:
+        store_statistics(value, pixel_ok, out, out_ok, statistics, tile, OUT_CHANNELS, 1)
+    tl.store(y_ptr + offset, value, mask=ok)
 
 
 @triton.jit

@@ -12,18 +12,22 @@ import triton
 import triton.language as tl
 
 from .epilogue import batch_norm, relu
+from .statistics import store_statistics
 
 
-@triton.jit(do_not_specialize=("out_height", "out_width"))
+@triton.jit(do_not_specialize=("batch", "out_height", "out_width"))
 def conv_bn_act_tma(
     x,  # descriptor as above, box (BOX_N, BOX_H, 1, BOX_W, BLOCK_IN)
     weight,  # descriptor (K, R * S * GROUP_IN), box (BLOCK_OUT, BLOCK_IN)
     y,  # descriptor (N, P, Q, K), box (BOX_N, BOX_H, BOX_W, BLOCK_OUT)
     residual,  # as y, or None
+    residual_norm,  # nothing in it in inference
     norm,
     shortcut,  # descriptor (N, P, Q, SHORTCUT_IN) of the strided view, or None
     shortcut_weight,  # descriptor (K, SHORTCUT_IN)
     shortcut_norm,
+    statistics,  # of y, a row per box: three pointers, or three None
+    batch,
     out_height,
     out_width,
     OUT_CHANNELS: tl.constexpr,
@@ -89,10 +93,17 @@ def conv_bn_act_tma(
     else:
         acc = batch_norm(acc, out, out_ok, norm, 0)
     if residual is not None:
-        acc += residual.load([n, h, w, first_out]).reshape(PIXELS, BLOCK_OUT).T.to(tl.float32)
+        added = residual.load([n, h, w, first_out]).reshape(PIXELS, BLOCK_OUT).T.to(tl.float32)
+        acc += batch_norm(added, out, out_ok, residual_norm, 0)
     if RELU:
         acc = relu(acc)
-    y.store([n, h, w, first_out], acc.to(y.dtype).T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_OUT))
+    value = acc.to(y.dtype)
+    if statistics[0] is not None:
+        pixel = tl.arange(0, PIXELS)
+        rows_ok = (n + pixel // (BOX_H * BOX_W) < batch) & (h + pixel // BOX_W % BOX_H < out_height)
+        pixel_ok = rows_ok & (w + pixel % BOX_W < out_width)
+        store_statistics(value, pixel_ok, out, out_ok, statistics, box, OUT_CHANNELS, 0)
+    y.store([n, h, w, first_out], value.T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_OUT))
 
 
 @triton.jit

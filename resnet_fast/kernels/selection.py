@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..gpus import Gpu
-from ..problems import ConvProblem, Problem, StemProblem
+from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, StemProblem
 from . import tables
 from .configs import (
     Config,
+    GramDgradConfig,
     PointerConfig,
+    PrologueConfig,
     StemConfig,
     TailConfig,
     TmaConfig,
@@ -65,7 +67,7 @@ def _choose(problem: Problem, gpu: Gpu) -> Choice:
         return Choice(None, "refused", _refused[problem, gpu])
     # `tune` measures folded convolutions. Batch norm in the epilogue costs the kernel next to nothing and the library a
     # pass, so that a kernel which is faster folded is faster here.
-    measured_as = replace(problem, folded=True) if isinstance(problem, ConvProblem) else problem
+    measured_as = replace(problem, folded=True, residual_norm=False) if isinstance(problem, ConvProblem) else problem
     measured = tables.lookup(measured_as, gpu)
     if measured is not None:
         row, key = measured
@@ -92,6 +94,10 @@ def why_no_kernel(problem: Problem, gpu: Gpu) -> str:
     tried: tuple[Config, ...]
     if isinstance(problem, ConvProblem):
         tried = (PointerConfig(64, 16, 16, 4, 3), TmaConfig((1, 8, 8), 64, 64, 4, 3))
+    elif isinstance(problem, PrologueProblem):
+        tried = (PrologueConfig(64, 64, 16, 1, 4, 1),)
+    elif isinstance(problem, GramDgradProblem):
+        tried = (GramDgradConfig(64, 64, 16, 4, 2),)
     elif isinstance(problem, StemProblem):
         tried = (StemConfig(8, 16, 64, 32, 4, 2),)
     else:

@@ -1,0 +1,105 @@
+"""Launch configurations as data: one dataclass a kernel, and their JSON."""
+
+import math
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class PointerConfig:
+    """conv_pointer: a program computes block_pixels x block_out outputs, block_in channels at a time."""
+
+    block_pixels: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class BoxConfig:
+    """A program has a box of output pixels, (images, rows, columns), which descriptors load and store whole."""
+
+    box: tuple[int, int, int]
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    @property
+    def block_pixels(self) -> int:
+        return math.prod(self.box)
+
+
+class TmaConfig(BoxConfig):
+    """conv_tma: a program computes its box x block_out output channels, block_in input channels at a time."""
+
+
+class TailConfig(BoxConfig):
+    """tail: a program computes all channels of its box, block_out of the block's output at a time."""
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """stem: a program computes tile_h x tile_w convolution outputs x block_out channels and pools them."""
+
+    tile_h: int
+    tile_w: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+    @property
+    def block_pixels(self) -> int:
+        return self.tile_h * self.tile_w
+
+
+@dataclass(frozen=True)
+class PrologueConfig:
+    """conv_prologue: a program computes block_pixels x a splits-th of the output channels, block_out at a time."""
+
+    block_pixels: int
+    block_out: int
+    block_in: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class GramDgradConfig:
+    """gram_dgrad: a program computes block_pixels x block_out of dx, block_in terms at a time."""
+
+    block_pixels: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+
+
+Config = PointerConfig | TmaConfig | TailConfig | StemConfig | PrologueConfig | GramDgradConfig
+KERNELS: dict[str, type] = {
+    "conv_pointer": PointerConfig,
+    "conv_tma": TmaConfig,
+    "bottleneck_tail": TailConfig,
+    "stem": StemConfig,
+    "conv_prologue": PrologueConfig,
+    "gram_dgrad": GramDgradConfig,
+}
+"""Kernel name -> its configuration's type."""
+
+
+def kernel_name(config: Config) -> str:
+    """The kernel that `config` is for."""
+    return next(name for name, kind in KERNELS.items() if type(config) is kind)
+
+
+def to_dict(config: Config) -> dict:
+    """Plain data for JSON; `from_dict` reads it back."""
+    return {"kernel": kernel_name(config), **asdict(config)}
+
+
+def from_dict(data: dict) -> Config:
+    """Raises KeyError or TypeError for a kernel or a field that does not exist."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kernel"}
+    return KERNELS[data["kernel"]](**fields)
