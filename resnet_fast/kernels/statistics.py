@@ -23,4 +23,4 @@ def store_statistics(value, pixel_ok, channel, channel_ok, statistics, row, CHAN
     at = row.to(tl.int64) * CHANNELS + channel
     tl.store(mean_ptr + at, mean, mask=channel_ok)
     tl.store(m2_ptr + at, tl.sum(deviation * deviation, 1 - AXIS), mask=channel_ok)
-    tl.store(count_ptr + row + 0 * channel, 0 * mean + count, mask=channel == 0)
+    tl.store(count_ptr + row + 0 * channel, tl.where(channel == 0, count, 0.0), mask=channel == 0)
