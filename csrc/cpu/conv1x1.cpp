@@ -18,10 +18,11 @@ namespace resnet_fast::cpu {
 
 namespace {
 
-constexpr int64_t kSlabBytes = 512 * 1024;  // of a slab's input and output
+constexpr int64_t kSlabBytes = 768 * 1024;  // of a slab's input and output
 constexpr int64_t kMinSlab = 256;           // rows; fewer, and packing the weight for the product shows
-constexpr int64_t kMaxSlab = 512;
-constexpr int64_t kGroups = 16;      // of slabs, each with its partial product
+constexpr int64_t kMaxSlab = 1024;
+constexpr int64_t kEvenSlabs = 16;    // as many or fewer are a power of two, which divides evenly among threads
+constexpr int64_t kGroups = 16;       // of slabs, each with its partial product
 constexpr int64_t kShiftPixels = 64;  // whose mean is near enough to the mean for sums of squares not to cancel
 
 struct Slab {
@@ -32,9 +33,11 @@ struct Slabs {
   int64_t rows, step, count;
 
   Slabs(int64_t rows, int64_t row_bytes) : rows(rows) {
-    step = std::clamp(kSlabBytes / row_bytes / 16 * 16, kMinSlab, kMaxSlab);
+    const int64_t most = std::clamp(kSlabBytes / row_bytes, kMinSlab, kMaxSlab);
     // Two at least: a single one would leave the threads to the library, and the order of its sums with them.
-    step = std::min(step, (rows + 1) / 2);
+    for (count = 2; count < kEvenSlabs && count * most < rows;) count *= 2;
+    count = std::max(count, (rows + most - 1) / most);
+    step = (rows + count - 1) / count;
     count = (rows + step - 1) / step;
   }
 
@@ -112,15 +115,14 @@ class Pixels {
     return scratch;
   }
 
-  // act(x) - shift into y, of the accumulation type if `wide`. gather: as large as the slab where strided.
-  void centred(const Slab& slab, void* gather, void* y, bool wide) const {
+  // act(x) - shift into y, in the accumulation type. gather: as large as the slab where strided.
+  void centred(const Slab& slab, void* gather, void* y) const {
     const Plan plan = make_plan(1, channels, slab.rows, true);
     CentreArgs args;
     args.x = gathered(slab, gather);
     args.y = y;
     args.params = params_;
     args.shift = shift_;
-    args.wide = wide;
     kernels().centre[dtype](plan, args, 0, plan.items);
   }
 
@@ -208,6 +210,33 @@ void sum_rows(const Slab& slab, int64_t columns, DType dtype, const void* rows, 
   kernels().backward_reduce[dtype](plan, args, 0, plan.items);
   merge(plan, out, [&](double, int64_t i, int64_t) { return args.sum_dz[i]; });
 }
+
+// Rows of the storage type in the accumulation type.
+class Widening {
+ public:
+  Widening(int64_t columns, int64_t most_rows, const Pixels& pixels)
+      : dtype_(pixels.dtype), columns_(columns), buffer_(make_plan(1, columns, most_rows, true), 1, pixels.acc) {
+    zeros_ = buffer_.fill(0, [](int64_t) { return 0.0; });
+  }
+
+  const void* zeros() const { return zeros_; }
+
+  const void* run(const Slab& slab, const void* rows, void* wide) const {
+    const Plan plan = make_plan(1, columns_, slab.rows, true);
+    CentreArgs args;
+    args.x = rows;
+    args.y = wide;
+    args.shift = zeros_;
+    kernels().centre[dtype_](plan, args, 0, plan.items);
+    return wide;
+  }
+
+ private:
+  DType dtype_;
+  int64_t columns_;
+  Columns buffer_;
+  const void* zeros_;
+};
 
 // Partial products [groups, rows, cols] of the accumulation type; a group takes consecutive slabs, in order.
 class Products {
@@ -384,7 +413,7 @@ std::tuple<Tensor, Tensor> gram(const Tensor& x, const NormTensors& x_norm, doub
   const Products products(slabs, channels, channels, pixels.acc);
   products.for_each_slab([&](const Slab& slab, Tensor& product, double beta) {
     void* rows = centred.mine();
-    pixels.centred(slab, gather.mine(), rows, /*wide=*/true);
+    pixels.centred(slab, gather.mine(), rows);
     moments.add(slab, acc, rows);
     const Tensor a = matrix(rows, slab.rows, channels, pixels.acc);
     at::addmm_out(product, product, a.t(), a, beta);
@@ -411,25 +440,15 @@ std::tuple<Tensor, Tensor> outer(
   const Scratch gather(pixels.strided() ? slabs.step * channels : 0, pixels.scalar);
   const Scratch centred(slabs.step * channels, pixels.acc);
   const Scratch wide_dz(widened ? slabs.step * out_channels : 0, pixels.acc);
-  Columns columns(make_plan(1, out_channels, slabs.step, true), 1, pixels.acc);
-  const void* zeros = columns.fill(0, [](int64_t) { return 0.0; });
+  const Widening widening(out_channels, slabs.step, pixels);
   const Tensor sums = at::empty({slabs.count, out_channels}, at::kDouble);
   const Products products(slabs, out_channels, channels, pixels.acc);
   products.for_each_slab([&](const Slab& slab, Tensor& product, double beta) {
-    pixels.centred(slab, gather.mine(), centred.mine(), /*wide=*/true);
+    pixels.centred(slab, gather.mine(), centred.mine());
     const void* dz_slab = static_cast<const char*>(dz_rows.const_data_ptr()) + slab.first * out_channels * item;
     double* slab_sums = sums.mutable_data_ptr<double>() + slab.number * out_channels;
-    sum_rows(slab, out_channels, pixels.dtype, dz_slab, zeros, slab_sums);
-    if (widened) {
-      const Plan plan = make_plan(1, out_channels, slab.rows, true);
-      CentreArgs args;
-      args.x = dz_slab;
-      args.y = wide_dz.mine();
-      args.shift = zeros;
-      args.wide = true;
-      kernels().centre[pixels.dtype](plan, args, 0, plan.items);
-      dz_slab = args.y;
-    }
+    sum_rows(slab, out_channels, pixels.dtype, dz_slab, widening.zeros(), slab_sums);
+    if (widened) dz_slab = widening.run(slab, dz_slab, wide_dz.mine());
     at::addmm_out(
         product, product, matrix(dz_slab, slab.rows, out_channels, pixels.acc).t(),
         matrix(centred.mine(), slab.rows, channels, pixels.acc), beta);
@@ -448,12 +467,13 @@ Tensor gram_dgrad(
   const Tensor dz_rows = like_rows(dz, pixels, "dz");
   const int64_t channels = pixels.channels, out_channels = dz.size(1);
   const int64_t item = static_cast<int64_t>(x.element_size());
-  const bool strided = pixels.strided();
-  const Slabs slabs(pixels.rows, (2 * channels + out_channels) * item);
+  const bool strided = pixels.strided(), widened = pixels.scalar != pixels.acc;
+  const Slabs slabs(pixels.rows, (2 * channels + out_channels) * static_cast<int64_t>(c10::elementSize(pixels.acc)));
   pixels.prepare(slabs.step, channel_param(channels, pixels.acc, mean, "mean"));
-  const Tensor from_dz = dz_matrix.to(pixels.scalar).contiguous();
-  const Tensor from_x = x_matrix.to(pixels.scalar).contiguous();
-  const Tensor offset = constant.to(pixels.scalar).contiguous();
+  // Never in sixteen bits: a matrix rounded is an error that all pixels share, and sums over them would show it.
+  const Tensor from_dz = dz_matrix.to(pixels.acc).contiguous();
+  const Tensor from_x = x_matrix.to(pixels.acc).contiguous();
+  const Tensor offset = constant.to(pixels.acc).contiguous();
 
   const bool adding = add.has_value() && add->defined();
   Tensor added;
@@ -466,31 +486,36 @@ Tensor gram_dgrad(
   char* out = static_cast<char*>(dx.mutable_data_ptr());
 
   const Scratch gather(strided ? slabs.step * channels : 0, pixels.scalar);
-  const Scratch centred(slabs.step * channels, pixels.scalar);
+  const Scratch centred(slabs.step * channels, pixels.acc);
+  const Scratch products(strided || widened ? slabs.step * channels : 0, pixels.acc);
+  const Scratch wide_dz(widened ? slabs.step * out_channels : 0, pixels.acc);
+  const Widening widening(out_channels, slabs.step, pixels);
   for_slabs(0, slabs.count, [&](int64_t number) {
     const Slab slab = slabs.at(number);
-    pixels.centred(slab, gather.mine(), centred.mine(), /*wide=*/false);
+    const auto pixel_rows = [&](void* data, at::ScalarType dtype) { return matrix(data, slab.rows, channels, dtype); };
+    pixels.centred(slab, gather.mine(), centred.mine());
     const int64_t start = slab.first * pixels.row_bytes();
-    Tensor image = matrix(strided ? gather.mine() : out + start, slab.rows, channels, pixels.scalar);
-    // The smaller terms first: where the product is stored in sixteen bits, they lose the least.
-    at::addmm_out(image, offset, matrix(centred.mine(), slab.rows, channels, pixels.scalar), from_x);
-    const char* dz_slab = static_cast<const char*>(dz_rows.const_data_ptr()) + slab.first * out_channels * item;
-    at::addmm_out(image, image, matrix(dz_slab, slab.rows, out_channels, pixels.scalar), from_dz);
+    Tensor image = pixel_rows(strided || widened ? products.mine() : out + start, pixels.acc);
+    at::addmm_out(image, offset, pixel_rows(centred.mine(), pixels.acc), from_x);
+    const void* dz_slab = static_cast<const char*>(dz_rows.const_data_ptr()) + slab.first * out_channels * item;
+    if (widened) dz_slab = widening.run(slab, dz_slab, wide_dz.mine());
+    at::addmm_out(image, image, matrix(dz_slab, slab.rows, out_channels, pixels.acc), from_dz);
     if (!strided) {
-      if (adding) {
-        const char* add_slab = static_cast<const char*>(added.const_data_ptr()) + start;
-        image.add_(matrix(add_slab, slab.rows, channels, pixels.scalar));
-      }
+      if (adding) image.add_(pixel_rows(static_cast<char*>(added.mutable_data_ptr()) + start, pixels.scalar));
+      if (widened) pixel_rows(out + start, pixels.scalar).copy_(image);
       return;
     }
-    const char* from = static_cast<const char*>(image.const_data_ptr());
-    for (int64_t row = 0; row < slab.rows; ++row, from += pixels.row_bytes()) {
-      char* to = out + pixels.offset(slab.first + row);
-      if (adding) {
-        matrix(to, 1, channels, pixels.scalar).add_(matrix(from, 1, channels, pixels.scalar));
-      } else {
-        std::memcpy(to, from, pixels.row_bytes());
+    const int64_t bytes = channels * static_cast<int64_t>(image.element_size());
+    char* row = static_cast<char*>(image.mutable_data_ptr());
+    for (int64_t i = 0; i < slab.rows; ++i, row += bytes) {
+      char* to = out + pixels.offset(slab.first + i);
+      if (!adding && !widened) {
+        std::memcpy(to, row, bytes);
+        continue;
       }
+      Tensor values = matrix(row, 1, channels, pixels.acc);
+      Tensor pixel = matrix(to, 1, channels, pixels.scalar);
+      pixel.copy_(adding ? values.add_(pixel) : values);
     }
   });
   return dx;

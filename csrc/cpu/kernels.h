@@ -74,10 +74,9 @@ struct ApplyArgs {
 // Contiguous rows only. Where scale is not null, x is normalised, activated and rounded to its own type first.
 struct CentreArgs {
   const void* x = nullptr;
-  void* y = nullptr;  // of the accumulation type if `wide`, else of x's, and then it may be x
+  void* y = nullptr;  // of the accumulation type
   ColumnParams params;
-  const void* shift = nullptr;
-  bool wide = false;
+  const void* shift = nullptr;  // as the arrays of params
 };
 
 enum class Mask : int { none = 0, from_x = 1, from_y = 2 };

@@ -1,4 +1,4 @@
-// Rows for a matrix product: activated where a batch norm is pending, less a value per column, widened if wanted.
+// Rows for a matrix product: activated where a batch norm is pending, less a value per column, in the accumulation type.
 #include "blocks.h"
 #include "kernels.h"
 #include "normalize.h"
@@ -8,17 +8,16 @@ namespace CPU_CAPABILITY {
 
 namespace {
 
-template <typename scalar_t, bool normed, bool wide>
+template <typename scalar_t, bool normed>
 struct CentreOp {
   using L = Lanes<scalar_t>;
   using acc_t = acc_type<scalar_t>;
-  using out_t = std::conditional_t<wide, acc_t, scalar_t>;
   struct Params {
     L mean, scale, bias, shift;
   };
 
   const scalar_t* x;
-  out_t* y;
+  acc_t* y;
   const acc_t* mean;
   const acc_t* scale;
   const acc_t* bias;
@@ -26,7 +25,7 @@ struct CentreOp {
 
   explicit CentreOp(const CentreArgs& args)
       : x(static_cast<const scalar_t*>(args.x)),
-        y(static_cast<out_t*>(args.y)),
+        y(static_cast<acc_t*>(args.y)),
         mean(static_cast<const acc_t*>(args.params.mean)),
         scale(static_cast<const acc_t*>(args.params.scale)),
         bias(static_cast<const acc_t*>(args.params.bias)),
@@ -49,18 +48,13 @@ struct CentreOp {
   C10_ALWAYS_INLINE void map(int64_t offset, const Params& p, Span span) const {
     L value = L::load(x + offset, span);
     if constexpr (normed) value = relu(normalize(value, p.mean, p.scale, p.bias)).rounded();
-    value = value - p.shift;
-    if constexpr (wide) {
-      value.store_acc(y + offset, span);
-    } else {
-      value.store(y + offset, span);
-    }
+    (value - p.shift).store_acc(y + offset, span);
   }
 };
 
-template <typename scalar_t, bool normed, bool wide>
+template <typename scalar_t, bool normed>
 void centre_items(const Plan& plan, const CentreArgs& args, int64_t begin, int64_t end) {
-  const CentreOp<scalar_t, normed, wide> op(args);
+  const CentreOp<scalar_t, normed> op(args);
   for (int64_t item = begin; item < end; ++item) map_rows<scalar_t>(rows_block(plan, item), op);
 }
 
@@ -68,15 +62,10 @@ void centre_items(const Plan& plan, const CentreArgs& args, int64_t begin, int64
 
 template <typename scalar_t>
 void centre(const Plan& plan, const CentreArgs& args, int64_t begin, int64_t end) {
-  const bool normed = args.params.scale != nullptr;
-  if (normed && args.wide) {
-    centre_items<scalar_t, true, true>(plan, args, begin, end);
-  } else if (normed) {
-    centre_items<scalar_t, true, false>(plan, args, begin, end);
-  } else if (args.wide) {
-    centre_items<scalar_t, false, true>(plan, args, begin, end);
+  if (args.params.scale != nullptr) {
+    centre_items<scalar_t, true>(plan, args, begin, end);
   } else {
-    centre_items<scalar_t, false, false>(plan, args, begin, end);
+    centre_items<scalar_t, false>(plan, args, begin, end);
   }
 }
 

@@ -1,14 +1,15 @@
 """The primitives on CPUs: the C++ extension's passes, PyTorch's (oneDNN's) convolutions, and 1x1s slab by slab.
 
-A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that never leaves the cache between
-its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products no CPU of
-today has in hardware) takes PyTorch's convolution and passes, or `reference`.
+A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that does not leave the cache between
+its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products few CPUs have
+in hardware) takes PyTorch's convolution and passes, or `reference`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...memory import pooled
 from ...training import EPILOGUE
 from .. import native
 from . import Geometry, Norm, Shortcut, reference
@@ -111,9 +112,10 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reference.conv_backward`."""
     activated = _activated(x, x_norm) if wants_dweight else x
-    return reference.conv_backward(
-        dconv_out, activated, None, conv_weight, geometry, stage, wants_dx, wants_dweight, add
-    )
+    with pooled():
+        return reference.conv_backward(
+            dconv_out, activated, None, conv_weight, geometry, stage, wants_dx, wants_dweight, add
+        )
 
 
 def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,23 +138,25 @@ def gram_dgrad(
 ) -> Tensor:
     """`reference.gram_dgrad`."""
     matrices = (dz_matrix, x_matrix, mean, constant, add)
-    if not _is_rows(x) or x.dtype not in _PRODUCT_DTYPES:
+    if not _is_rows(x):
         return reference.gram_dgrad(dz, _activated(x, x_norm), None, geometry, *matrices)
     return _gram_dgrad(dz, x, *_norm(x_norm), geometry.stride, *matrices)
 
 
 def pool(conv_out: Tensor, norm: Norm) -> Tensor:
     """`reference.pool`."""
-    return F.max_pool2d(apply(conv_out, norm), 3, 2, 1)
+    with pooled():
+        return F.max_pool2d(apply(conv_out, norm), 3, 2, 1)
 
 
 def pool_backward(dy: Tensor, conv_out: Tensor, norm: Norm) -> Tensor:
     """`reference.pool_backward`."""
-    activated = apply(conv_out, norm)
     window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
-    _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
-    dy = dy.contiguous(memory_format=torch._prims_common.suggest_memory_format(conv_out))
-    return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
+    with pooled():
+        activated = apply(conv_out, norm)
+        _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
+        dy = dy.contiguous(memory_format=torch._prims_common.suggest_memory_format(conv_out))
+        return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
 
 
 def _norm(norm: Norm | None) -> tuple[list[Tensor | None], float]:
@@ -167,7 +171,10 @@ def _activated(x: Tensor, norm: Norm | None) -> Tensor:
 def _convolved(x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     activated = _activated(x, x_norm)
-    return torch.ops.aten.convolution(activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups)
+    with pooled():
+        return torch.ops.aten.convolution(
+            activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups
+        )
 
 
 def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, relu: bool) -> Tensor:
