@@ -64,10 +64,15 @@ def _compiling(arch: int) -> Iterator[list[CompiledKernel | None]]:
 
 def compiled(arch: int, start: Callable[[], None]) -> CompiledKernel:
     """The kernel that `start` launches, compiled for sm_`arch`, or taken from Triton's cache."""
+    (kernel,) = compiled_all(arch, start)
+    return kernel
+
+
+def compiled_all(arch: int, start: Callable[[], object]) -> list[CompiledKernel]:
+    """All kernels that `start` launches, compiled for sm_`arch`."""
     with _compiling(arch) as kernels:
         start()
-    (kernel,) = kernels
-    return kernel
+    return kernels
 
 
 @dataclass(frozen=True)

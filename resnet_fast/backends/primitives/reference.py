@@ -75,7 +75,8 @@ def conv_join(
 
 def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
     """dz: dy where relu's output y lets it pass (where y is not <= 0, so that NaN does), in `layout_like`'s format."""
-    return dy.masked_fill(y <= 0, 0.0).contiguous(memory_format=_layout(layout_like))
+    dz = torch.ops.aten.threshold_backward(dy.to(y.dtype), y, 0)
+    return dz.contiguous(memory_format=_layout(layout_like))
 
 
 def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tuple[Tensor, Tensor]:
