@@ -150,10 +150,6 @@ class PrologueProblem:
     residual_norm: bool = False
 
     @property
-    def relu(self) -> bool:
-        return self.joined
-
-    @property
     def flops(self) -> int:
         return self.conv.flops
 
@@ -180,10 +176,6 @@ class GramDgradProblem:
     dtype: str
     prologue: bool = False
     add: bool = False
-
-    @property
-    def relu(self) -> bool:
-        return self.prologue
 
     @property
     def flops(self) -> int:

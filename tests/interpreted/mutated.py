@@ -13,6 +13,8 @@ KERNELS = {  # what the launcher calls a kernel -> its module, and its name ther
     "stem_kernel": ("stem", "stem"),
     "bottleneck_tail": ("tail", "bottleneck_tail"),
     "bn_act_kernel": ("bn_act", "bn_act"),
+    "conv_prologue_kernel": ("conv_prologue", "conv_prologue"),
+    "gram_dgrad_kernel": ("gram_dgrad", "gram_dgrad"),
 }
 
 

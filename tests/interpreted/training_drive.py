@@ -71,6 +71,7 @@ CONV_CASES = (
     Case("prologue", Conv(3, 64, 5, 7, 128), **_PROLOGUE),
     Case("prologue_several_blocks", Conv(2, 128, 6, 7, 192), **_PROLOGUE),
     Case("prologue_splits", Conv(1, 64, 6, 7, 256), **_PROLOGUE, prologue=replace(SMALL, splits=2)),
+    Case("prologue_100_outputs", Conv(2, 64, 5, 5, 100), **_PROLOGUE),
     Case("prologue_odd_channels", Conv(2, 65, 5, 5, 100), **_PROLOGUE),
     Case("prologue_eps_0", Conv(2, 72, 5, 5, 64), **_PROLOGUE, affine=False, eps=0.0),
 )
