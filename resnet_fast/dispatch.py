@@ -105,9 +105,9 @@ def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result
-def train_stage(backend: str, device_type: str) -> tuple[int, tuple[float, float] | None]:
+def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
     """The stage of training that "auto" takes on this backend, and bandwidth and peak where that is the last one."""
-    return load(backend).train_stage(device_type)
+    return load(backend).train_stage(device_type, dtype)
 
 
 def clear_cache() -> None:

@@ -13,6 +13,8 @@ here, because it changes what is saved.
 import os
 from collections.abc import Sequence
 
+import torch
+
 from . import dispatch
 
 LIBRARY, EPILOGUE, PROLOGUE, GRAM = 1, 2, 3, 4
@@ -42,19 +44,19 @@ def requested(train_stage: int | str) -> int | None:
 
 
 def stages(
-    stage: int | None, layers: Sequence, downsample: bool, device_type: str, itemsize: int, backend: str
+    stage: int | None, layers: Sequence, downsample: bool, device_type: str, dtype: torch.dtype, backend: str
 ) -> list[int]:
     """The stage of every layer of a block: `stage`, or for None the backend's choice, as far as it fits the layer.
 
-    layers: `functional.ConvBn`s with pairs for geometry, the downsample's last. itemsize: bytes of an activation.
+    layers: `functional.ConvBn`s with pairs for geometry, the downsample's last. dtype: of the activations.
     """
     if stage is not None:
         limits = [stage] * len(layers)
     else:
-        highest, rates = dispatch.train_stage(backend, device_type)
+        highest, rates = dispatch.train_stage(backend, device_type, dtype)
         limits = [highest] * len(layers)
         if highest == GRAM:
-            limits = [GRAM if gram_pays(*_channels(layer), itemsize, *rates) else PROLOGUE for layer in layers]
+            limits = [GRAM if gram_pays(*_channels(layer), dtype.itemsize, *rates) else PROLOGUE for layer in layers]
     last = len(layers) - 1 - downsample  # what follows is joined, not normalised and passed on
     return [
         limit if limit < GRAM or (number >= last and fits_gram(layer)) else PROLOGUE

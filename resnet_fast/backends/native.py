@@ -88,7 +88,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return f"{conv}fused bn_act ({where})"
 
 
-def train_stage(device_type: str) -> tuple[int, tuple[float, float] | None]:
+def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
     """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
     return 1, None
 

@@ -8,6 +8,7 @@ On a machine without a GPU the kernels run under Triton's interpreter (TRITON_IN
 """
 
 import functools
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -19,12 +20,23 @@ from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
 from ..problems import KERNEL_DTYPES, Conv, ConvProblem
-from . import reference
+from ..training import GRAM, LIBRARY
+from . import reference, train_ops
 
 OLDEST_TRITON = (3, 6)
 """The kernels are compiled and tested with 3.6."""
 
-_OPS = ("bn_act", "conv_bn_act", "conv_bn_shortcut_act", "bn_act_backward", "conv_bn_act_backward")
+_OPS = (
+    "bn_act",
+    "conv_bn_act",
+    "conv_bn_shortcut_act",
+    "bn_act_backward",
+    "conv_bn_act_backward",
+    "residual_block_train",
+    "residual_block_backward",
+    "stem_train",
+    "stem_backward",
+)
 
 
 @functools.cache
@@ -69,7 +81,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cuda" and (reason := _why_not_gpu()):
         return reason
     if op not in _OPS:
-        return f"{op} has no Triton kernel: only inference and frozen statistics have"
+        return f"{op} has no Triton kernel: inference, frozen statistics and whole residual blocks have"
     if str(dtype).removeprefix("torch.") not in KERNEL_DTYPES:
         return f"{dtype} is not one of {', '.join(KERNEL_DTYPES)}"
     return None
@@ -94,9 +106,19 @@ def why_not_auto(device_type: str) -> str | None:
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
     where = " (interpreted)" if device_type == "cpu" else ""
+    if op == "residual_block_train":
+        return f"one Triton kernel a convolution with its statistics, or cuDNN + Triton passes, layer by layer{where}"
     if op.startswith("conv"):
         return f"one Triton kernel a convolution, or cuDNN + Triton bn_act, layer by layer{where}"
     return f"Triton bn_act{where}"
+
+
+def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
+    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return LIBRARY, None  # without tensor cores cuDNN's products are faster, and more of them cost most
+    gpu = gpus.of_device(torch.cuda.current_device()) if device_type == "cuda" else gpus.KNOWN["h200"]
+    return GRAM, (gpu.bandwidth, gpu.peak(dtype_name(dtype)))
 
 
 def gpu_of(x: Tensor) -> gpus.Gpu:
@@ -218,6 +240,9 @@ def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: boo
     return y
 
 
+residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
+    lambda: importlib.import_module(".primitives.triton", __package__)
+)
 bn_act_backward = reference.bn_act_backward
 conv_bn_act_backward = reference.conv_bn_act_backward
 

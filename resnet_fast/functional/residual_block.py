@@ -78,7 +78,7 @@ def residual_block(
         arguments.check_residual(x if residual is None else residual, out_shape, x.device)
         residual = cast(residual, x.dtype)
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
-    stages = training.stages(stage, layers, downsample, x.device.type, x.dtype.itemsize, backend)
+    stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
     y, records = _ops.residual_block_train(
         x,
         residual,
