@@ -91,7 +91,7 @@ def test_devices_and_dtypes_it_has_no_kernels_for(h200, monkeypatch):
     assert "float64 is not one of" in dispatch.why_not("triton", "conv_bn_act", "cuda", torch.float64)
     assert dispatch.why_not("triton", "bn_act", "meta", torch.float32) == "no kernels for meta tensors, only cuda"
     assert dispatch.why_not("triton", "bn_act", "cpu", torch.float32) == "Triton kernels run on GPUs"
-    assert "only inference" in dispatch.why_not("triton", "conv_bn_act_train", "cuda", torch.float32)
+    assert "whole residual blocks have" in dispatch.why_not("triton", "conv_bn_act_train", "cuda", torch.float32)
     monkeypatch.setattr(gpus, "of_device", lambda index: SM70)
     assert dispatch.why_not("triton", *CALL) == "Tesla V100 is sm_70; the kernels need sm_80 or newer"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

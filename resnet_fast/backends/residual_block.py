@@ -23,10 +23,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..training import GRAM, PROLOGUE
 from .primitives import Geometry, Norm, Shortcut
+
+
+_POOL = (3, 2, 1)  # kernel, stride and padding of a stem's max-pool
 
 
 @dataclass(frozen=True)
@@ -179,15 +183,19 @@ def backward(
 def stem_forward(primitives, x: Tensor, layer: Layer, group: str) -> tuple[Tensor, Record]:
     """max_pool(relu(bn(conv(x)))) and the record."""
     conv_out, norm, record = _raw(primitives, layer, x, None, group)
-    return primitives.pool(conv_out, norm), record
+    return F.max_pool2d(primitives.apply(conv_out, norm), *_POOL), record
 
 
 def stem_backward(
     primitives, dy: Tensor, x: Tensor, layer: Layer, record: Record, wants: Wants, group: str
 ) -> tuple[Tensor | None, Grads]:
     """dx and the layer's gradients."""
-    norm = layer.norm(record.mean, record.var)
-    dactivated = primitives.pool_backward(dy, record.conv_out, norm)
+    activated = primitives.apply(record.conv_out, layer.norm(record.mean, record.var))
+    window = [[size, size] for size in (*_POOL, 1)]  # the last is dilation
+    _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
+    layout = torch._prims_common.suggest_memory_format(activated)
+    dy = dy.contiguous(memory_format=layout)
+    dactivated = torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, False, indices)
     return _layer_backward(primitives, dactivated, layer, record, wants, x, None, True, None, group)
 
 

@@ -137,6 +137,8 @@ def gram_dgrad(
     add: Tensor | None = None,
 ) -> Tensor:
     """`reference.gram_dgrad`."""
+    if x.numel() == 0:
+        return torch.zeros_like(x)
     matrices = (dz_matrix, x_matrix, mean, constant, add)
     if not _is_rows(x):
         return reference.gram_dgrad(dz, _activated(x, x_norm), None, geometry, *matrices)

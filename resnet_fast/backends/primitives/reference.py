@@ -6,7 +6,6 @@ is pending.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import Geometry, Norm, Shortcut
@@ -155,20 +154,6 @@ def gram_dgrad(
     if add is not None:
         image = image + add
     return image.to(x.dtype).contiguous(memory_format=_layout(x))
-
-
-def pool(conv_out: Tensor, norm: Norm) -> Tensor:
-    """max_pool2d(relu(norm(conv_out)), 3, stride 2, padding 1)."""
-    return F.max_pool2d(apply(conv_out, norm), 3, 2, 1)
-
-
-def pool_backward(dy: Tensor, conv_out: Tensor, norm: Norm) -> Tensor:
-    """The gradient of relu(norm(conv_out)) from that of `pool`: to the first maximum of each window."""
-    activated = apply(conv_out, norm)
-    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
-    _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
-    dy = dy.contiguous(memory_format=_layout(conv_out))
-    return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
 
 
 def _activated(x: Tensor, norm: Norm | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from ..triton_batch_norm import apply, backward_apply, backward_reduce, batch_statistics, gram, mask, outer
 from ..triton_conv import conv, conv_backward, conv_join, gram_dgrad
-from .reference import pool, pool_backward
 
 __all__ = [
     "apply",
@@ -16,6 +15,4 @@ __all__ = [
     "gram_dgrad",
     "mask",
     "outer",
-    "pool",
-    "pool_backward",
 ]
