@@ -18,7 +18,15 @@ from resnet_fast.gpus import KNOWN, Gpu
 from resnet_fast.kernels import selection, tables
 from resnet_fast.kernels.configs import Config, TmaConfig, candidates, group_shape, kernel_name
 from resnet_fast.planner import Section, build
-from resnet_fast.problems import Conv, ConvProblem, Problem, StemProblem, TailProblem
+from resnet_fast.problems import (
+    Conv,
+    ConvProblem,
+    GramDgradProblem,
+    Problem,
+    PrologueProblem,
+    StemProblem,
+    TailProblem,
+)
 
 GPUS = {"sm_80": KNOWN["a100"], "sm_90": KNOWN["h200"], "sm_100": KNOWN["b200"]}
 NETWORKS = {  # name -> dtype -> batch sizes
@@ -27,6 +35,7 @@ NETWORKS = {  # name -> dtype -> batch sizes
     "resnext50_32x4d": {"bfloat16": (1, 32, 256)},
     "wide_resnet50_2": {"bfloat16": (1, 32, 256)},
 }
+TRAINED = {"resnet50": {"bfloat16": (32, 256)}}
 TRIED = 3
 """How many of the candidates for each of PROBLEMS are compiled, the most promising first."""
 
@@ -46,6 +55,13 @@ PROBLEMS = (
     ConvProblem(Conv(32, 65, 28, 28, 5, **_THREE), "float32", folded=False),
     ConvProblem(_STEM, "float16", folded=False),
     StemProblem(_STEM, "float16"),
+    ConvProblem(Conv(32, 100, 28, 28, 100, **_THREE), "float16", relu=False, statistics=True),
+    ConvProblem(Conv(32, 64, 56, 56, 64, **_THREE), "float32", relu=False, statistics=True),
+    PrologueProblem(Conv(32, 64, 56, 56, 256), "float32", statistics=True),
+    PrologueProblem(Conv(32, 100, 28, 28, 200), "float16", statistics=True),
+    PrologueProblem(Conv(32, 65, 28, 28, 100), "bfloat16", joined=True, residual=True),
+    GramDgradProblem(Conv(32, 64, 56, 56, 256), "float32", prologue=True),
+    GramDgradProblem(Conv(32, 100, 28, 28, 200), "float16", prologue=True, add=True),
     TailProblem(_MID, Conv(32, 64, 56, 56, 256), "float16", Conv(32, 64, 56, 56, 256), Conv(32, 256, 56, 56, 64)),
 )
 
@@ -73,7 +89,7 @@ class Job:
 
 def jobs() -> list[Job]:
     """What is chosen without measurements, what the shipped tables choose, and what `tune` tries first."""
-    problems = list(dict.fromkeys(reference_problems()))
+    problems = list(dict.fromkeys((*reference_problems(), *training_problems())))
     found = [job for arch in GPUS for problem in problems for job in _best(arch, problem, 1)]
     found += [job for arch in GPUS for problem in PROBLEMS for job in _best(arch, problem, TRIED)]
     for arch, gpu in GPUS.items():
@@ -98,11 +114,43 @@ def reference_problems() -> Iterator[Problem]:
     which is how the backend runs them."""
     for network, dtypes in NETWORKS.items():
         for dtype, batches in dtypes.items():
-            with torch.device("meta"):
-                model = getattr(torchvision.models, network)().eval()
-            section = Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
+            section = _section(network, dtype)
             for batch in batches:
                 yield from _steps(section, batch, dtype)
+
+
+def training_problems() -> Iterator[Problem]:
+    """What the primitives of training ask for in the networks of TRAINED, at every stage."""
+    for network, dtypes in TRAINED.items():
+        for dtype, batches in dtypes.items():
+            section = _section(network, dtype)
+            for batch in batches:
+                problems = (problem for problem in _steps(section, batch, dtype) if isinstance(problem, ConvProblem))
+                convs = [conv for problem in problems for conv in (problem.conv, problem.shortcut) if conv]
+                for conv in dict.fromkeys(convs):
+                    if conv.in_channels > 3:  # the stem's is the library's
+                        yield from _trained(conv, dtype)
+
+
+def _trained(conv: Conv, dtype: str) -> Iterator[Problem]:
+    yield from (ConvProblem(conv, dtype, relu=False, statistics=wanted) for wanted in (True, False))
+    if conv.stride == (1, 1):
+        turned = replace(conv, in_channels=conv.out_channels, out_channels=conv.in_channels)
+        yield from (ConvProblem(turned, dtype, residual=add, relu=False) for add in (True, False))
+    if not conv.pointwise or conv.in_channels >= conv.out_channels:
+        return
+    yield ConvProblem(conv, dtype, residual=True, residual_norm=True, folded=False)  # a downsample that joins
+    yield ConvProblem(conv, dtype, relu=False, folded=False)  # one that is joined
+    plain = replace(conv, height=conv.out_height, width=conv.out_width, stride=(1, 1))
+    yield from (GramDgradProblem(plain, dtype, prologue=pending) for pending in (True, False))
+    yield PrologueProblem(plain, dtype, statistics=True)
+    yield from (PrologueProblem(plain, dtype, joined=True, residual=True, residual_norm=own) for own in (True, False))
+
+
+def _section(network: str, dtype: str) -> Section:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, network)().eval()
+    return Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
 
 
 def _steps(section: Section, batch: int, dtype: str) -> Iterator[Problem]:
@@ -139,9 +187,15 @@ def problem_of(key: str) -> Problem:
     kind, conv, dtype = re.match(r"(\w+) (.*?) (bfloat16|float16|float32)\b", key).groups()
     found = re.search(r" \+shortcut\((.*?)\)", key)
     shortcut = _conv_of(found[1]) if found else None
+    own, statistics = "+bn(residual)" in key, "+statistics" in key
+    residual = own or "+residual" in key
     if kind == "conv":
         folded, relu = not key.endswith(" bn"), "no-relu" not in key
-        return ConvProblem(_conv_of(conv), dtype, "+residual" in key, shortcut, folded, relu)
+        return ConvProblem(_conv_of(conv), dtype, residual, shortcut, folded, relu, own, statistics)
+    if kind == "prologue":
+        return PrologueProblem(_conv_of(conv), dtype, statistics, "joined" in key, residual, own)
+    if kind == "gram_dgrad":
+        return GramDgradProblem(_conv_of(conv), dtype, "+prologue" in key, "+add" in key)
     if kind == "stem":
         return StemProblem(_conv_of(conv), dtype)
     conv, out = conv.rsplit(" k", 1)
@@ -173,13 +227,22 @@ def _code(job: Job) -> tuple:
     problem, config = job.problem, job.config
     if isinstance(problem, StemProblem):
         return job.arch, problem.dtype, config, problem.conv.in_channels
+    if isinstance(problem, PrologueProblem):
+        epilogue = problem.statistics, problem.joined, problem.residual, problem.residual_norm
+        splits = config.splits * config.block_out >= problem.conv.out_channels
+        rest = problem.conv.in_channels, problem.conv.out_channels % config.block_out, splits
+        return job.arch, problem.dtype, replace(config, splits=1), epilogue, rest
+    if isinstance(problem, GramDgradProblem):
+        sides = problem.conv.in_channels, problem.conv.out_channels
+        rest = (*((side % config.block_in, side > config.block_in) for side in sides), sides[0] % config.block_out)
+        return job.arch, problem.dtype, config, problem.prologue, problem.add, rest
     if isinstance(problem, TailProblem):
         widths = (conv and (conv.in_channels, conv.out_channels, conv.stride) for conv in (*problem.convs, None))
         return job.arch, problem.dtype, _boxless(config), problem.shortcut is None, *widths
     conv, shortcut, (groups, group_in, group_out) = problem.conv, problem.shortcut, group_shape(problem)
     rest = group_in % config.block_in, group_out % config.block_out
     branch = shortcut and shortcut.in_channels % config.block_in
-    epilogue = problem.residual, problem.folded, problem.relu, branch
+    epilogue = problem.residual, problem.folded, problem.relu, branch, problem.residual_norm, problem.statistics
     several = conv.kernel != (1, 1) or group_in > config.block_in
     taps = conv.kernel != (1, 1), conv.padding != (0, 0), several, groups > 1
     if isinstance(config, TmaConfig):

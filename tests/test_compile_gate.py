@@ -10,13 +10,21 @@ import torch
 import triton
 import triton.language as tl
 from ptx import Report, compiled, instructions, report, start
-from shipped import GPUS, Job, jobs, problem_of, reference_problems, representatives
+from shipped import GPUS, PROBLEMS, Job, jobs, problem_of, reference_problems, representatives, training_problems
 from triton import knobs
 from triton.runtime.driver import driver
 
 from resnet_fast.backends import triton_launch
-from resnet_fast.kernels.configs import PointerConfig, StemConfig, TailConfig, TmaConfig, shared_memory
-from resnet_fast.problems import Conv, ConvProblem, StemProblem, TailProblem
+from resnet_fast.kernels.configs import (
+    GramDgradConfig,
+    PointerConfig,
+    PrologueConfig,
+    StemConfig,
+    TailConfig,
+    TmaConfig,
+    shared_memory,
+)
+from resnet_fast.problems import Conv, ConvProblem, GramDgradProblem, PrologueProblem, StemProblem, TailProblem
 
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted here, not compiled", allow_module_level=True)
@@ -25,11 +33,19 @@ THREE = {"kernel": (3, 3), "padding": (1, 1)}
 PLAIN = ConvProblem(Conv(32, 256, 14, 14, 256, **THREE), "bfloat16")
 RESIDUAL = ConvProblem(Conv(32, 256, 28, 28, 256), "bfloat16", residual=True, folded=False)
 TAIL = TailProblem(Conv(32, 64, 56, 56, 64, **THREE), Conv(32, 64, 56, 56, 256), "bfloat16")
+PROLOGUE = PrologueProblem(Conv(32, 64, 56, 56, 256), "bfloat16", statistics=True)
+GRAM = GramDgradProblem(Conv(32, 64, 56, 56, 256), "bfloat16", prologue=True)
 SPECIMENS = (  # one of each kernel
     Job("sm_80", PLAIN, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_90", PLAIN, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_90", PLAIN, TmaConfig((2, 8, 8), 64, 64, 4, 3)),
     Job("sm_90", TAIL, TailConfig((1, 8, 8), 64, 64, 8, 2)),
+    Job("sm_80", PROLOGUE, PrologueConfig(64, 64, 64, 1, 4, 2)),
+    Job("sm_90", PROLOGUE, PrologueConfig(128, 64, 64, 1, 4, 2)),
+    Job("sm_100", PROLOGUE, PrologueConfig(128, 64, 64, 1, 4, 2)),
+    Job("sm_80", GRAM, GramDgradConfig(64, 64, 64, 4, 3)),
+    Job("sm_90", GRAM, GramDgradConfig(128, 64, 64, 4, 3)),
+    Job("sm_100", GRAM, GramDgradConfig(128, 64, 64, 4, 3)),
     Job("sm_100", PLAIN, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_100", PLAIN, TmaConfig((2, 8, 8), 64, 64, 4, 3)),
     Job("sm_100", TAIL, TailConfig((1, 8, 8), 64, 64, 8, 2)),
@@ -53,7 +69,7 @@ def flaws(job: Job, found: Report) -> list[str]:
     """What is wrong with what `job` compiled to; nothing if it is as it should be."""
     promised, half = shared_memory(job.config, job.problem), job.problem.dtype != "float32"
     uses_tma = isinstance(job.config, TmaConfig | TailConfig)
-    relu = getattr(job.problem, "relu", True)
+    relu = getattr(job.problem, "relu", getattr(job.problem, "prologue", True))
     checks = (
         (found.spilled, f"{found.spilled} bytes are spilled"),
         (found.shared > promised, f"{found.shared} bytes of shared memory where {promised} are promised"),
@@ -98,7 +114,7 @@ def test_machine_instructions(job):
     given = instructions(kernel)
     assert TENSOR_CORES[job.arch] in given
     tma = {"UTMALDG", "UTMASTG"}
-    assert given & tma == (set() if isinstance(job.config, PointerConfig) else tma)
+    assert given & tma == (tma if isinstance(job.config, TmaConfig | TailConfig) else set())
     assert not given & {"LDL", "STL"}
 
 
@@ -120,16 +136,16 @@ def test_sizes_of_one(job):
 
 
 def test_every_tuned_row_can_be_named():
-    for problem in reference_problems():
+    for problem in (*reference_problems(), *training_problems(), *PROBLEMS):
         assert problem_of(problem.key) == problem
 
 
 def test_all_kernels_take_part():
     found = {(job.arch, type(job.config)) for job in representatives(jobs())}
-    pointer, stem, tma, tail = PointerConfig, StemConfig, TmaConfig, TailConfig
-    assert {kind for arch, kind in found if arch == "sm_80"} == {pointer, stem}
-    assert {kind for arch, kind in found if arch == "sm_90"} == {pointer, stem, tma, tail}
-    assert {kind for arch, kind in found if arch == "sm_100"} == {pointer, stem, tma, tail}
+    portable, tma = {PointerConfig, StemConfig, PrologueConfig, GramDgradConfig}, {TmaConfig, TailConfig}
+    assert {kind for arch, kind in found if arch == "sm_80"} == portable
+    assert {kind for arch, kind in found if arch == "sm_90"} == portable | tma
+    assert {kind for arch, kind in found if arch == "sm_100"} == portable | tma
 
 
 def test_compiling_leaves_nothing_behind():

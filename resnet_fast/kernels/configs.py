@@ -130,7 +130,8 @@ def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | Non
         return f"block_out={config.block_out} does not divide a group's {group_out} output channels"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
-    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, 64 if problem.statistics else 128)
+    limit = 64 if problem.statistics or problem.residual_norm else 128
+    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, limit)
 
 
 def _why_not_tail(config: TailConfig, problem: TailProblem, gpu: Gpu) -> str | None:
