@@ -6,7 +6,6 @@ in hardware) takes PyTorch's convolution and passes, or `reference`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...memory import pooled
@@ -143,22 +142,6 @@ def gram_dgrad(
     if not _is_rows(x):
         return reference.gram_dgrad(dz, _activated(x, x_norm), None, geometry, *matrices)
     return _gram_dgrad(dz, x, *_norm(x_norm), geometry.stride, *matrices)
-
-
-def pool(conv_out: Tensor, norm: Norm) -> Tensor:
-    """`reference.pool`."""
-    with pooled():
-        return F.max_pool2d(apply(conv_out, norm), 3, 2, 1)
-
-
-def pool_backward(dy: Tensor, conv_out: Tensor, norm: Norm) -> Tensor:
-    """`reference.pool_backward`."""
-    window = ([3, 3], [2, 2], [1, 1], [1, 1], False)
-    with pooled():
-        activated = apply(conv_out, norm)
-        _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
-        dy = dy.contiguous(memory_format=torch._prims_common.suggest_memory_format(conv_out))
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, indices)
 
 
 def _norm(norm: Norm | None) -> tuple[list[Tensor | None], float]:
