@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -59,7 +60,7 @@ def optimize(
     rows, swaps = [], []
     for name, block in blocks:
         reason = _why_not(name, block, filter_fn)
-        row = _row(name, block, reason, backend)
+        row = _row(name, block, reason, backend, train_stage)
         if strict and not row.fused and row.reason not in (_FILTERED, _ALREADY):
             raise FusionError(f"optimize(strict=True): block {name!r} cannot be fused: {row.reason}")
         rows.append(row)
@@ -120,10 +121,11 @@ def _why_not(name: str, block: nn.Module, filter_fn) -> str | None:
     return None
 
 
-def _row(name: str, block: nn.Module, reason: str | None, backend: str) -> BlockReport:
+def _row(name: str, block: nn.Module, reason: str | None, backend: str, stage: int | str) -> BlockReport:
     """What will run in this block, judged by its first convolution's device and dtype."""
     if reason in (None, _ALREADY):
-        backend = backend if reason is None else block.fast_backend
+        if reason is not None:
+            backend, stage = block.fast_backend, block.fast_train_stage
         weight = block.conv1.weight if hasattr(block.conv1, "weight") else next(block.parameters())
         op = "residual_block_train" if block.training else "conv_bn_act"
         call = (op, weight.device.type, weight.dtype)
@@ -131,10 +133,17 @@ def _row(name: str, block: nn.Module, reason: str | None, backend: str) -> Block
         unfusable = why_not_fusable(block)
         if unfusable is None and runs_fused:
             chosen = dispatch.select(*call, backend)
-            kernel = dispatch.load(chosen).kernel(*call)
+            kernel = dispatch.load(chosen).kernel(*call) + (
+                f", {_stage(chosen, *call[1:], stage)}" if block.training else ""
+            )
             return BlockReport(name, type(block).__name__, True, chosen, kernel, reason or "")
         reason = unfusable or f"no fused backend: {dispatch.why_not_fused(*call)}"
     return BlockReport(name, type(block).__name__, False, "-", "stock forward", reason)
+
+
+def _stage(backend: str, device_type: str, dtype: torch.dtype, stage: int | str) -> str:
+    """Which stage of training a block takes, in words."""
+    return f"training stage {training.requested(stage) or dispatch.train_stage(backend, device_type, dtype)[0]}"
 
 
 def _nothing_to_do(model: nn.Module, strict: bool) -> None:

@@ -28,7 +28,7 @@ conv_out: raw output (N, K, P, Q). mean, var: what it is normalised with, (K,). 
 """
 
 
-def requested(train_stage: int | str) -> int | None:
+def requested(train_stage: int | str = "auto") -> int | None:
     """The stage asked for by the argument, else by RESNET_FAST_TRAIN; None where it is to be chosen.
 
     Raises:

@@ -184,7 +184,7 @@ def test_report_is_a_table_and_plain_data(backend):
     assert "4 of 4 residual blocks fused" in text
     assert "layer4.0" in text
     assert backend in text
-    kernel = dispatch.load(backend).kernel("residual_block_train", "cpu", torch.float32)
+    kernel = dispatch.load(backend).kernel("residual_block_train", "cpu", torch.float32) + ", training stage 1"
     assert report.to_dict()["blocks"][0] == {"name": "layer1.0", "type": "BasicBlock", "fused": True,
                                              "backend": backend, "kernel": kernel, "reason": ""}  # fmt: skip
 

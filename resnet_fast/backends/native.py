@@ -84,7 +84,7 @@ def why_not_auto(device_type: str) -> str | None:
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
     where = "CUDA" if device_type == "cuda" else (build_info() or {}).get("cpu_capability", "CPU")
-    conv = "oneDNN conv + " if op.startswith("conv") else ""
+    conv = "oneDNN conv + " if not op.startswith("bn") else ""
     return f"{conv}fused bn_act ({where})"
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 from ..training import GRAM, PROLOGUE
 from .primitives import Geometry, Norm, Shortcut
 
-
 _POOL = (3, 2, 1)  # kernel, stride and padding of a stem's max-pool
 
 

@@ -14,6 +14,7 @@ from . import UserError
 
 VARIABLES = (
     "RESNET_FAST_BACKEND",
+    "RESNET_FAST_TRAIN",
     "RESNET_FAST_DISABLE",
     "RESNET_FAST_LOG",
     "RESNET_FAST_BUILD",

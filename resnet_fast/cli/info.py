@@ -1,7 +1,7 @@
 """`resnet-fast info`: what is here, what runs where and why not elsewhere, and whether it works.
 
 Exit code 1 if something that should work is broken: a usable backend gives wrong numbers, an extension that is there
-does not load, an environment variable names no backend. A missing extension, GPU or compiler is a state, not a fault.
+does not load, an environment variable names no backend or no stage. A missing extension, GPU or compiler is a state, not a fault.
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import _log, dispatch, gpus, memory, numerics
+from .. import _log, dispatch, gpus, memory, numerics, training
 from ..kernels import tables
 from . import checks, environment, output
 
@@ -61,11 +61,13 @@ def collect() -> dict:
 
 
 def _variable_faults() -> list[str]:
-    try:
-        dispatch.requested()
-    except ValueError as error:
-        return [str(error)]
-    return []
+    faults = []
+    for check in (dispatch.requested, training.requested):
+        try:
+            check()
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _extension_faults(native) -> list[str]:
