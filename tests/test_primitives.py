@@ -268,6 +268,7 @@ def test_variance_beside_a_large_mean(sigma, dtype):
     torch.testing.assert_close(var.double(), as_stored, rtol=0.05, atol=2 * rmse(stock, exact))
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_empty_batch(layout):
     case = Case("empty", (0, 8, 6, 6), 12)

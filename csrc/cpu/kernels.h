@@ -1,7 +1,7 @@
 // The vector kernels behind bn_act, seen from the host side: plain structs and a table of function pointers.
 //
 // kernels/*.cpp is compiled once per instruction set and knows nothing of tensors or threads: every kernel works on a
-// range of a Plan's items, and the host (bn_act.cpp) spreads the items over threads. A plan depends on the shape only,
+// range of a Plan's items, and the host (bn.h, conv1x1.cpp) spreads them over threads. A plan depends on the shape only,
 // so the partial sums, and with them every result, are bitwise the same at any number of threads.
 #pragma once
 
