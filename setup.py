@@ -7,6 +7,7 @@ RESNET_FAST_BUILD chooses what is compiled:
 MAX_JOBS limits the compilers run at once (default: the cores); TORCH_CUDA_ARCH_LIST overrides "8.0;9.0+PTX".
 """
 
+import functools
 import importlib.util
 import os
 import platform
@@ -38,6 +39,8 @@ ISA_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+# csrc/cpu/amx/*.cpp, compiled once where the compiler knows them; run only where the CPU and the system have AMX.
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", *ISA_FLAGS["AVX512"]]
 # Commands that only describe the package must not pay for importing torch, nor need it.
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name", "--help"}
 
@@ -55,6 +58,15 @@ def sources(pattern: str) -> list[str]:
 def isas() -> list[str]:
     """The instruction sets that this architecture's kernels are compiled for."""
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["DEFAULT"]
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this is x86-64 Linux and the compiler knows AMX (GCC 11, Clang 12)."""
+    if isas() == ["DEFAULT"] or not sys.platform.startswith("linux"):
+        return False
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), *AMX_FLAGS, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def why_no_cpp() -> str | None:
@@ -180,14 +192,17 @@ def native_extension(cuda: bool):
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    macros = [(f"WITH_{isa}", None) for isa in isas() if isa != "DEFAULT"]
+    macros = [(f"WITH_{isa}", None) for isa in isas() if isa != "DEFAULT"] + [("WITH_AMX", None)] * has_amx()
     include_dirs = [str(ROOT / "csrc")]
     if cuda:
         macros.append(("WITH_CUDA", None))
         include_dirs += cuda_include_dirs(Path(os.environ["CUDA_HOME"]), torch.version.cuda.split(".")[0])
     return (CUDAExtension if cuda else CppExtension)(
         "resnet_fast._C",
-        sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") if cuda else []),
+        sources("*.cpp")
+        + sources("cpu/*.cpp")
+        + (sources("cpu/program/*.cpp") if has_amx() else [])
+        + (sources("cuda/*.cu") if cuda else []),
         include_dirs=include_dirs,
         define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS.copy(), "nvcc": NVCC_FLAGS.copy()},
@@ -215,7 +230,7 @@ def native_commands(plan: Plan) -> dict:
                 self.inplace, self.compiler = inplace, compiler  # run() replaces both, and leaves it so where it raises
                 [extension] = self.extensions
                 vars(extension).update(vars(native_extension(cuda)))
-                what = "C++ and CUDA" if cuda else "C++"
+                what, built = "C++ and CUDA" if cuda else "C++", isas() + ["AMX"] * has_amx()
                 try:
                     super().run()
                 except Exception as error:  # setuptools, torch, ninja and the compilers each raise their own
@@ -224,7 +239,7 @@ def native_commands(plan: Plan) -> dict:
                         raise
                     say(f"WARNING: the {what} build failed ({error}); the compiler's messages are above (pip -v)")
                 else:
-                    say(f"built resnet_fast._C: {what}, kernels for {', '.join(isas())}, PyTorch {torch.__version__}")
+                    say(f"built resnet_fast._C: {what}, kernels for {', '.join(built)}, PyTorch {torch.__version__}")
                     return
             self.extensions = []
             remove_built_extensions(Path(self.build_lib))
@@ -239,13 +254,17 @@ def native_commands(plan: Plan) -> dict:
         def kernel_objects(self, ext) -> Iterator[str]:
             kernels = sources("cpu/kernels/*.cpp")
             for isa in isas() if kernels else []:
-                yield from self.compiler.compile(
-                    kernels,
-                    output_dir=str(Path(self.build_temp) / isa.lower()),
-                    macros=[("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)],
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=CXX_FLAGS + ISA_FLAGS[isa],
-                )
+                macros = [("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)]
+                yield from self.objects(ext, kernels, isa, macros, ISA_FLAGS[isa])
+            if has_amx():
+                yield from self.objects(ext, sources("cpu/amx/*.cpp"), "AMX", [], AMX_FLAGS)
+
+        def objects(self, ext, files: list[str], isa: str, macros: list, flags: list[str]) -> list[str]:
+            folder = str(Path(self.build_temp) / isa.lower())
+            flags = CXX_FLAGS + flags
+            return self.compiler.compile(
+                files, output_dir=folder, macros=macros, include_dirs=ext.include_dirs, extra_postargs=flags
+            )
 
         def copy_file(self, infile, outfile, *args, **kwargs):
             """Into the source tree (editable installs): whole or not at all, whatever kills the build."""

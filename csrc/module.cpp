@@ -6,9 +6,17 @@
 #endif
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/activation_pool.h"
 #include "cpu/kernels.h"
+#ifdef WITH_AMX
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/amx/amx.h"
+#include "cpu/program/program.h"
+#endif
 
 namespace py = pybind11;
 
@@ -34,6 +42,9 @@ py::list capabilities() {
 #endif
 #ifdef WITH_AVX512
   out.append("AVX512");
+#endif
+#ifdef WITH_AMX
+  out.append("AMX");
 #endif
   return out;
 }
@@ -78,11 +89,48 @@ py::dict pool_stats() {
 
 struct Pooled {};
 
+bool amx_usable() {
+#ifdef WITH_AMX
+  return resnet_fast::cpu::amx::usable();
+#else
+  return false;
+#endif
+}
+
+#ifdef WITH_AMX
+void bind_program(py::module_& m) {
+  using resnet_fast::cpu::Program;
+  const auto times = [](Program& program, const at::Tensor& x, const at::Tensor& y) {
+    std::vector<std::pair<std::string, double>> out;
+    for (const auto& time : program.timed_run(x, y)) out.emplace_back(time.name, time.seconds);
+    return out;
+  };
+  py::class_<Program>(m, "Program", "A frozen network on a CPU with AMX: see csrc/cpu/program/program.h.")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("planes"), py::arg("capacity"), py::arg("threads"))
+      .def("buffer", &Program::buffer, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("halo"),
+           py::arg("group"), py::arg("own"), py::arg("vector"))
+      .def("section", &Program::section, py::arg("by_image"))
+      .def("read", &Program::read, py::arg("y"))
+      .def("conv", &Program::conv, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("residual"), py::arg("weight"),
+           py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("blocks"), py::arg("outputs_per_group"),
+           py::arg("relu"))
+      .def("max_pool", &Program::max_pool, py::arg("x"), py::arg("y"))
+      .def("average_pool", &Program::average_pool, py::arg("x"), py::arg("y"))
+      .def("write", &Program::write, py::arg("x"))
+      .def("run", &Program::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>())
+      .def("timed_run", times, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
+  m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, can run a Program.");
+#ifdef WITH_AMX
+  bind_program(m);
+#endif
   py::class_<Pooled>(m, "Pooled", "Context manager around pool_enter() and pool_exit(). Stateless: instances nest.")
       .def(py::init<>())
       .def("__enter__", [](const Pooled&) { resnet_fast::cpu::pool_enter(); })

@@ -56,6 +56,11 @@ class Section:
         blocks = [(f"{name}.{index}", block) for name, stage in stages for index, block in enumerate(stage)]
         return cls(("conv1", model.conv1), True, blocks, model.fc)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.convs()[0][1].weight.dtype
+
     def convs(self) -> list[tuple[str, nn.Module]]:
         """Name and module of every convolution, in the order in which the frozen model runs them."""
         found = [self.stem] if self.stem else []

@@ -1,0 +1,107 @@
+// Convolutions and pooling on blocked bfloat16 activations, by AMX tile products and AVX-512, seen from the host side.
+//
+// The .cpp files here are compiled for AMX and know nothing of tensors or threads; they may run only where usable() is
+// true. A vector of activations is 32 channels, 64 bytes: a row of a tile. A buffer holds [block of 32 channels] [plane]
+// [pixel] [row] of them, so that a tile of 16 consecutive rows is 1 KiB without gaps, which loads as fast from the second
+// cache level as from the first. With one plane a value is a bfloat16. With three it is a float32, the exact sum of its
+// planes: high = bf16(v), middle = bf16(v - high), low = v - high - middle (Henry et al. 2019, arXiv:1904.06376).
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fast::cpu::amx {
+
+constexpr int64_t kVector = 32;          // channels in a vector
+constexpr int64_t kTileRows = 16;        // vectors in a tile
+constexpr int64_t kBlockValues = 1024;   // weights of 32 input by 32 output channels, one plane
+constexpr int64_t kScratchFloats = 2048;  // that a thread lends to conv(), 64-byte aligned
+
+// Whether this CPU has AMX with bfloat16 and the system lets this process use it, which the first call asks it for.
+// False as well where PyTorch was told to use less than AVX-512 (ATEN_CPU_CAPABILITY).
+bool usable();
+
+// Around all calls of conv() in a thread.
+void configure_tiles();
+void release_tiles();
+
+// Where 16 rows are read and written, in values from the image's first pixel. Bit i of `rows`: row i is written.
+struct Tile {
+  int64_t x, y;
+  uint32_t rows;
+};
+
+struct ConvArgs {
+  int planes;
+  const uint16_t* x;
+  int64_t x_row, x_plane, x_block;  // steps in values
+  const int64_t* taps;              // of the kernel's positions, steps from Tile::x
+  int64_t n_taps;
+  int64_t blocks;                   // of input channels that an output block sums up
+  int64_t outputs_per_group;        // blocks of output channels that share their input blocks
+  const uint16_t* weight;           // [output block][tap][input block][plane][2][16][16][2]
+  const float* bias;
+  const uint16_t* residual;         // strided as y, or null
+  uint16_t* y;
+  int64_t y_row, y_plane, y_block;
+  bool relu;                        // keeps NaN
+};
+
+// y = act(conv(x) + bias + residual) for the tiles [0, tiles) and the output blocks [begin, end).
+void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch);
+
+// An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
+struct ImageArgs {
+  int planes;
+  const void* x;
+  bool float32;  // else bfloat16
+  int64_t channels, height, width;
+  int64_t channel_step, row_step, pixel_step;
+  uint16_t* y;
+  int64_t y_plane, y_pitch;
+};
+void pack_image(const ImageArgs& args);
+
+// 3x3, stride 2, padding 1 of activations that are not negative, with a halo of zeros; one block of one image.
+struct MaxPoolArgs {
+  int planes;
+  const uint16_t* x;
+  uint16_t* y;
+  int64_t x_plane, x_pitch, x_pixel;
+  int64_t y_plane, y_pitch, y_pixel;
+  int64_t height, width;  // of y
+};
+void max_pool(const MaxPoolArgs& args);
+
+// The mean over height x width pixels of one row of one block.
+struct AveragePoolArgs {
+  int planes;
+  const uint16_t* x;
+  uint16_t* y;
+  int64_t x_plane, x_pitch, x_pixel, y_plane;
+  int64_t height, width;
+};
+void average_pool(const AveragePoolArgs& args);
+
+// Between blocked rows and rows of `channels` contiguous values of a tensor.
+struct RowsArgs {
+  int planes;
+  bool float32;
+  int64_t channels, rows;
+  const uint16_t* blocked;
+  int64_t plane, block, row;
+  void* tensor;
+  int64_t tensor_row;
+};
+void unpack_rows(const RowsArgs& args);
+struct PackRowsArgs {
+  int planes;
+  bool float32;
+  int64_t channels, rows;
+  const void* tensor;
+  int64_t tensor_row;
+  uint16_t* blocked;
+  int64_t plane, block, row;
+};
+void pack_rows(const PackRowsArgs& args);
+
+}  // namespace resnet_fast::cpu::amx

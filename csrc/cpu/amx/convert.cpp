@@ -1,0 +1,109 @@
+// Between tensors and blocked activations.
+#include "amx.h"
+#include "vectors.h"
+
+namespace resnet_fast::cpu::amx {
+namespace {
+
+inline __m512 load_masked(const void* tensor, bool float32, int64_t at, __mmask16 mask) {
+  if (float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(tensor) + at);
+  return widen(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(tensor) + at));
+}
+
+inline __mmask16 lanes(int64_t wanted) {
+  return wanted >= 16 ? 0xffff : static_cast<__mmask16>((1u << (wanted < 0 ? 0 : wanted)) - 1);
+}
+
+// 16 pixels by up to 4 channels, one vector a channel, as 4 vectors of 4 pixels by 4 channels.
+inline void interleave(const __m512 (&channel)[4], __m512 (&pixels)[4]) {
+  const __m512 low01 = _mm512_unpacklo_ps(channel[0], channel[1]), high01 = _mm512_unpackhi_ps(channel[0], channel[1]);
+  const __m512 low23 = _mm512_unpacklo_ps(channel[2], channel[3]), high23 = _mm512_unpackhi_ps(channel[2], channel[3]);
+  const auto join = [](__m512 a, __m512 b, bool high) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+  };
+  // q[i] holds pixel i of every 128-bit lane: pixels i, 4 + i, 8 + i, 12 + i.
+  const __m512 q[4] = {join(low01, low23, false), join(low01, low23, true), join(high01, high23, false),
+                       join(high01, high23, true)};
+  const __m512 a = _mm512_shuffle_f32x4(q[0], q[1], 0x44), b = _mm512_shuffle_f32x4(q[2], q[3], 0x44);
+  const __m512 c = _mm512_shuffle_f32x4(q[0], q[1], 0xee), d = _mm512_shuffle_f32x4(q[2], q[3], 0xee);
+  pixels[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  pixels[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  pixels[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  pixels[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+}
+
+template <int planes>
+void pack_image_rows(const ImageArgs& args) {
+  const __m512i numbers = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i steps = _mm512_mullo_epi32(numbers, _mm512_set1_epi32(static_cast<int>(args.pixel_step)));
+  for (int64_t row = 0; row < args.height; ++row) {
+    for (int64_t column = 0; column < args.width; column += 16) {
+      const __mmask16 mask = lanes(args.width - column);
+      __m512 channel[4], pixels[4];
+      for (int64_t c = 0; c < 4; ++c) {
+        if (c >= args.channels) {
+          channel[c] = _mm512_setzero_ps();
+          continue;
+        }
+        const int64_t at = row * args.row_step + c * args.channel_step + column * args.pixel_step;
+        if (args.pixel_step == 1) {
+          channel[c] = load_masked(args.x, args.float32, at, mask);
+        } else if (args.float32) {
+          const float* x = static_cast<const float*>(args.x) + at;
+          channel[c] = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, steps, x, 4);
+        } else {
+          alignas(64) uint16_t values[16] = {};
+          const uint16_t* x = static_cast<const uint16_t*>(args.x) + at;
+          const int64_t wanted = args.width - column < 16 ? args.width - column : 16;
+          for (int64_t i = 0; i < wanted; ++i) values[i] = x[i * args.pixel_step];
+          channel[c] = load_half(values);
+        }
+      }
+      interleave(channel, pixels);
+      uint16_t* y = args.y + row * args.y_pitch + column * 4;
+      for (int64_t i = 0; i < 4; ++i) {
+        if (column + 4 * i < args.width) store<planes>(y + 16 * i, args.y_plane, pixels[i]);
+      }
+    }
+  }
+}
+
+template <int planes>
+void unpack(const RowsArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t channel = 0; channel < args.channels; channel += 16) {
+      const uint16_t* from = args.blocked + row * args.row + channel / kVector * args.block + channel % kVector;
+      const __m512 value = load<planes>(from, args.plane);
+      const __mmask16 mask = lanes(args.channels - channel);
+      const int64_t at = row * args.tensor_row + channel;
+      if (args.float32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(args.tensor) + at, mask, value);
+      } else {
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.tensor) + at, mask, narrow(value));
+      }
+    }
+  }
+}
+
+template <int planes>
+void pack(const PackRowsArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t channel = 0; channel < args.channels; channel += 16) {
+      const __m512 value =
+          load_masked(args.tensor, args.float32, row * args.tensor_row + channel, lanes(args.channels - channel));
+      store<planes>(
+          args.blocked + row * args.row + channel / kVector * args.block + channel % kVector, args.plane, value);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_image(const ImageArgs& args) { args.planes == 3 ? pack_image_rows<3>(args) : pack_image_rows<1>(args); }
+
+void unpack_rows(const RowsArgs& args) { args.planes == 3 ? unpack<3>(args) : unpack<1>(args); }
+
+void pack_rows(const PackRowsArgs& args) { args.planes == 3 ? pack<3>(args) : pack<1>(args); }
+
+}  // namespace resnet_fast::cpu::amx

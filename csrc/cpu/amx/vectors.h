@@ -1,0 +1,52 @@
+// 16 activations at a time as float32, whatever the planes. Only for files that are compiled for AVX-512 with bfloat16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace resnet_fast::cpu::amx {
+namespace {
+
+inline __m512 widen(__m256i values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+inline __m256i narrow(__m512 values) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)); }
+
+inline __m512 load_half(const uint16_t* values) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+}
+
+inline void store_half(uint16_t* values, __m256i half) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), half);
+}
+
+template <int planes>
+inline __m512 load(const uint16_t* values, int64_t plane) {
+  __m512 sum = load_half(values);
+  if constexpr (planes == 3) {
+    sum = _mm512_add_ps(sum, _mm512_add_ps(load_half(values + plane), load_half(values + 2 * plane)));
+  }
+  return sum;
+}
+
+template <int planes>
+inline void store(uint16_t* values, int64_t plane, __m512 value) {
+  const __m256i high = narrow(value);
+  store_half(values, high);
+  if constexpr (planes == 3) {
+    // What is not finite has no remainder: Inf - Inf would make NaN of an Inf.
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(widen(high)), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, value, widen(high));
+    const __m256i middle = narrow(rest);
+    store_half(values + plane, middle);
+    store_half(values + 2 * plane, narrow(_mm512_sub_ps(rest, widen(middle))));
+  }
+}
+
+// relu that keeps NaN: max returns its second operand where one is NaN.
+inline __m512 relu(__m512 value) { return _mm512_max_ps(_mm512_setzero_ps(), value); }
+
+}  // namespace
+}  // namespace resnet_fast::cpu::amx

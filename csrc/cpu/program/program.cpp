@@ -1,0 +1,156 @@
+#include "program.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "../activation_pool.h"
+#include "steps.h"
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+}  // namespace
+
+Program::Program(int64_t planes, int64_t capacity, int64_t threads)
+    : planes_(static_cast<int>(planes)), capacity_(capacity), threads_(threads) {
+  TORCH_CHECK(amx::usable(), "this CPU, or its system, has no AMX with bfloat16");
+  TORCH_CHECK_VALUE(planes == 1 || planes == 3, "planes must be 1 or 3, not ", planes);
+  TORCH_CHECK_VALUE(capacity > 0 && threads > 0, "capacity and threads must be positive");
+}
+
+Program::~Program() = default;
+
+int64_t Program::buffer(
+    int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector) {
+  auto b = std::make_unique<Buffer>();
+  *b = {channels, height, width, halo, group, vector, own, 0, 0, 0, 0, 0, 0, {}};
+  b->pixel = vector * group;
+  b->row = (width + halo) * b->pixel;  // a row's right halo is the next one's left
+  b->plane = (height + 2 * halo) * b->row + halo * b->pixel;
+  b->block = planes_ * b->plane;
+  b->unit = (channels + vector - 1) / vector * b->block;
+  b->origin = halo * (b->row + b->pixel);
+  const int64_t units = own ? threads_ : (capacity_ + group - 1) / group;
+  // Tiles read on behind the last pixel, and write nothing of what they make of it.
+  const int64_t slack = 2 * (amx::kTileRows + halo) * b->pixel + 2 * halo * b->row;
+  const PoolGuard pool;
+  b->storage = at::zeros({units * b->unit + slack}, at::kBFloat16);
+  buffers_.push_back(std::move(b));
+  return static_cast<int64_t>(buffers_.size()) - 1;
+}
+
+const Buffer& Program::at(int64_t buffer) const {
+  TORCH_CHECK_INDEX(buffer >= 0 && buffer < static_cast<int64_t>(buffers_.size()), "no buffer ", buffer);
+  return *buffers_[buffer];
+}
+
+void Program::section(bool by_image) { sections_.push_back({by_image, {}}); }
+
+void Program::add(std::unique_ptr<Step> step) {
+  if (sections_.empty()) section(false);
+  sections_.back().steps.push_back(std::move(step));
+}
+
+void Program::read(int64_t y) { add(make_read(planes_, at(y))); }
+
+void Program::conv(
+    const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
+    const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
+    bool relu) {
+  const ConvShape shape{stride, blocks, outputs_per_group, relu};
+  const int64_t sharing = !sections_.empty() && sections_.back().by_image ? 1 : threads_;
+  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual), weight, bias, taps, shape));
+}
+
+void Program::max_pool(int64_t x, int64_t y) { add(make_max_pool(planes_, at(x), at(y))); }
+
+void Program::average_pool(int64_t x, int64_t y) { add(make_average_pool(planes_, at(x), at(y))); }
+
+void Program::write(int64_t x) { add(make_write(planes_, at(x))); }
+
+void Program::run(const at::Tensor& x, const at::Tensor& y) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
+  for (int64_t first = 0; first < x.size(0); first += capacity_) {
+    run_chunk(x, y, first, std::min(capacity_, x.size(0) - first), threads, nullptr);
+  }
+}
+
+std::vector<StepTime> Program::timed_run(const at::Tensor& x, const at::Tensor& y) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
+  std::vector<StepTime> times;
+  for (const Section& section : sections_) {
+    for (const auto& step : section.steps) times.push_back({step->name, 0.0});
+  }
+  std::vector<double> seconds(times.size() * threads, 0.0);
+  for (int64_t first = 0; first < x.size(0); first += capacity_) {
+    run_chunk(x, y, first, std::min(capacity_, x.size(0) - first), threads, &seconds);
+  }
+  for (size_t i = 0; i < seconds.size(); ++i) times[i % times.size()].seconds += seconds[i] / threads;
+  return times;
+}
+
+void Program::run_chunk(
+    const at::Tensor& x, const at::Tensor& y, int64_t first, int64_t images, int64_t threads,
+    std::vector<double>* seconds) {
+  int64_t steps = 0;
+  for (const Section& section : sections_) steps += static_cast<int64_t>(section.steps.size());
+  std::vector<std::atomic<int64_t>> next(steps + sections_.size());  // item or image that nobody has taken yet
+  for (auto& counter : next) counter = 0;
+
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t thread = omp_get_thread_num();
+    alignas(64) float scratch[amx::kScratchFloats];
+    amx::configure_tiles();
+    int64_t number = 0, counter = 0;
+    const auto timed = [&](int64_t step, const auto& work) {
+      if (seconds == nullptr) return work();
+      const auto start = Clock::now();
+      work();
+      (*seconds)[thread * steps + step] += seconds_since(start);
+    };
+    for (const Section& section : sections_) {
+      if (section.by_image) {
+        for (int64_t image; (image = next[counter]++) < images;) {
+          const Run run{x, y, first, images, thread, image, scratch};
+          int64_t step_number = number;
+          for (const auto& step : section.steps) {
+            timed(step_number++, [&] {
+              for (int64_t item = 0; item < step->items; ++item) step->run(run, item);
+            });
+          }
+        }
+        number += static_cast<int64_t>(section.steps.size());
+        ++counter;
+#pragma omp barrier
+        continue;
+      }
+      for (const auto& step : section.steps) {
+        timed(number++, [&] {
+          const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
+          for (int64_t item; (item = next[counter]++) < all;) {
+            step->run({x, y, first, images, thread, item / step->items, scratch}, item % step->items);
+          }
+#pragma omp barrier
+        });
+        ++counter;
+      }
+    }
+    amx::release_tiles();
+  }
+}
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,79 @@
+// A frozen network on a CPU with AMX, as one call: convolutions and pools from buffer to buffer, all laid out beforehand.
+//
+// Built step by step from Python (resnet_fast/cpu_program.py), then run for any number of images, `capacity` at a time.
+// Buffers belong to the program, weights are tensors that programs share, so one caller runs at a time and others wait.
+// In a section `by_image` every thread takes images through all its steps, in buffers of its own that stay in its second
+// cache level; elsewhere the threads share each step. No value depends on which thread computes it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace resnet_fast::cpu {
+
+// Activations, zero where there is halo. group: images side by side in a tile, 1 or 16. own: one for each thread, of one
+// image. Vectors hold 32 channels, or 4 in the packed image of a stem.
+struct Buffer {
+  int64_t channels, height, width, halo, group, vector;
+  bool own;
+  int64_t pixel, row, plane, block, unit, origin;  // steps in values; `unit` is an image, or a group of them
+  at::Tensor storage;
+};
+
+struct StepTime {
+  std::string name;
+  double seconds;  // of all threads together, divided by how many they are
+};
+
+class Step;
+
+class Program {
+ public:
+  // planes: 1 for bfloat16, 3 for float32. threads: the most that will run it.
+  Program(int64_t planes, int64_t capacity, int64_t threads);
+  ~Program();
+
+  // Returns its number. group and own as above; vector 4 makes it an image's.
+  int64_t buffer(
+      int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector);
+  void section(bool by_image);
+
+  // Of the input, an image (vector 4) or a channels_last tensor, into buffer y.
+  void read(int64_t y);
+  // weight: packed, bias: float, padded to whole vectors; residual: a buffer or -1; taps: (row, column) steps.
+  void conv(
+      const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
+      const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
+      bool relu);
+  void max_pool(int64_t x, int64_t y);
+  void average_pool(int64_t x, int64_t y);
+  // Of buffer x into the output, channels_last.
+  void write(int64_t x);
+
+  // y = program(x), images in the first dimension; float32 or bfloat16 each.
+  void run(const at::Tensor& x, const at::Tensor& y);
+  std::vector<StepTime> timed_run(const at::Tensor& x, const at::Tensor& y);
+
+ private:
+  struct Section {
+    bool by_image;
+    std::vector<std::unique_ptr<Step>> steps;
+  };
+  void add(std::unique_ptr<Step> step);
+  void run_chunk(const at::Tensor& x, const at::Tensor& y, int64_t first, int64_t images, int64_t threads,
+                 std::vector<double>* seconds);
+  const Buffer& at(int64_t buffer) const;
+
+  int planes_;
+  int64_t capacity_, threads_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::vector<Section> sections_;
+  std::mutex turn_;
+};
+
+}  // namespace resnet_fast::cpu

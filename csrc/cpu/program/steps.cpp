@@ -1,0 +1,244 @@
+#include "steps.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+uint16_t* values(const at::Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
+
+// Where the first pixel of an image is; with a step over groups, that of the group's first image.
+uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group) {
+  const int64_t image = run.unit * step_group;
+  const int64_t unit = buffer.own ? run.thread : image / buffer.group;
+  const int64_t row = step_group == 1 && buffer.group > 1 ? image % buffer.group * buffer.vector : 0;
+  return values(buffer.storage) + unit * buffer.unit + buffer.origin + row;
+}
+
+char* image_of(const at::Tensor& t, const Run& run) {
+  return static_cast<char*>(t.mutable_data_ptr()) + (run.first + run.unit) * t.stride(0) * t.element_size();
+}
+
+class ReadStep : public Step {
+ public:
+  ReadStep(int planes, const Buffer& y) : Step("read", 1, 1), planes_(planes), y_(y) {}
+
+  void run(const Run& run, int64_t) const override {
+    const at::Tensor& x = run.x;
+    const bool float32 = x.scalar_type() == at::kFloat;
+    const char* image = image_of(x, run);
+    uint16_t* y = pixels(y_, run, 1);
+    if (y_.vector != amx::kVector) {
+      amx::pack_image({planes_, image, float32, y_.channels, y_.height, y_.width, x.stride(1), x.stride(2), x.stride(3),
+                       y, y_.plane, y_.row});
+      return;
+    }
+    for (int64_t row = 0; row < y_.height; ++row) {
+      const char* from = image + row * x.stride(2) * x.element_size();
+      amx::pack_rows(
+          {planes_, float32, y_.channels, y_.width, from, x.stride(3), y + row * y_.row, y_.plane, y_.block, y_.pixel});
+    }
+  }
+
+ private:
+  int planes_;
+  const Buffer& y_;
+};
+
+class WriteStep : public Step {
+ public:
+  WriteStep(int planes, const Buffer& x) : Step("write", 1, 1), planes_(planes), x_(x) {}
+
+  void run(const Run& run, int64_t) const override {
+    const at::Tensor& y = run.y;
+    const uint16_t* x = pixels(x_, run, 1);
+    for (int64_t row = 0; row < x_.height; ++row) {
+      char* to = image_of(y, run) + row * y.stride(2) * y.element_size();
+      amx::unpack_rows({planes_, y.scalar_type() == at::kFloat, y.size(1), x_.width, x + row * x_.row, x_.plane,
+                        x_.block, x_.pixel, to, y.stride(3)});
+    }
+  }
+
+ private:
+  int planes_;
+  const Buffer& x_;
+};
+
+class MaxPoolStep : public Step {
+ public:
+  MaxPoolStep(int planes, const Buffer& x, const Buffer& y)
+      : Step("maxpool", 1, div_up(y.channels, amx::kVector)), planes_(planes), x_(x), y_(y) {}
+
+  void run(const Run& run, int64_t block) const override {
+    amx::max_pool({planes_, pixels(x_, run, 1) + block * x_.block, pixels(y_, run, 1) + block * y_.block, x_.plane,
+                   x_.row, x_.pixel, y_.plane, y_.row, y_.pixel, y_.height, y_.width});
+  }
+
+ private:
+  int planes_;
+  const Buffer &x_, &y_;
+};
+
+class AveragePoolStep : public Step {
+ public:
+  AveragePoolStep(int planes, const Buffer& x, const Buffer& y) : Step("avgpool", 1, 1), planes_(planes), x_(x), y_(y) {}
+
+  void run(const Run& run, int64_t) const override {
+    for (int64_t block = 0; block < div_up(x_.channels, amx::kVector); ++block) {
+      amx::average_pool({planes_, pixels(x_, run, 1) + block * x_.block, pixels(y_, run, 1) + block * y_.block,
+                         x_.plane, x_.row, x_.pixel, y_.plane, x_.height, x_.width});
+    }
+  }
+
+ private:
+  int planes_;
+  const Buffer &x_, &y_;
+};
+
+class ConvStep : public Step {
+ public:
+  ConvStep(
+      int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
+      const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
+      const ConvShape& shape)
+      : Step(name, std::min(x.group, y.group), 0),
+        x_(x),
+        y_(y),
+        residual_(residual),
+        weight_(weight),
+        bias_(bias),
+        output_blocks_(div_up(y.channels, amx::kVector)) {
+    for (const auto& tap : taps) taps_.push_back(tap[0] * x.row + tap[1] * x.pixel);
+    args_ = {};
+    args_.planes = planes;
+    args_.x_row = group == 1 ? x.pixel * shape.stride : x.vector;
+    args_.x_plane = x.plane;
+    args_.x_block = x.block;
+    args_.taps = taps_.data();
+    args_.n_taps = static_cast<int64_t>(taps_.size());
+    args_.blocks = shape.blocks;
+    args_.outputs_per_group = shape.outputs_per_group;
+    args_.weight = values(weight);
+    args_.bias = bias.const_data_ptr<float>();
+    args_.y_row = group == 1 ? y.pixel : y.vector;
+    args_.y_plane = y.plane;
+    args_.y_block = y.block;
+    args_.relu = shape.relu;
+    place_tiles(shape.stride);
+    cut(threads);
+  }
+
+  void run(const Run& run, int64_t item) const override {
+    amx::ConvArgs args = args_;
+    args.x = pixels(x_, run, group);
+    args.y = pixels(y_, run, group);
+    args.residual = residual_ == nullptr ? nullptr : pixels(*residual_, run, group);
+    const int64_t first_tile = item / block_cuts_ * tile_step_, first_block = item % block_cuts_ * block_step_;
+    const int64_t tiles = std::min(tile_step_, static_cast<int64_t>(tiles_.size()) - first_tile);
+    amx::conv(args, tiles_.data() + first_tile, tiles, first_block, std::min(first_block + block_step_, output_blocks_),
+              run.scratch);
+  }
+
+ private:
+  void place_tiles(int64_t stride) {
+    if (group > 1) {  // a pixel of 16 images
+      for (int64_t row = 0; row < y_.height; ++row) {
+        for (int64_t column = 0; column < y_.width; ++column) {
+          tiles_.push_back({row * stride * x_.row + column * stride * x_.pixel, row * y_.row + column * y_.pixel, 0xffff});
+        }
+      }
+      return;
+    }
+    const int64_t pitch = y_.row / y_.pixel;
+    // Where rows are as far apart here as there, tiles run on from one into the next, over the halo between them.
+    if (stride == 1 && x_.halo == y_.halo && x_.width == y_.width && x_.height == y_.height) {
+      const int64_t pixels = (y_.height - 1) * pitch + y_.width;
+      for (int64_t pixel = 0; pixel < pixels; pixel += amx::kTileRows) {
+        uint32_t rows = 0;
+        for (int64_t i = 0; i < amx::kTileRows; ++i) {
+          if (pixel + i < pixels && (pixel + i) % pitch < y_.width) rows |= 1u << i;
+        }
+        tiles_.push_back({pixel * x_.pixel, pixel * y_.pixel, rows});
+      }
+      return;
+    }
+    for (int64_t row = 0; row < y_.height; ++row) {
+      for (int64_t column = 0; column < y_.width; column += amx::kTileRows) {
+        const int64_t left = std::min(amx::kTileRows, y_.width - column);
+        const uint32_t rows = left == amx::kTileRows ? 0xffff : (1u << left) - 1;
+        tiles_.push_back({row * stride * x_.row + column * stride * x_.pixel, row * y_.row + column * y_.pixel, rows});
+      }
+    }
+  }
+
+  // Items of tiles by output blocks: as few passes over pixels and weights from beyond the second cache level as can be,
+  // while the threads have items to share.
+  void cut(int64_t threads) {
+    const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
+    const double vector_bytes = args_.planes * amx::kVector * 2.0;
+    const double pair_bytes = 2 * amx::kTileRows * vector_bytes * args_.blocks * std::min<int64_t>(args_.n_taps, 2);
+    const double block_bytes = args_.n_taps * args_.blocks * args_.planes * amx::kBlockValues * 2.0;
+    double best = std::numeric_limits<double>::infinity();
+    for (int64_t tile_cuts = 1; tile_cuts <= pairs; tile_cuts *= 2) {
+      for (int64_t block_cuts = 1; block_cuts <= output_blocks_; block_cuts *= 2) {
+        const int64_t tile_step = div_up(pairs, tile_cuts), block_step = div_up(output_blocks_, block_cuts);
+        const int64_t tile_parts = div_up(pairs, tile_step), block_parts = div_up(output_blocks_, block_step);
+        if (tile_cuts * block_cuts > kMostItems) break;
+        // The last round of items may keep some threads waiting.
+        const int64_t all = tile_parts * block_parts;
+        const double idle = static_cast<double>(div_up(all, threads) * threads) / all;
+        const bool fits = tile_step * pair_bytes + block_step * block_bytes < kSecondCacheBytes;
+        const double pixel_traffic = pairs * pair_bytes * (fits ? 1 : block_parts);
+        const double weight_traffic = output_blocks_ * block_bytes * tile_parts * (fits || block_step == 1 ? 1 : 1.5);
+        const double cost = (pixel_traffic + weight_traffic + kProductBytes * pairs * output_blocks_ * args_.n_taps * args_.blocks) * idle;
+        if (cost < best) {
+          best = cost;
+          tile_step_ = 2 * tile_step;
+          block_step_ = block_step;
+          block_cuts_ = block_parts;
+          items = all;
+        }
+      }
+    }
+  }
+
+  static constexpr int64_t kMostItems = 64;
+  static constexpr double kSecondCacheBytes = 1.25 * (1 << 20);
+  static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
+
+  const Buffer &x_, &y_;
+  const Buffer* residual_;
+  at::Tensor weight_, bias_;
+  int64_t output_blocks_;
+  std::vector<int64_t> taps_;
+  std::vector<amx::Tile> tiles_;
+  amx::ConvArgs args_;
+  int64_t tile_step_ = 0, block_step_ = 0, block_cuts_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_read(int planes, const Buffer& y) { return std::make_unique<ReadStep>(planes, y); }
+
+std::unique_ptr<Step> make_write(int planes, const Buffer& x) { return std::make_unique<WriteStep>(planes, x); }
+
+std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y) {
+  return std::make_unique<MaxPoolStep>(planes, x, y);
+}
+
+std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y) {
+  return std::make_unique<AveragePoolStep>(planes, x, y);
+}
+
+std::unique_ptr<Step> make_conv(
+    int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
+    const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
+    const ConvShape& shape) {
+  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, weight, bias, taps, shape);
+}
+
+}  // namespace resnet_fast::cpu

@@ -1,0 +1,46 @@
+// The kinds of steps a Program is made of: each knows its buffers, and cuts its work for one unit into items.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../amx/amx.h"
+#include "program.h"
+
+namespace resnet_fast::cpu {
+
+// One call: its tensors, the chunk of images, and who runs what. `unit` is an image, or a group of them.
+struct Run {
+  const at::Tensor &x, &y;
+  int64_t first, images, thread, unit;
+  float* scratch;
+};
+
+class Step {
+ public:
+  Step(std::string name, int64_t group, int64_t items) : name(std::move(name)), group(group), items(items) {}
+  virtual ~Step() = default;
+  // Items may run in any order, at the same time.
+  virtual void run(const Run& run, int64_t item) const = 0;
+
+  const std::string name;
+  const int64_t group;  // images in a unit of this step
+  int64_t items;        // for a unit
+};
+
+struct ConvShape {
+  int64_t stride, blocks, outputs_per_group;
+  bool relu;
+};
+
+std::unique_ptr<Step> make_read(int planes, const Buffer& y);
+std::unique_ptr<Step> make_write(int planes, const Buffer& x);
+std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y);
+std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
+std::unique_ptr<Step> make_conv(
+    int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
+    const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
+    const ConvShape& shape);
+
+}  // namespace resnet_fast::cpu

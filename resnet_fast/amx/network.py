@@ -1,0 +1,122 @@
+"""A `Section` of a frozen network with its weights packed: programs by image size and number of images."""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import native
+from ..planner import Section, why_not_plannable
+from .program import GROUP, Builder, Built
+from .weights import PLANES, Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
+
+_FULL = 14  # of a group's images: no fewer are worth one
+PROGRAMS_KEPT = 4
+"""Programs that a network keeps; the one unused longest goes first."""
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why no network of this dtype can run on this machine; None where one can."""
+    if dtype not in PLANES:
+        return f"{dtype} is neither bfloat16 nor float32"
+    module = native.load()
+    if module is None:
+        return native.available()
+    return None if module.amx_usable() else "this CPU, system or build has no AMX with bfloat16"
+
+
+def why_not_section(section: Section) -> str | None:
+    """Why `section` cannot be a program; None where it can."""
+    reason = why_not_plannable(section)
+    if reason is None and section.max_pool and section.stem is None:
+        reason = "there is a max-pool without a stem"
+    if reason is None and section.stem is not None:
+        reason = why_not_stem(*section.stem) or why_not_conv(*section.stem)
+    if reason is not None:
+        return reason
+    return next(filter(None, (why_not_conv(name, conv) for name, conv in section.convs())), None)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of one run: seconds, FLOPs, and bytes that it moves, each tensor once."""
+
+    name: str
+    seconds: float
+    flops: int
+    bytes: int
+
+
+class AmxNetwork:
+    """`section` for any number of images of any size, one caller at a time.
+
+    head: average pool and classifier are run too, and give logits; else the last block's output is what comes out.
+
+    Raises:
+        ValueError: the section cannot be a program (`why_not_section`).
+    """
+
+    def __init__(self, section: Section, head: bool) -> None:
+        reason = why_not_section(section)
+        if reason is not None:
+            raise ValueError(reason)
+        self.section, self.head = section, head
+        self._packed: dict[nn.Module, Packed] = {conv: pack(conv) for _, conv in section.convs()[section.stem is not None :]}
+        if section.stem is not None:
+            self._packed[section.stem[1]] = pack_stem(section.stem[1])
+        if head:
+            self._packed[section.classifier] = pack_linear(section.classifier)
+        self._programs: OrderedDict[tuple, Built] = OrderedDict()
+        self._building = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W), N > 0, float32 or bfloat16 -> (N, K, P, Q) channels_last, or logits (N, classes).
+
+        Raises:
+            ValueError: a convolution does not fit into x.
+        """
+        first, y = 0, None
+        for images in _parts(len(x)):
+            built = self._built(x.shape[1:], images)
+            y = self._empty(built, len(x)) if y is None else y
+            built.program.run(self._readable(x[first : first + images]), y[first : first + images])
+            first += images
+        return y.flatten(1) if self.head else y
+
+    @torch.no_grad()
+    def timings(self, x: Tensor) -> list[StepTime]:
+        """One run of x by its steps, in their order; the images must be what one program takes."""
+        built = self._built(x.shape[1:], len(x))
+        times = built.program.timed_run(self._readable(x), self._empty(built, len(x)))
+        itemsize = self.section.dtype.itemsize
+        return [
+            StepTime(name, seconds, cost.flops * len(x), cost.values * len(x) * itemsize + cost.weight_bytes)
+            for (name, seconds), cost in zip(times, built.costs, strict=True)
+        ]
+
+    def _empty(self, built: Built, batch: int) -> Tensor:
+        return torch.empty((batch, *built.y_shape), dtype=self.section.dtype, memory_format=torch.channels_last)
+
+    def _readable(self, x: Tensor) -> Tensor:
+        """x as a program reads it: a stem takes any strides, blocks take channels_last."""
+        return x if self.section.stem is not None else x.contiguous(memory_format=torch.channels_last)
+
+    def _built(self, image: torch.Size, images: int) -> Built:
+        key = (tuple(image), min(images, GROUP) if images < _FULL else GROUP, torch.get_num_threads())
+        with self._building:
+            if key not in self._programs:
+                self._programs[key] = Builder(self.section, self._packed, *key).build()
+                if len(self._programs) > PROGRAMS_KEPT:
+                    self._programs.popitem(last=False)
+            self._programs.move_to_end(key)
+            return self._programs[key]
+
+
+def _parts(batch: int) -> list[int]:
+    """Images by the programs that take them: whole groups, and the rest."""
+    rest = batch % GROUP
+    whole = batch if rest >= _FULL else batch - rest
+    return [part for part in (whole, batch - whole) if part]

@@ -1,0 +1,194 @@
+"""From a `Section` and an image size to a `Program` of the C++ extension: its buffers, its steps, and what they cost.
+
+Large images with few channels go through their layers one by one, each thread with its own, so that what is between
+the layers stays in its second cache level. From where images are small, 16 of them lie side by side and fill the tiles,
+and the threads share each layer, so that its weights are read once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..backends import native
+from ..frozen import FrozenBlock, FrozenConv2d
+from ..planner import Section, conv_of
+from ..problems import Conv
+from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed
+
+GROUP = 16
+"""Images side by side in a tile."""
+
+_SMALL_PIXELS = 256  # an image of no more is small: tiles of 16 images are fuller than tiles of 16 pixels
+_NONE = -1  # in place of a buffer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step does for one image: FLOPs, and activations read and written, in values; weights in bytes."""
+
+    flops: int
+    values: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """program: `resnet_fast._C.Program`. y_shape: (K, P, Q) of its output. costs: of its steps, in their order."""
+
+    program: object
+    y_shape: tuple[int, int, int]
+    costs: list[Cost]
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    number: int
+    channels: int
+    height: int
+    width: int
+    own: bool  # a buffer for each thread, not for each image
+
+
+class Builder:
+    """Builds one program. packed: weights by module, those of the classifier too if it is part of the program.
+
+    Buffers are reused from block to block; `role` tells apart those that live at the same time. A block's output takes
+    the place of its shortcut.
+    """
+
+    def __init__(
+        self, section: Section, packed: dict[nn.Module, Packed], image: Sequence[int], capacity: int, threads: int
+    ) -> None:
+        self.section, self.packed, self.image, self.capacity = section, packed, tuple(image), capacity
+        self.by_image = capacity >= 2 * threads
+        self.program = native.load().Program(PLANES[section.dtype], capacity, threads)
+        self.buffers: dict[tuple, _Buffer] = {}
+        self.costs: list[Cost] = []
+        self.section_by_image: bool | None = None
+        self.halos: dict[tuple[int, int], int] = {}
+        for conv in self._convs():
+            at = (conv.height, conv.width)
+            self.halos[at] = max(self.halos.get(at, 0), *conv.padding)
+
+    def build(self) -> Built:
+        """Raises ValueError where a convolution does not fit into the image."""
+        x = self._stem() if self.section.stem is not None else self._read("block", *self.image, VECTOR)
+        for name, block in self.section.blocks:
+            x = self._block(name, block, x)
+        channels = x.channels
+        if self.section.classifier in self.packed:
+            x, channels = self._classifier(x), self.section.classifier.out_features
+        self._enter(x)
+        self.program.write(x.number)
+        self._cost(values=2 * channels * x.height * x.width)
+        return Built(self.program, (channels, x.height, x.width), self.costs)
+
+    def _convs(self) -> list[Conv]:
+        """Every convolution with the image it reads, and the max-pool as one."""
+        shape, found = (1, *self.image), []
+
+        def add(conv: Conv, name: str) -> tuple[int, ...]:
+            if min(conv.out_height, conv.out_width) < 1:
+                raise ValueError(f"{name} does not fit into its input's {conv.height}x{conv.width} pixels")
+            found.append(conv)
+            return conv.y_shape
+
+        if self.section.stem is not None:
+            name, module = self.section.stem
+            shape = add(conv_of(module, shape), name)
+            if self.section.max_pool:
+                shape = add(_max_pool(shape), "maxpool")
+        for name, block in self.section.blocks:
+            x_shape = shape
+            for number, module in enumerate(block.convs, 1):
+                shape = add(conv_of(module, shape), f"{name}.conv{number}")
+            if block.downsample is not None:
+                x_shape = add(conv_of(block.downsample, x_shape), f"{name}.downsample")
+            if x_shape != shape:
+                raise ValueError(f"{name} adds {x_shape} to {shape}")
+        return found
+
+    def _read(self, role: str, channels: int, height: int, width: int, vector: int) -> _Buffer:
+        x = self._buffer(role, channels, height, width, vector)
+        self._enter(x)
+        self.program.read(x.number)
+        self._cost(values=2 * channels * height * width)
+        return x
+
+    def _stem(self) -> _Buffer:
+        name, module = self.section.stem
+        x = self._read("image", *self.image, IMAGE_VECTOR)
+        x = self._conv(name, module, x, "stem")
+        if not self.section.max_pool:
+            return x
+        pool = _max_pool((1, x.channels, x.height, x.width))
+        y = self._buffer("block", x.channels, pool.out_height, pool.out_width)
+        self._enter(x, y)
+        self.program.max_pool(x.number, y.number)
+        self._cost(values=pool.x_elements + pool.y_elements)
+        return y
+
+    def _block(self, name: str, block: FrozenBlock, x: _Buffer) -> _Buffer:
+        *early, last = block.convs
+        value = x
+        for number, module in enumerate(early, 1):
+            value = self._conv(f"{name}.conv{number}", module, value, f"conv{number}")
+        shortcut = x
+        if block.downsample is not None:
+            shortcut = self._conv(f"{name}.downsample", block.downsample, x, "downsample")
+        return self._conv(f"{name}.conv{len(block.convs)}", last, value, residual=shortcut)
+
+    def _conv(
+        self, name: str, module: FrozenConv2d, x: _Buffer, role: str = "", residual: _Buffer | None = None
+    ) -> _Buffer:
+        """A step that writes a buffer of this role, or over the residual."""
+        conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.packed[module]
+        y = residual or self._buffer(role, conv.out_channels, conv.out_height, conv.out_width)
+        self._add(name, packed, x, y, y.number if residual else _NONE, conv.stride[0], module.relu)
+        values = conv.x_elements + conv.y_elements * (2 if residual else 1)
+        self._cost(conv.flops, values, packed.bytes)
+        return y
+
+    def _classifier(self, x: _Buffer) -> _Buffer:
+        linear, packed = self.section.classifier, self.packed[self.section.classifier]
+        pooled = self._buffer("pooled", x.channels, 1, 1)
+        self._enter(x)
+        self.program.average_pool(x.number, pooled.number)
+        self._cost(values=x.channels * (x.height * x.width + 1))
+        y = self._buffer("logits", linear.out_features, 1, 1)
+        self._add("fc", packed, pooled, y, _NONE, 1, relu=False)
+        self._cost(2 * linear.in_features * linear.out_features, linear.in_features + linear.out_features, packed.bytes)
+        return y
+
+    def _add(self, name: str, packed: Packed, x: _Buffer, y: _Buffer, residual: int, stride: int, relu: bool) -> None:
+        self._enter(x, y)
+        tensors, shape = (packed.weight, packed.bias), (packed.blocks, packed.outputs_per_group)
+        self.program.conv(name, x.number, y.number, residual, *tensors, packed.taps, stride, *shape, relu)
+
+    def _buffer(self, role: str, channels: int, height: int, width: int, vector: int = VECTOR) -> _Buffer:
+        """The one of this role and shape."""
+        key = (role, channels, height, width)
+        if key not in self.buffers:
+            small = height * width <= _SMALL_PIXELS
+            one = (height, width) == (1, 1)  # whose images may be rows of a tile however few they are
+            group = GROUP if one or (small and self.capacity >= GROUP) else 1
+            own, halo = self.by_image and not small, self.halos.get((height, width), 0)
+            number = self.program.buffer(channels, height, width, halo, group, own, vector)
+            self.buffers[key] = _Buffer(number, channels, height, width, own)
+        return self.buffers[key]
+
+    def _enter(self, *buffers: _Buffer) -> None:
+        """Start a new section of the program where steps with these buffers cannot be in the present one."""
+        by_image = any(buffer.own for buffer in buffers)
+        if by_image is not self.section_by_image:
+            self.program.section(by_image)
+            self.section_by_image = by_image
+
+    def _cost(self, flops: int = 0, values: int = 0, weight_bytes: int = 0) -> None:
+        self.costs.append(Cost(flops, values, weight_bytes))
+
+
+def _max_pool(shape: Sequence[int]) -> Conv:
+    """The shapes of a stem's max-pool, as a convolution's."""
+    return Conv(*shape, shape[1], kernel=(3, 3), stride=(2, 2), padding=(1, 1))

@@ -1,0 +1,114 @@
+"""Weights as AMX tile products take them: blocks of 32 input by 32 output channels."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..frozen import FrozenConv2d
+
+VECTOR = 32
+"""Channels in a block."""
+
+IMAGE_VECTOR = 4
+"""Channels of a stem's input, the image, with what they are padded by."""
+
+STEM_WIDTH = VECTOR // IMAGE_VECTOR
+"""Pixels that one product of a stem covers: the widest kernel it can have."""
+
+PLANES = {torch.bfloat16: 1, torch.float32: 3}
+"""bfloat16s that a value of each dtype is the sum of."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One layer's weights.
+
+    weight: bfloat16 (K / 32, taps, C / 32, planes, 2, 16, 16, 2): in every block two halves of 16 output channels, in
+    those 16 pairs of input channels. bias: float32 (K,), zero where K is padded to whole blocks. taps: the kernel's
+    positions as (row, column) from the first pixel that a window is placed by. blocks: of input channels that an output
+    block sums up; outputs_per_group: output blocks that share them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    taps: list[list[int]]
+    blocks: int
+    outputs_per_group: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
+
+
+def why_not_conv(name: str, conv: FrozenConv2d) -> str | None:
+    """Why `conv`, called `name`, cannot be packed; None where it can."""
+    if isinstance(conv.padding, str) or conv.stride[0] != conv.stride[1]:
+        return f"{name} has padding by name, or strides that differ"
+    if conv.groups == 1:
+        return None
+    channels, out_channels = conv.weight.shape[1], conv.weight.shape[0] // conv.groups
+    whole = channels % VECTOR == 0 and out_channels % VECTOR == 0
+    inside = out_channels == channels and VECTOR % channels == 0 and conv.weight.shape[0] % VECTOR == 0
+    return None if whole or inside else f"{name} has groups of {channels} channels, which blocks of 32 do not fit"
+
+
+def why_not_stem(name: str, conv: FrozenConv2d) -> str | None:
+    """`why_not_conv` for the convolution of an image."""
+    _, channels, _, width = conv.weight.shape
+    if channels > IMAGE_VECTOR or width > STEM_WIDTH or conv.groups > 1 or tuple(conv.dilation) != (1, 1):
+        return f"{name} is not a dense convolution of at most {IMAGE_VECTOR} channels and {STEM_WIDTH} columns"
+    return None if conv.relu else f"{name} has no ReLU"
+
+
+def pack(conv: FrozenConv2d) -> Packed:
+    """Of any convolution but a stem's."""
+    weight = conv.weight
+    out_channels, channels, rows, columns = weight.shape
+    (down, right), (top, left) = conv.dilation, conv.padding
+    taps = [[row * down - top, column * right - left] for row in range(rows) for column in range(columns)]
+    if conv.groups == 1 or channels % VECTOR == 0:
+        return _packed(weight.flatten(2), conv.bias, taps, out_channels // conv.groups)
+    # Groups of less than a block: every output block takes its own input block, with zeros between groups.
+    place = torch.arange(out_channels) // channels % (VECTOR // channels)
+    dense = weight.new_zeros(out_channels, VECTOR // channels, channels, rows, columns)
+    dense[torch.arange(out_channels), place] = weight
+    return _packed(dense.flatten(1, 2).flatten(2), conv.bias, taps, VECTOR)
+
+
+def pack_stem(conv: FrozenConv2d) -> Packed:
+    """A tap is a row of the kernel, whose columns of 4 channels are the input channels."""
+    out_channels, channels, rows, columns = conv.weight.shape
+    (top, left) = conv.padding
+    taps = [[row - top, -left] for row in range(rows)]
+    weight = F.pad(conv.weight, (0, STEM_WIDTH - columns, 0, 0, 0, IMAGE_VECTOR - channels))
+    return _packed(weight.permute(0, 3, 1, 2).flatten(1, 2), conv.bias, taps, out_channels)
+
+
+def pack_linear(linear: nn.Linear) -> Packed:
+    """As a 1x1 convolution of one pixel."""
+    return _packed(linear.weight.unsqueeze(-1), linear.bias, [[0, 0]], linear.out_features)
+
+
+def _packed(weight: Tensor, bias: Tensor | None, taps: list[list[int]], group_channels: int) -> Packed:
+    """weight: (K, C, taps). group_channels: output channels that share their input channels."""
+    out_channels, channels, _ = weight.shape
+    out_blocks, blocks = -(-out_channels // VECTOR), -(-channels // VECTOR)
+    weight = F.pad(weight, (0, 0, 0, blocks * VECTOR - channels, 0, out_blocks * VECTOR - out_channels))
+    planes = torch.stack(_split(weight))
+    halves = planes.view(len(planes), out_blocks, 2, VECTOR // 2, blocks, VECTOR // 2, 2, len(taps))
+    wide_bias = weight.new_zeros(out_blocks * VECTOR, dtype=torch.float32)
+    if bias is not None:
+        wide_bias[:out_channels] = bias
+    ordered = halves.permute(1, 7, 4, 0, 2, 5, 3, 6).contiguous()
+    return Packed(ordered, wide_bias, taps, blocks, -(-group_channels // VECTOR))
+
+
+def _split(weight: Tensor) -> list[Tensor]:
+    """bfloat16s whose sum is `weight`."""
+    if weight.dtype == torch.bfloat16:
+        return [weight]
+    high = weight.bfloat16()
+    middle = (weight - high.float()).bfloat16()
+    return [high, middle, (weight - high.float() - middle.float()).bfloat16()]
