@@ -25,7 +25,7 @@ PLANES = {torch.bfloat16: 1, torch.float32: 3}
 class Packed:
     """One layer's weights.
 
-    weight: bfloat16 (K / 32, taps, C / 32, planes, 2, 16, 16, 2): in every block two halves of 16 output channels, in
+    weight: bfloat16 (K / 32, C / 32, taps, planes, 2, 16, 16, 2): in every block two halves of 16 output channels, in
     those 16 pairs of input channels. bias: float32 (K,), zero where K is padded to whole blocks. taps: the kernel's
     positions as (row, column) from the first pixel that a window is placed by. blocks: of input channels that an output
     block sums up; outputs_per_group: output blocks that share them.
@@ -101,7 +101,7 @@ def _packed(weight: Tensor, bias: Tensor | None, taps: list[list[int]], group_ch
     wide_bias = weight.new_zeros(out_blocks * VECTOR, dtype=torch.float32)
     if bias is not None:
         wide_bias[:out_channels] = bias
-    ordered = halves.permute(1, 7, 4, 0, 2, 5, 3, 6).contiguous()
+    ordered = halves.permute(1, 4, 7, 0, 2, 5, 3, 6).contiguous()
     return Packed(ordered, wide_bias, taps, blocks, -(-group_channels // VECTOR))
 
 

@@ -14,7 +14,7 @@ namespace resnet_fast::cpu::amx {
 constexpr int64_t kVector = 32;          // channels in a vector
 constexpr int64_t kTileRows = 16;        // vectors in a tile
 constexpr int64_t kBlockValues = 1024;   // weights of 32 input by 32 output channels, one plane
-constexpr int64_t kScratchFloats = 2048;  // that a thread lends to conv(), 64-byte aligned
+constexpr int64_t kScratchFloats = 4096;  // that a thread lends to conv(), 64-byte aligned
 
 // Whether this CPU has AMX with bfloat16 and the system lets this process use it, which the first call asks it for.
 // False as well where PyTorch was told to use less than AVX-512 (ATEN_CPU_CAPABILITY).
@@ -34,11 +34,12 @@ struct ConvArgs {
   int planes;
   const uint16_t* x;
   int64_t x_row, x_plane, x_block;  // steps in values
-  const int64_t* taps;              // of the kernel's positions, steps from Tile::x
-  int64_t n_taps;
   int64_t blocks;                   // of input channels that an output block sums up
   int64_t outputs_per_group;        // blocks of output channels that share their input blocks
-  const uint16_t* weight;           // [output block][tap][input block][plane][2][16][16][2]
+  const int64_t* offsets;           // from Tile::x to what each step multiplies: for every block all taps
+  int64_t steps;                    // taps * blocks
+  int64_t chunk;                    // steps that are summed up in one go
+  const uint16_t* weight;           // [output block][step][plane][2][16][16][2]
   const float* bias;
   const uint16_t* residual;         // strided as y, or null
   uint16_t* y;

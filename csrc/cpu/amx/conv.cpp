@@ -1,10 +1,18 @@
 // Implicit GEMM: two tiles of pixels by 32 output channels, summed up over taps and input channels in four tiles, which
 // bias, residual and ReLU are applied to before they leave the first cache level. No im2col: a tap is an offset.
+//
+// A core multiplies 4 KiB of tiles in the time that 3 KiB take from the second cache level, so half of them must come from
+// the first: taps are innermost, where a tap reads what the last one has read; and sums over many channels of single
+// taps are taken in chunks, each for several output blocks, with the sums put aside in between.
 #include "amx.h"
 #include "vectors.h"
 
 namespace resnet_fast::cpu::amx {
 namespace {
+
+constexpr int64_t kTogether = 3;  // output blocks whose sums are taken in turn
+constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
+static_assert(kScratchFloats == (kTogether + 1) * kSums);
 
 // Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights.
 inline void multiply(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight) {
@@ -35,119 +43,162 @@ inline void multiply_loaded() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// The five products of planes (i, j), 0 < i + j <= 2, that correct high * high to float32.
-inline void multiply_corrections(
+// The six products of planes (i, j), i + j <= 2, the smallest first.
+inline void multiply_planes(
     const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight) {
-  load_weight(weight);
-  load_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
-  multiply_loaded();
-  load_pixels(a0 + plane, a1 + plane, a_bytes);
+  load_pixels(a0, a1, a_bytes);
+  load_weight(weight + 2 * kBlockValues);
   multiply_loaded();
   load_weight(weight + kBlockValues);
   multiply_loaded();
-  load_pixels(a0, a1, a_bytes);
+  load_pixels(a0 + plane, a1 + plane, a_bytes);
   multiply_loaded();
-  load_weight(weight + 2 * kBlockValues);
+  load_weight(weight);
+  multiply_loaded();
+  load_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
+  multiply_loaded();
+  load_pixels(a0, a1, a_bytes);
   multiply_loaded();
 }
 
-template <int planes>
-inline void sum_up(const ConvArgs& args, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const int64_t bytes = args.x_row * 2;
-  if constexpr (planes == 3) {
-    // First, while the sums are small: added to sums of full size, each would cost a rounding error of full size.
-    const uint16_t* w = weight;
-    for (int64_t tap = 0; tap < args.n_taps; ++tap) {
-      const uint16_t *p0 = a0 + args.taps[tap], *p1 = a1 + args.taps[tap];
-      for (int64_t block = 0; block < args.blocks; ++block, w += planes * kBlockValues) {
-        multiply_corrections(p0, p1, bytes, args.x_plane, w);
-        p0 += args.x_block;
-        p1 += args.x_block;
+template <int planes, bool residual, bool relu_after>
+class Kernel {
+ public:
+  Kernel(const ConvArgs& args, float* scratch) : args_(args), scratch_(scratch) {}
+
+  void run(const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+    const int64_t chunks = (args_.steps + args_.chunk - 1) / args_.chunk;
+    for (int64_t number = 0; number < tiles; number += 2) {
+      const Tile *one = tile + number, *other = number + 1 < tiles ? one + 1 : one;
+      const int64_t together = chunks == 1 ? 1 : kTogether;
+      for (int64_t first = begin; first < end; first += together) {
+        const int64_t behind = first + together < end ? first + together : end;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          for (int64_t block = first; block < behind; ++block) {
+            float* sums = scratch_ + (slot_ + block - first) % (kTogether + 1) * kSums;
+            sum_up(*one, *other, block, chunk, sums);
+            if (chunk + 1 == chunks) waiting_ = {one, other, sums, block, 0, one == other ? kTileRows : 2 * kTileRows};
+          }
+        }
+        slot_ = (slot_ + behind - first) % (kTogether + 1);
+      }
+    }
+    finish_rows(2 * kTileRows);
+  }
+
+ private:
+  // Finished sums whose epilogue is done between the products of the next ones.
+  struct Waiting {
+    const Tile *one, *other;
+    const float* sums;
+    int64_t block, next, rows;
+  };
+
+  void sum_up(const Tile& one, const Tile& other, int64_t block, int64_t chunk, float* sums) {
+    if (chunk == 0) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, 128);
+      _tile_loadd(1, sums + 16, 128);
+      _tile_loadd(2, sums + 512, 128);
+      _tile_loadd(3, sums + 528, 128);
+    }
+    const uint16_t* x = args_.x + block / args_.outputs_per_group * args_.blocks * args_.x_block;
+    const uint16_t *a0 = x + one.x, *a1 = x + other.x;
+    const int64_t begin = chunk * args_.chunk, a_bytes = args_.x_row * 2, plane = args_.x_plane;
+    const int64_t end = begin + args_.chunk < args_.steps ? begin + args_.chunk : args_.steps;
+    const uint16_t* weight = args_.weight + (block * args_.steps + begin) * planes * kBlockValues;
+    const int64_t even = (2 * kTileRows + end - begin - 1) / (end - begin);
+    const int64_t rows = planes == 1 && even < 8 ? 8 : even;
+    for (int64_t step = begin; step < end; ++step, weight += planes * kBlockValues) {
+      const int64_t offset = args_.offsets[step];
+      if constexpr (planes == 3) {
+        multiply_planes(a0 + offset, a1 + offset, a_bytes, plane, weight);
+      } else {
+        multiply(a0 + offset, a1 + offset, a_bytes, weight);
+      }
+      finish_rows(rows);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+  }
+
+  // So many of the waiting rows, as far as there are any.
+  void finish_rows(int64_t rows) {
+    const int64_t begin = waiting_.next;
+    if (begin == waiting_.rows) return;
+    const int64_t end = begin + rows < waiting_.rows ? begin + rows : waiting_.rows;
+    waiting_.next = end;
+    if (begin < kTileRows) finish_part(*waiting_.one, waiting_.sums, begin, end < kTileRows ? end : kTileRows);
+    if (end > kTileRows) {
+      finish_part(*waiting_.other, waiting_.sums + 512, begin > kTileRows ? begin - kTileRows : 0, end - kTileRows);
+    }
+  }
+
+  void finish_part(const Tile& tile, const float* sums, int64_t begin, int64_t end) const {
+    const int64_t y_row = args_.y_row, y_plane = args_.y_plane, first = tile.y + waiting_.block * args_.y_block;
+    uint16_t* const y = args_.y + first;
+    const uint16_t* const r = residual ? args_.residual + first : nullptr;
+    const float* bias = args_.bias + waiting_.block * kVector;
+    const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
+    const uint32_t wanted = tile.rows;
+    if (wanted == 0xffff) {
+      for (int64_t row = begin; row < end; ++row) {
+        finish(sums + row * kVector, y + row * y_row, residual ? r + row * y_row : nullptr, y_plane, bias0, bias1);
+      }
+    } else {
+      for (int64_t row = begin; row < end; ++row) {
+        if (wanted >> row & 1) finish(sums + row * kVector, y + row * y_row, residual ? r + row * y_row : nullptr, y_plane, bias0, bias1);
       }
     }
   }
-  for (int64_t tap = 0; tap < args.n_taps; ++tap) {
-    const uint16_t *p0 = a0 + args.taps[tap], *p1 = a1 + args.taps[tap];
-    for (int64_t block = 0; block < args.blocks; ++block, weight += planes * kBlockValues) {
-      multiply(p0, p1, bytes, weight);
-      p0 += args.x_block;
-      p1 += args.x_block;
+
+  static void finish(
+      const float* sums, uint16_t* y, const uint16_t* r, int64_t plane, __m512 bias0, __m512 bias1) {
+    __m512 first = _mm512_add_ps(_mm512_load_ps(sums), bias0);
+    __m512 second = _mm512_add_ps(_mm512_load_ps(sums + 16), bias1);
+    if constexpr (residual) {
+      first = _mm512_add_ps(first, load<planes>(r, plane));
+      second = _mm512_add_ps(second, load<planes>(r + 16, plane));
+    }
+    if constexpr (relu_after) {
+      first = relu(first);
+      second = relu(second);
+    }
+    if constexpr (planes == 1) {
+      _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    } else {
+      store<planes>(y, plane, first);
+      store<planes>(y + 16, plane, second);
     }
   }
-}
 
-template <int planes>
-inline void finish_row(const ConvArgs& args, const float* sums, __m512 bias0, __m512 bias1, int64_t at) {
-  __m512 first = _mm512_add_ps(_mm512_load_ps(sums), bias0);
-  __m512 second = _mm512_add_ps(_mm512_load_ps(sums + 16), bias1);
-  if (args.residual != nullptr) {
-    first = _mm512_add_ps(first, load<planes>(args.residual + at, args.y_plane));
-    second = _mm512_add_ps(second, load<planes>(args.residual + at + 16, args.y_plane));
-  }
+  const ConvArgs args_;
+  float* const scratch_;
+  int64_t slot_ = 0;
+  Waiting waiting_ = {};
+};
+
+template <int planes, bool residual>
+void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch) {
   if (args.relu) {
-    first = relu(first);
-    second = relu(second);
-  }
-  if constexpr (planes == 1) {
-    _mm512_storeu_si512(args.y + at, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    Kernel<planes, residual, true>(args, scratch).run(tile, tiles, begin, end);
   } else {
-    store<planes>(args.y + at, args.y_plane, first);
-    store<planes>(args.y + at + 16, args.y_plane, second);
+    Kernel<planes, residual, false>(args, scratch).run(tile, tiles, begin, end);
   }
 }
-
-template <int planes>
-inline void finish(const ConvArgs& args, const Tile& tile, const float* sums, const float* bias, int64_t block) {
-  const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
-  const int64_t at = tile.y + block * args.y_block;
-  if (tile.rows == 0xffff) {
-    for (int64_t row = 0; row < kTileRows; ++row) {
-      finish_row<planes>(args, sums + row * kVector, bias0, bias1, at + row * args.y_row);
-    }
-  } else {
-    for (uint32_t rows = tile.rows; rows != 0; rows &= rows - 1) {
-      const int64_t row = __builtin_ctz(rows);
-      finish_row<planes>(args, sums + row * kVector, bias0, bias1, at + row * args.y_row);
-    }
-  }
-}
-
-template <int planes>
-inline void pair(const ConvArgs& args, const Tile& one, const Tile& other, int64_t block, float* sums) {
-  const int64_t first_input = block / args.outputs_per_group * args.blocks * args.x_block;
-  const uint16_t* weight = args.weight + block * args.n_taps * args.blocks * planes * kBlockValues;
-  sum_up<planes>(args, args.x + first_input + one.x, args.x + first_input + other.x, weight);
-  _tile_stored(0, sums, 128);
-  _tile_stored(1, sums + 16, 128);
-  _tile_stored(2, sums + 512, 128);
-  _tile_stored(3, sums + 528, 128);
-  const float* bias = args.bias + block * kVector;
-  finish<planes>(args, one, sums, bias, block);
-  if (&other != &one) finish<planes>(args, other, sums + 512, bias, block);
-}
-
-constexpr int64_t kFirstCacheBytes = 24 * 1024;  // of 48 KiB, for the weights of one output block
 
 template <int planes>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch) {
-  const int64_t weight_bytes = args.n_taps * args.blocks * planes * kBlockValues * 2;
-  int64_t turn = 0;  // two scratches, so that a product need not wait for the epilogue before it
-  const auto at = [&](int64_t number, int64_t block) {
-    const Tile& one = tile[number];
-    pair<planes>(args, one, number + 1 < tiles ? tile[number + 1] : one, block, scratch + (turn ^= 1) * 1024);
-  };
-  if (weight_bytes <= kFirstCacheBytes) {
-    for (int64_t block = begin; block < end; ++block) {
-      for (int64_t number = 0; number < tiles; number += 2) at(number, block);
-    }
+  if (args.residual != nullptr) {
+    run<planes, true>(args, tile, tiles, begin, end, scratch);
   } else {
-    for (int64_t number = 0; number < tiles; number += 2) {
-      for (int64_t block = begin; block < end; ++block) at(number, block);
-    }
+    run<planes, false>(args, tile, tiles, begin, end, scratch);
   }
 }
 

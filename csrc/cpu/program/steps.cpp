@@ -112,14 +112,17 @@ class ConvStep : public Step {
         weight_(weight),
         bias_(bias),
         output_blocks_(div_up(y.channels, amx::kVector)) {
-    for (const auto& tap : taps) taps_.push_back(tap[0] * x.row + tap[1] * x.pixel);
+    for (int64_t block = 0; block < shape.blocks; ++block) {
+      for (const auto& tap : taps) offsets_.push_back(block * x.block + tap[0] * x.row + tap[1] * x.pixel);
+    }
     args_ = {};
     args_.planes = planes;
     args_.x_row = group == 1 ? x.pixel * shape.stride : x.vector;
     args_.x_plane = x.plane;
     args_.x_block = x.block;
-    args_.taps = taps_.data();
-    args_.n_taps = static_cast<int64_t>(taps_.size());
+    args_.offsets = offsets_.data();
+    args_.steps = static_cast<int64_t>(offsets_.size());
+    args_.chunk = planes == 1 && taps.size() == 1 ? kChunk : args_.steps;
     args_.blocks = shape.blocks;
     args_.outputs_per_group = shape.outputs_per_group;
     args_.weight = values(weight);
@@ -180,8 +183,8 @@ class ConvStep : public Step {
   void cut(int64_t threads) {
     const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
     const double vector_bytes = args_.planes * amx::kVector * 2.0;
-    const double pair_bytes = 2 * amx::kTileRows * vector_bytes * args_.blocks * std::min<int64_t>(args_.n_taps, 2);
-    const double block_bytes = args_.n_taps * args_.blocks * args_.planes * amx::kBlockValues * 2.0;
+    const double pair_bytes = 2 * amx::kTileRows * vector_bytes * args_.blocks;
+    const double block_bytes = args_.steps * args_.planes * amx::kBlockValues * 2.0;
     double best = std::numeric_limits<double>::infinity();
     for (int64_t tile_cuts = 1; tile_cuts <= pairs; tile_cuts *= 2) {
       for (int64_t block_cuts = 1; block_cuts <= output_blocks_; block_cuts *= 2) {
@@ -194,7 +197,7 @@ class ConvStep : public Step {
         const bool fits = tile_step * pair_bytes + block_step * block_bytes < kSecondCacheBytes;
         const double pixel_traffic = pairs * pair_bytes * (fits ? 1 : block_parts);
         const double weight_traffic = output_blocks_ * block_bytes * tile_parts * (fits || block_step == 1 ? 1 : 1.5);
-        const double cost = (pixel_traffic + weight_traffic + kProductBytes * pairs * output_blocks_ * args_.n_taps * args_.blocks) * idle;
+        const double cost = (pixel_traffic + weight_traffic + kProductBytes * pairs * output_blocks_ * args_.steps) * idle;
         if (cost < best) {
           best = cost;
           tile_step_ = 2 * tile_step;
@@ -206,6 +209,7 @@ class ConvStep : public Step {
     }
   }
 
+  static constexpr int64_t kChunk = 8;  // 16 KiB of pixels, which stay in the first cache level
   static constexpr int64_t kMostItems = 64;
   static constexpr double kSecondCacheBytes = 1.25 * (1 << 20);
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
@@ -214,7 +218,7 @@ class ConvStep : public Step {
   const Buffer* residual_;
   at::Tensor weight_, bias_;
   int64_t output_blocks_;
-  std::vector<int64_t> taps_;
+  std::vector<int64_t> offsets_;
   std::vector<amx::Tile> tiles_;
   amx::ConvArgs args_;
   int64_t tile_step_ = 0, block_step_ = 0, block_cuts_ = 0;
