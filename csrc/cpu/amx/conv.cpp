@@ -10,9 +10,11 @@
 namespace resnet_fast::cpu::amx {
 namespace {
 
-constexpr int64_t kTogether = 3;  // output blocks whose sums are taken in turn
-constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
-static_assert(kScratchFloats == (kTogether + 1) * kSums);
+constexpr int64_t kTogether = 3;  // output blocks, or pairs of tiles, whose sums are taken in turn
+constexpr int64_t kSlots = kTogether + 2;  // and those whose epilogue is not done
+constexpr int64_t kSums = 1024;            // floats: two tiles of pixels by 32 channels
+constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};
+static_assert(kScratchFloats == kSlots * kSums);
 
 // Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights.
 inline void multiply(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight) {
@@ -26,40 +28,60 @@ inline void multiply(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, co
   _tile_dpbf16ps(3, 5, 7);
 }
 
-inline void load_weight(const uint16_t* weight) {
+// The products of the tiles that are loaded, and the next weights; `half`: of the first half they are done.
+inline void multiply_then_weights(const uint16_t* weight, bool half) {
+  if (!half) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+  }
   _tile_loadd(6, weight, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
   _tile_loadd(7, weight + kBlockValues / 2, 64);
 }
 
-inline void load_pixels(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes) {
+inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes) {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
   _tile_loadd(4, a0, a_bytes);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
   _tile_loadd(5, a1, a_bytes);
 }
 
-inline void multiply_loaded() {
+// The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free after
+// two of four products, so that its load is hidden by the other two.
+inline void multiply_planes(
+    const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight) {
+  const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
+  _tile_loadd(6, weight2, 64);
+  _tile_loadd(4, a0, a_bytes);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, a1, a_bytes);
   _tile_dpbf16ps(2, 5, 6);
+  _tile_loadd(7, weight2 + kBlockValues / 2, 64);
+  multiply_then_weights(weight1, true);
+  multiply_then_pixels(a0 + plane, a1 + plane, a_bytes);
+  multiply_then_weights(weight0, false);
+  multiply_then_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
+  multiply_then_pixels(a0, a1, a_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// The six products of planes (i, j), i + j <= 2, the smallest first.
-inline void multiply_planes(
-    const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight) {
-  load_pixels(a0, a1, a_bytes);
-  load_weight(weight + 2 * kBlockValues);
-  multiply_loaded();
-  load_weight(weight + kBlockValues);
-  multiply_loaded();
-  load_pixels(a0 + plane, a1 + plane, a_bytes);
-  multiply_loaded();
-  load_weight(weight);
-  multiply_loaded();
-  load_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
-  multiply_loaded();
-  load_pixels(a0, a1, a_bytes);
-  multiply_loaded();
-}
+// A sum leaves its tile, if there is one, and the next begins: from an earlier chunk's, or from zero. A macro because
+// the intrinsics want the tile's number in letters.
+#define RF_STORE_SUM(tile) \
+  if (summed_.sums != nullptr) _tile_stored(tile, summed_.sums + kSumsOffset[tile], 128)
+#define RF_START_SUM(tile)                                 \
+  RF_STORE_SUM(tile);                                      \
+  if (sums != nullptr) {                                   \
+    _tile_loadd(tile, sums + kSumsOffset[tile], 128);      \
+  } else {                                                 \
+    _tile_zero(tile);                                      \
+  }
 
 template <int planes, bool residual, bool relu_after>
 class Kernel {
@@ -67,65 +89,84 @@ class Kernel {
   Kernel(const ConvArgs& args, float* scratch) : args_(args), scratch_(scratch) {}
 
   void run(const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-    const int64_t chunks = (args_.steps + args_.chunk - 1) / args_.chunk;
-    for (int64_t number = 0; number < tiles; number += 2) {
-      const Tile *one = tile + number, *other = number + 1 < tiles ? one + 1 : one;
-      const int64_t together = chunks == 1 ? 1 : kTogether;
-      for (int64_t first = begin; first < end; first += together) {
-        const int64_t behind = first + together < end ? first + together : end;
+    const int64_t pairs = (tiles + 1) / 2, blocks = end - begin;
+    const int64_t outer = args_.pixels_first ? pairs : blocks, inner = args_.pixels_first ? blocks : pairs;
+    const int64_t chunks = (args_.steps + args_.chunk - 1) / args_.chunk, together = chunks == 1 ? 1 : kTogether;
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t first = 0; first < inner; first += together) {
+        const int64_t behind = first + together < inner ? first + together : inner;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          for (int64_t block = first; block < behind; ++block) {
-            float* sums = scratch_ + (slot_ + block - first) % (kTogether + 1) * kSums;
-            sum_up(*one, *other, block, chunk, sums);
-            if (chunk + 1 == chunks) waiting_ = {one, other, sums, block, 0, one == other ? kTileRows : 2 * kTileRows};
+          for (int64_t j = first; j < behind; ++j) {
+            const int64_t number = 2 * (args_.pixels_first ? i : j), block = begin + (args_.pixels_first ? j : i);
+            const Tile *one = tile + number, *other = number + 1 < tiles ? one + 1 : one;
+            float* sums = scratch_ + (slot_ + j - first) % kSlots * kSums;
+            sum_up({one, other, sums, block, 0, chunk + 1 < chunks ? 0 : one == other ? kTileRows : 2 * kTileRows}, chunk);
           }
         }
-        slot_ = (slot_ + behind - first) % (kTogether + 1);
+        slot_ = (slot_ + behind - first) % kSlots;
       }
     }
+    finish_rows(2 * kTileRows);
+    RF_STORE_SUM(0);
+    RF_STORE_SUM(1);
+    RF_STORE_SUM(2);
+    RF_STORE_SUM(3);
+    waiting_ = summed_;
     finish_rows(2 * kTileRows);
   }
 
  private:
-  // Finished sums whose epilogue is done between the products of the next ones.
-  struct Waiting {
+  // Sums of two tiles of pixels and an output block: of its `rows`, which have no epilogue yet, those from `next` on.
+  struct Unit {
     const Tile *one, *other;
-    const float* sums;
+    float* sums;
     int64_t block, next, rows;
   };
 
-  void sum_up(const Tile& one, const Tile& other, int64_t block, int64_t chunk, float* sums) {
-    if (chunk == 0) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      _tile_loadd(0, sums, 128);
-      _tile_loadd(1, sums + 16, 128);
-      _tile_loadd(2, sums + 512, 128);
-      _tile_loadd(3, sums + 528, 128);
-    }
-    const uint16_t* x = args_.x + block / args_.outputs_per_group * args_.blocks * args_.x_block;
-    const uint16_t *a0 = x + one.x, *a1 = x + other.x;
+  // The sums stay in their tiles until the next unit, each, takes them; their epilogue is done between its products.
+  void sum_up(const Unit& unit, int64_t chunk) {
+    const uint16_t* x = args_.x + unit.block / args_.outputs_per_group * args_.blocks * args_.x_block;
+    const uint16_t *a0 = x + unit.one->x, *a1 = x + unit.other->x;
     const int64_t begin = chunk * args_.chunk, a_bytes = args_.x_row * 2, plane = args_.x_plane;
     const int64_t end = begin + args_.chunk < args_.steps ? begin + args_.chunk : args_.steps;
-    const uint16_t* weight = args_.weight + (block * args_.steps + begin) * planes * kBlockValues;
-    const int64_t even = (2 * kTileRows + end - begin - 1) / (end - begin);
+    const uint16_t* weight = args_.weight + (unit.block * args_.steps + begin) * planes * kBlockValues;
+    finish_rows(2 * kTileRows);  // whatever the last unit had no products for
+    const int64_t offset = args_.offsets[begin];
+    const float* sums = chunk == 0 ? nullptr : unit.sums;
+    if constexpr (planes == 3) {
+      RF_START_SUM(0);
+      RF_START_SUM(1);
+      RF_START_SUM(2);
+      RF_START_SUM(3);
+      multiply_planes(a0 + offset, a1 + offset, a_bytes, plane, weight);
+    } else {
+      _tile_loadd(6, weight, 64);
+      _tile_loadd(4, a0 + offset, a_bytes);
+      RF_START_SUM(0);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, weight + kBlockValues / 2, 64);
+      RF_START_SUM(1);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a1 + offset, a_bytes);
+      RF_START_SUM(2);
+      _tile_dpbf16ps(2, 5, 6);
+      RF_START_SUM(3);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    waiting_ = summed_;
+    summed_ = unit;
+    const int64_t left = end - begin - 1, even = left > 0 ? (2 * kTileRows + left - 1) / left : 0;
     const int64_t rows = planes == 1 && even < 8 ? 8 : even;
-    for (int64_t step = begin; step < end; ++step, weight += planes * kBlockValues) {
-      const int64_t offset = args_.offsets[step];
+    for (int64_t step = begin + 1; step < end; ++step) {
+      weight += planes * kBlockValues;
+      const int64_t next = args_.offsets[step];
       if constexpr (planes == 3) {
-        multiply_planes(a0 + offset, a1 + offset, a_bytes, plane, weight);
+        multiply_planes(a0 + next, a1 + next, a_bytes, plane, weight);
       } else {
-        multiply(a0 + offset, a1 + offset, a_bytes, weight);
+        multiply(a0 + next, a1 + next, a_bytes, weight);
       }
       finish_rows(rows);
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 512, 128);
-    _tile_stored(3, sums + 528, 128);
   }
 
   // So many of the waiting rows, as far as there are any.
@@ -181,7 +222,7 @@ class Kernel {
   const ConvArgs args_;
   float* const scratch_;
   int64_t slot_ = 0;
-  Waiting waiting_ = {};
+  Unit summed_ = {}, waiting_ = {};
 };
 
 template <int planes, bool residual>

@@ -178,41 +178,39 @@ class ConvStep : public Step {
     }
   }
 
-  // Items of tiles by output blocks: as few passes over pixels and weights from beyond the second cache level as can be,
-  // while the threads have items to share.
+  // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into the
+  // second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
   void cut(int64_t threads) {
     const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
-    const double vector_bytes = args_.planes * amx::kVector * 2.0;
-    const double pair_bytes = 2 * amx::kTileRows * vector_bytes * args_.blocks;
+    const double pair_bytes = 2 * amx::kTileRows * args_.planes * amx::kVector * 2.0 * args_.blocks;
     const double block_bytes = args_.steps * args_.planes * amx::kBlockValues * 2.0;
+    const double product_bytes = kProductBytes * pairs * output_blocks_ * args_.steps;
     double best = std::numeric_limits<double>::infinity();
-    for (int64_t tile_cuts = 1; tile_cuts <= pairs; tile_cuts *= 2) {
-      for (int64_t block_cuts = 1; block_cuts <= output_blocks_; block_cuts *= 2) {
-        const int64_t tile_step = div_up(pairs, tile_cuts), block_step = div_up(output_blocks_, block_cuts);
+    for (int64_t tile_step = pairs; tile_step > 0; tile_step = tile_step == 1 ? 0 : div_up(tile_step, 2)) {
+      for (int64_t block_step = output_blocks_; block_step > 0; block_step = block_step == 1 ? 0 : div_up(block_step, 2)) {
         const int64_t tile_parts = div_up(pairs, tile_step), block_parts = div_up(output_blocks_, block_step);
-        if (tile_cuts * block_cuts > kMostItems) break;
-        // The last round of items may keep some threads waiting.
         const int64_t all = tile_parts * block_parts;
+        const bool pixels_first = block_step * block_bytes <= kSecondCacheBytes;
+        if (!pixels_first && tile_step * pair_bytes > kSecondCacheBytes) continue;
         const double idle = static_cast<double>(div_up(all, threads) * threads) / all;
-        const bool fits = tile_step * pair_bytes + block_step * block_bytes < kSecondCacheBytes;
-        const double pixel_traffic = pairs * pair_bytes * (fits ? 1 : block_parts);
-        const double weight_traffic = output_blocks_ * block_bytes * tile_parts * (fits || block_step == 1 ? 1 : 1.5);
-        const double cost = (pixel_traffic + weight_traffic + kProductBytes * pairs * output_blocks_ * args_.steps) * idle;
+        const double traffic = pairs * pair_bytes * block_parts + output_blocks_ * block_bytes * tile_parts;
+        const double cost = (traffic + product_bytes) * idle + kItemBytes * all;
         if (cost < best) {
           best = cost;
           tile_step_ = 2 * tile_step;
           block_step_ = block_step;
           block_cuts_ = block_parts;
+          args_.pixels_first = pixels_first;
           items = all;
         }
       }
     }
   }
 
-  static constexpr int64_t kChunk = 8;  // 16 KiB of pixels, which stay in the first cache level
-  static constexpr int64_t kMostItems = 64;
-  static constexpr double kSecondCacheBytes = 1.25 * (1 << 20);
+  static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
+  static constexpr double kSecondCacheBytes = 1.0 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
+  static constexpr double kItemBytes = 4096;    // while a thread takes an item
 
   const Buffer &x_, &y_;
   const Buffer* residual_;
