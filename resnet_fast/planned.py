@@ -1,8 +1,8 @@
-"""Frozen modules that run as one plan on a GPU: a whole torchvision ResNet, or one stage of another model's backbone.
+"""Frozen modules that run as one: a whole torchvision ResNet, or one stage of another model's backbone.
 
-Per input shape the layers are planned, the kernels compiled and, for a ResNet, the whole forward is captured in a CUDA
-graph. Where that cannot be, the layers run one by one as `frozen.py` has them, and the reason is logged once; on a CPU
-they always do, in float32 where that is faster (`twin.py`).
+On a GPU the layers are planned per input shape, the kernels compiled and, for a ResNet, the whole forward is captured
+in a CUDA graph. On a CPU with AMX they are a program (`amx`). Where neither can be, the layers run one by one as
+`frozen.py` has them, and the reason is logged once; on a CPU in float32 where that is faster (`twin.py`).
 """
 
 import logging
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from . import _log, dispatch
+from .amx.network import AmxNetwork
+from .amx.network import why_not as why_not_amx
 from .backends import triton
 from .capture import CapturedCall
 from .dispatch import BackendUnavailable
@@ -30,7 +32,7 @@ SHAPES_KEPT = 4
 
 
 _building = threading.Lock()
-_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside", "_float32_twin")
+_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside", "_float32_twin", "_amx", "_weights_inside")
 
 
 class _Planned:
@@ -67,6 +69,38 @@ class _Planned:
         if x.is_cuda:
             _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
         return None
+
+    def amx_network(self, x: Tensor) -> AmxNetwork | None:
+        """The network that computes this module on a CPU with AMX; None where x goes another way."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+            return None
+        if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
+            return None
+        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
+            self._forget()  # a layer was replaced
+        with _building:
+            weights = _versions(self._weights)
+            known, network = self.__dict__.get("_amx", (None, None))
+            if known != weights:
+                network = self._make_amx_network()
+                self.__dict__["_amx"] = weights, network
+        return network
+
+    def _make_amx_network(self) -> AmxNetwork | None:
+        reason = why_not_amx(self._weight_dtype())
+        if reason is None:
+            try:
+                return AmxNetwork(self._section(), self._has_head())
+            except ValueError as error:
+                reason = str(error)
+        _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
+        return None
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        if "_weights_inside" not in self.__dict__:
+            self.__dict__["_weights_inside"] = [*self.parameters(), *self.buffers()]
+        return self.__dict__["_weights_inside"]
 
     def _by_layer(self, x: Tensor) -> Tensor:
         """The layers one by one; in float32 where the CPU is faster so, unless somebody watches them."""
@@ -150,11 +184,17 @@ class PlannedStage(_Planned, FrozenStage):
         """x (N, Cin, H, W) of any float dtype -> the last block's output."""
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
+        network = self.amx_network(x)
+        if network is not None and network.why_not_image(x) is None:
+            return network(x)
         engine = self._engine(x)
         return self._by_layer(x) if engine is None else engine(x)
 
     def _section(self) -> Section:
         return Section(None, False, list(self.named_children()))
+
+    def _has_head(self) -> bool:
+        return False
 
     def _weight_dtype(self) -> torch.dtype:
         return self[0].convs[0].weight.dtype
@@ -167,6 +207,10 @@ class PlannedResNet(_Planned, ResNet):
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
+        network = self.amx_network(x)
+        if network is not None and network.why_not_image(x) is None:
+            y = network(x)
+            return y if network.head else self.fc(torch.flatten(self.avgpool(y), 1))
         engine = self._engine(x)
         if engine is None:
             return self._by_layer(x)
@@ -201,8 +245,19 @@ class PlannedResNet(_Planned, ResNet):
     def _section(self) -> Section:
         return Section.of_resnet(self)
 
+    def _has_head(self) -> bool:
+        """Whether average pool and classifier are torchvision's."""
+        pool, fc = self.avgpool, self.fc
+        usual = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
+        return usual and not any("forward" in module.__dict__ for module in (pool, fc))
+
     def _weight_dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a tensor does; one made in inference mode counts no changes."""
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _row(row: BlockReport, block: nn.Module, plan: Plan) -> BlockReport:

@@ -63,13 +63,25 @@ class AmxNetwork:
         if reason is not None:
             raise ValueError(reason)
         self.section, self.head = section, head
-        self._packed: dict[nn.Module, Packed] = {conv: pack(conv) for _, conv in section.convs()[section.stem is not None :]}
+        self._packed: dict[nn.Module, Packed] = {
+            conv: pack(conv) for _, conv in section.convs()[section.stem is not None :]
+        }
         if section.stem is not None:
             self._packed[section.stem[1]] = pack_stem(section.stem[1])
         if head:
             self._packed[section.classifier] = pack_linear(section.classifier)
         self._programs: OrderedDict[tuple, Built] = OrderedDict()
         self._building = threading.Lock()
+
+    def why_not_image(self, x: Tensor) -> str | None:
+        """Why x cannot be this network's input; None where it can. PyTorch's own layers have the error for users."""
+        if x.dim() != 4:
+            return f"x has {x.dim()} dimensions, not 4"
+        try:
+            self._built(x.shape[1:], _parts(len(x))[0])
+        except ValueError as error:
+            return str(error)
+        return None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

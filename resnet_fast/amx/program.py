@@ -88,7 +88,11 @@ class Builder:
         """Every convolution with the image it reads, and the max-pool as one."""
         shape, found = (1, *self.image), []
 
-        def add(conv: Conv, name: str) -> tuple[int, ...]:
+        def add(conv: Conv, name: str, module: FrozenConv2d | None = None) -> tuple[int, ...]:
+            if module is not None and conv.in_channels != module.weight.shape[1] * module.groups:
+                raise ValueError(
+                    f"{name} takes {module.weight.shape[1] * module.groups} channels, not {conv.in_channels}"
+                )
             if min(conv.out_height, conv.out_width) < 1:
                 raise ValueError(f"{name} does not fit into its input's {conv.height}x{conv.width} pixels")
             found.append(conv)
@@ -96,15 +100,15 @@ class Builder:
 
         if self.section.stem is not None:
             name, module = self.section.stem
-            shape = add(conv_of(module, shape), name)
+            shape = add(conv_of(module, shape), name, module)
             if self.section.max_pool:
                 shape = add(_max_pool(shape), "maxpool")
         for name, block in self.section.blocks:
             x_shape = shape
             for number, module in enumerate(block.convs, 1):
-                shape = add(conv_of(module, shape), f"{name}.conv{number}")
+                shape = add(conv_of(module, shape), f"{name}.conv{number}", module)
             if block.downsample is not None:
-                x_shape = add(conv_of(block.downsample, x_shape), f"{name}.downsample")
+                x_shape = add(conv_of(block.downsample, x_shape), f"{name}.downsample", block.downsample)
             if x_shape != shape:
                 raise ValueError(f"{name} adds {x_shape} to {shape}")
         return found
