@@ -114,6 +114,7 @@ void bind_program(py::module_& m) {
       .def("conv", &Program::conv, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("residual"), py::arg("weight"),
            py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("blocks"), py::arg("outputs_per_group"),
            py::arg("relu"))
+      .def("skip", &Program::skip, py::arg("x"), py::arg("y"), py::arg("stride"))
       .def("max_pool", &Program::max_pool, py::arg("x"), py::arg("y"))
       .def("average_pool", &Program::average_pool, py::arg("x"), py::arg("y"))
       .def("write", &Program::write, py::arg("x"))

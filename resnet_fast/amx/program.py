@@ -6,7 +6,7 @@ and the threads share each layer, so that its weights are read once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -135,19 +135,40 @@ class Builder:
 
     def _block(self, name: str, block: FrozenBlock, x: _Buffer) -> _Buffer:
         *early, last = block.convs
-        value = x
+        value, shortcut, downsample, pixels = x, x, block.downsample, None
+        if downsample is not None:  # first, while x is there: a thread's own buffer soon holds another image
+            pixels = self._skip(downsample, x)
+            if pixels is None:
+                shortcut = self._conv(f"{name}.downsample", downsample, x, "downsample")
         for number, module in enumerate(early, 1):
             value = self._conv(f"{name}.conv{number}", module, value, f"conv{number}")
-        shortcut = x
-        if block.downsample is not None:
-            shortcut = self._conv(f"{name}.downsample", block.downsample, x, "downsample")
+        if pixels is not None:
+            shortcut = self._conv(f"{name}.downsample", downsample, pixels, "downsample", skipped=True)
         return self._conv(f"{name}.conv{len(block.convs)}", last, value, residual=shortcut)
 
+    def _skip(self, module: FrozenConv2d, x: _Buffer) -> _Buffer | None:
+        """The pixels that a strided 1x1 reads, where it goes from a thread's own image to a group; else None."""
+        conv = conv_of(module, (1, x.channels, x.height, x.width))
+        y = self._buffer("skip", x.channels, conv.out_height, conv.out_width)
+        if not (conv.pointwise and conv.stride[0] > 1 and x.own and not y.own):
+            return None
+        self._enter(x)
+        self.program.skip(x.number, y.number, conv.stride[0])
+        self._cost(values=2 * conv.x_elements)
+        return y
+
     def _conv(
-        self, name: str, module: FrozenConv2d, x: _Buffer, role: str = "", residual: _Buffer | None = None
+        self,
+        name: str,
+        module: FrozenConv2d,
+        x: _Buffer,
+        role: str = "",
+        residual: _Buffer | None = None,
+        skipped: bool = False,
     ) -> _Buffer:
-        """A step that writes a buffer of this role, or over the residual."""
+        """A step that writes a buffer of this role, or over the residual. skipped: x is only what a stride leaves."""
         conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.packed[module]
+        conv = replace(conv, stride=(1, 1)) if skipped else conv
         y = residual or self._buffer(role, conv.out_channels, conv.out_height, conv.out_width)
         self._add(name, packed, x, y, y.number if residual else _NONE, conv.stride[0], module.relu)
         values = conv.x_elements + conv.y_elements * (2 if residual else 1)

@@ -14,7 +14,7 @@ inline __mmask16 lanes(int64_t wanted) {
   return wanted >= 16 ? 0xffff : static_cast<__mmask16>((1u << (wanted < 0 ? 0 : wanted)) - 1);
 }
 
-// 16 pixels by up to 4 channels, one vector a channel, as 4 vectors of 4 pixels by 4 channels.
+// 16 pixels by 4 channels, one vector a channel, as 4 vectors of 4 pixels by 4 channels.
 inline void interleave(const __m512 (&channel)[4], __m512 (&pixels)[4]) {
   const __m512 low01 = _mm512_unpacklo_ps(channel[0], channel[1]), high01 = _mm512_unpackhi_ps(channel[0], channel[1]);
   const __m512 low23 = _mm512_unpacklo_ps(channel[2], channel[3]), high23 = _mm512_unpackhi_ps(channel[2], channel[3]);
@@ -33,38 +33,58 @@ inline void interleave(const __m512 (&channel)[4], __m512 (&pixels)[4]) {
   pixels[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
+// A row whose channels are planes, or anyhow else: 16 pixels at a time.
+template <int planes>
+void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
+  for (int64_t column = 0; column < args.width; column += 16) {
+    const int64_t wanted = args.width - column < 16 ? args.width - column : 16;
+    __m512 channel[4], pixels[4];
+    for (int64_t c = 0; c < 4; ++c) {
+      const int64_t at = from + c * args.channel_step + column * args.pixel_step;
+      if (c >= args.channels) {
+        channel[c] = _mm512_setzero_ps();
+      } else if (args.pixel_step == 1) {
+        channel[c] = load_masked(args.x, args.float32, at, lanes(wanted));
+      } else {
+        alignas(64) float values[16] = {};
+        for (int64_t i = 0; i < wanted; ++i) {
+          values[i] = _mm512_cvtss_f32(load_masked(args.x, args.float32, at + i * args.pixel_step, 1));
+        }
+        channel[c] = _mm512_load_ps(values);
+      }
+    }
+    interleave(channel, pixels);
+    for (int64_t i = 0; 4 * i < wanted; ++i) store<planes>(y + (column + 4 * i) * 4, args.y_plane, pixels[i]);
+  }
+}
+
+// A row whose pixels are `channels` values in a row, as in channels_last: 4 pixels at a time.
+template <int planes>
+void pack_interleaved_row(const ImageArgs& args, int64_t from, uint16_t* y) {
+  alignas(64) int32_t places[16];
+  __mmask16 real = 0;
+  for (int lane = 0; lane < 16; ++lane) {
+    places[lane] = static_cast<int32_t>(lane / 4 * args.channels + lane % 4) & 15;
+    if (lane % 4 < args.channels) real |= 1u << lane;
+  }
+  const __m512i order = _mm512_load_si512(places);
+  const int64_t values = args.width * args.channels;
+  for (int64_t column = 0; column < args.width; column += 4) {
+    const int64_t at = column * args.channels, left = values - at;
+    const __m512 x = load_masked(args.x, args.float32, from + at, lanes(left < 4 * args.channels ? left : 4 * args.channels));
+    store<planes>(y + column * 4, args.y_plane, _mm512_maskz_permutexvar_ps(real, order, x));
+  }
+}
+
 template <int planes>
 void pack_image_rows(const ImageArgs& args) {
-  const __m512i numbers = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i steps = _mm512_mullo_epi32(numbers, _mm512_set1_epi32(static_cast<int>(args.pixel_step)));
+  const bool interleaved = args.channel_step == 1 && args.pixel_step == args.channels;
   for (int64_t row = 0; row < args.height; ++row) {
-    for (int64_t column = 0; column < args.width; column += 16) {
-      const __mmask16 mask = lanes(args.width - column);
-      __m512 channel[4], pixels[4];
-      for (int64_t c = 0; c < 4; ++c) {
-        if (c >= args.channels) {
-          channel[c] = _mm512_setzero_ps();
-          continue;
-        }
-        const int64_t at = row * args.row_step + c * args.channel_step + column * args.pixel_step;
-        if (args.pixel_step == 1) {
-          channel[c] = load_masked(args.x, args.float32, at, mask);
-        } else if (args.float32) {
-          const float* x = static_cast<const float*>(args.x) + at;
-          channel[c] = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, steps, x, 4);
-        } else {
-          alignas(64) uint16_t values[16] = {};
-          const uint16_t* x = static_cast<const uint16_t*>(args.x) + at;
-          const int64_t wanted = args.width - column < 16 ? args.width - column : 16;
-          for (int64_t i = 0; i < wanted; ++i) values[i] = x[i * args.pixel_step];
-          channel[c] = load_half(values);
-        }
-      }
-      interleave(channel, pixels);
-      uint16_t* y = args.y + row * args.y_pitch + column * 4;
-      for (int64_t i = 0; i < 4; ++i) {
-        if (column + 4 * i < args.width) store<planes>(y + 16 * i, args.y_plane, pixels[i]);
-      }
+    uint16_t* y = args.y + row * args.y_pitch;
+    if (interleaved) {
+      pack_interleaved_row<planes>(args, row * args.row_step, y);
+    } else {
+      pack_planar_row<planes>(args, row * args.row_step, y);
     }
   }
 }

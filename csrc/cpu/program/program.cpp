@@ -73,6 +73,8 @@ void Program::conv(
   add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual), weight, bias, taps, shape));
 }
 
+void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }
+
 void Program::max_pool(int64_t x, int64_t y) { add(make_max_pool(planes_, at(x), at(y))); }
 
 void Program::average_pool(int64_t x, int64_t y) { add(make_average_pool(planes_, at(x), at(y))); }

@@ -50,6 +50,8 @@ class Program {
       const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
       const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
       bool relu);
+  // y is every stride-th pixel of every stride-th row of x.
+  void skip(int64_t x, int64_t y, int64_t stride);
   void max_pool(int64_t x, int64_t y);
   void average_pool(int64_t x, int64_t y);
   // Of buffer x into the output, channels_last.

@@ -25,28 +25,55 @@ char* image_of(const at::Tensor& t, const Run& run) {
 
 class ReadStep : public Step {
  public:
-  ReadStep(int planes, const Buffer& y) : Step("read", 1, 1), planes_(planes), y_(y) {}
+  ReadStep(int planes, const Buffer& y) : Step("read", 1, div_up(y.height, kRows)), planes_(planes), y_(y) {}
 
-  void run(const Run& run, int64_t) const override {
+  void run(const Run& run, int64_t item) const override {
     const at::Tensor& x = run.x;
     const bool float32 = x.scalar_type() == at::kFloat;
-    const char* image = image_of(x, run);
-    uint16_t* y = pixels(y_, run, 1);
+    const int64_t first = item * kRows, rows = std::min(kRows, y_.height - first);
+    const char* from = image_of(x, run) + first * x.stride(2) * x.element_size();
+    uint16_t* y = pixels(y_, run, 1) + first * y_.row;
     if (y_.vector != amx::kVector) {
-      amx::pack_image({planes_, image, float32, y_.channels, y_.height, y_.width, x.stride(1), x.stride(2), x.stride(3),
-                       y, y_.plane, y_.row});
+      amx::pack_image({planes_, from, float32, y_.channels, rows, y_.width, x.stride(1), x.stride(2), x.stride(3), y,
+                       y_.plane, y_.row});
       return;
     }
-    for (int64_t row = 0; row < y_.height; ++row) {
-      const char* from = image + row * x.stride(2) * x.element_size();
-      amx::pack_rows(
-          {planes_, float32, y_.channels, y_.width, from, x.stride(3), y + row * y_.row, y_.plane, y_.block, y_.pixel});
+    for (int64_t row = 0; row < rows; ++row) {
+      amx::pack_rows({planes_, float32, y_.channels, y_.width, from + row * x.stride(2) * x.element_size(), x.stride(3),
+                      y + row * y_.row, y_.plane, y_.block, y_.pixel});
     }
   }
 
  private:
+  static constexpr int64_t kRows = 32;  // of an item
+
   int planes_;
   const Buffer& y_;
+};
+
+// Every stride-th pixel of every stride-th row, for a strided 1x1 convolution, which reads them in tiles without gaps.
+class SkipStep : public Step {
+ public:
+  SkipStep(int planes, const Buffer& x, const Buffer& y, int64_t stride)
+      : Step("skip", 1, 1), vectors_(planes * div_up(x.channels, amx::kVector)), stride_(stride), x_(x), y_(y) {}
+
+  void run(const Run& run, int64_t) const override {
+    const uint16_t* x = pixels(x_, run, 1);
+    uint16_t* y = pixels(y_, run, 1);
+    for (int64_t vector = 0; vector < vectors_; ++vector) {
+      for (int64_t row = 0; row < y_.height; ++row) {
+        const uint16_t* from = x + vector * x_.plane + row * stride_ * x_.row;
+        uint16_t* to = y + vector * y_.plane + row * y_.row;
+        for (int64_t column = 0; column < y_.width; ++column) {
+          std::copy_n(from + column * stride_ * x_.pixel, amx::kVector, to + column * y_.pixel);
+        }
+      }
+    }
+  }
+
+ private:
+  int64_t vectors_, stride_;
+  const Buffer &x_, &y_;
 };
 
 class WriteStep : public Step {
@@ -132,7 +159,7 @@ class ConvStep : public Step {
     args_.y_block = y.block;
     args_.relu = shape.relu;
     place_tiles(shape.stride);
-    cut(threads);
+    cut(threads, shape.stride);
   }
 
   void run(const Run& run, int64_t item) const override {
@@ -180,9 +207,11 @@ class ConvStep : public Step {
 
   // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into the
   // second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
-  void cut(int64_t threads) {
+  void cut(int64_t threads, int64_t stride) {
     const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
-    const double pair_bytes = 2 * amx::kTileRows * args_.planes * amx::kVector * 2.0 * args_.blocks;
+    // Taps of a strided convolution share no pixels with those of its neighbours.
+    const double apart = args_.steps > args_.blocks ? static_cast<double>(stride * stride) : 1.0;
+    const double pair_bytes = 2 * amx::kTileRows * args_.planes * amx::kVector * 2.0 * args_.blocks * apart;
     const double block_bytes = args_.steps * args_.planes * amx::kBlockValues * 2.0;
     const double product_bytes = kProductBytes * pairs * output_blocks_ * args_.steps;
     double best = std::numeric_limits<double>::infinity();
@@ -208,7 +237,7 @@ class ConvStep : public Step {
   }
 
   static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
-  static constexpr double kSecondCacheBytes = 1.0 * (1 << 20);  // of 2 MiB
+  static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
   static constexpr double kItemBytes = 4096;    // while a thread takes an item
 
@@ -225,6 +254,10 @@ class ConvStep : public Step {
 }  // namespace
 
 std::unique_ptr<Step> make_read(int planes, const Buffer& y) { return std::make_unique<ReadStep>(planes, y); }
+
+std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride) {
+  return std::make_unique<SkipStep>(planes, x, y, stride);
+}
 
 std::unique_ptr<Step> make_write(int planes, const Buffer& x) { return std::make_unique<WriteStep>(planes, x); }
 

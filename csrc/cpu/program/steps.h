@@ -35,6 +35,7 @@ struct ConvShape {
 };
 
 std::unique_ptr<Step> make_read(int planes, const Buffer& y);
+std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride);
 std::unique_ptr<Step> make_write(int planes, const Buffer& x);
 std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
