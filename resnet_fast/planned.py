@@ -246,8 +246,13 @@ class PlannedResNet(_Planned, ResNet):
         return Section.of_resnet(self)
 
     def _has_head(self) -> bool:
-        """Whether average pool and classifier are torchvision's."""
+        """Whether average pool and classifier, as torchvision has them, are part of the AMX network.
+
+        Not in float32: one sum of 2,048 terms is less exact than PyTorch's, which adds up in parts.
+        """
         pool, fc = self.avgpool, self.fc
+        if self._weight_dtype() != torch.bfloat16:
+            return False
         usual = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
         return usual and not any("forward" in module.__dict__ for module in (pool, fc))
 

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast import freeze, twin
+from resnet_fast import freeze, planned, twin
 
 MODELS = {
     "basic": lambda: ResNet(BasicBlock, [2, 1, 1, 1], num_classes=7),
@@ -200,7 +200,8 @@ def test_compile_fullgraph():
 
 @pytest.fixture(params=[True, False], ids=["slow_bfloat16", "fast_bfloat16"])
 def slow_bfloat16(request, monkeypatch) -> bool:
-    """A CPU that computes bfloat16 slower than float32, and one that does not."""
+    """A CPU without AMX that computes bfloat16 slower than float32, and one that does not."""
+    monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "it is turned off")
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: request.param)
     return request.param
 
