@@ -9,12 +9,14 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import dispatch
+from .amx.network import why_not as why_not_amx
+from .amx.network import why_not_section
 from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
 from .layers import why_not_stage
 from .optimize import restore_classes
 from .planned import PlannedResNet, PlannedStage
-from .planner import FUSIONS
+from .planner import FUSIONS, Section
 from .report import BlockReport, Report
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,8 +38,9 @@ def freeze(
     Args:
         model: in eval mode (the running statistics are what is folded).
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
-        backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`), "triton"
-            takes them or raises when called, "native" and "reference" take the library's convolutions.
+        backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`) and AMX on
+            CPUs that have it; "triton" takes those kernels or raises when called; "native" takes AMX and elsewhere, as
+            "reference" does everywhere, the library's convolutions.
         fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
             bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.
         cuda_graph: on a GPU, capture a ResNet's forward per input shape and replay it.
@@ -66,7 +69,7 @@ def freeze(
     holder.model = copy.deepcopy(model)
     restore_classes(holder.model)
     rows: list[BlockReport] = []
-    _freeze_children("", holder, dtype, rows)
+    _freeze_children("", holder, dtype, backend, rows)
     _plan_whole(holder, settings)
     frozen = holder.model
     if not any(isinstance(module, FrozenConv2d) for module in frozen.modules()):
@@ -80,15 +83,15 @@ def freeze(
     return frozen
 
 
-def _freeze_children(name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
+def _freeze_children(name: str, parent: nn.Module, dtype, backend: str, rows: list[BlockReport]) -> None:
     _freeze_stem(parent, dtype)
     _freeze_runs(parent, dtype)
-    _freeze_blocks(name, parent, dtype, rows)
+    _freeze_blocks(name, parent, dtype, backend, rows)
     for child_name, child in parent.named_children():
-        _freeze_children(f"{name}.{child_name}", child, dtype, rows)
+        _freeze_children(f"{name}.{child_name}", child, dtype, backend, rows)
 
 
-def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
+def _freeze_blocks(parent_name: str, parent: nn.Module, dtype, backend: str, rows: list[BlockReport]) -> None:
     for child_name, block in list(parent.named_children()):
         block_type = fast_type(block)
         if block_type is None:
@@ -101,7 +104,7 @@ def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | Non
         frozen = FrozenBlock(block_type._stages(block), _freeze_downsample(block.downsample, dtype), dtype)
         _move_hooks(block, frozen)
         setattr(parent, child_name, frozen)
-        rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen)))
+        rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen, backend)))
     if type(parent) is nn.Sequential and len(parent) and all(type(child) is FrozenBlock for child in parent):
         parent.__class__ = FrozenStage
 
@@ -173,8 +176,12 @@ def _move_hooks(block: nn.Module, frozen: nn.Module) -> None:
     frozen._forward_hooks_always_called = block._forward_hooks_always_called
 
 
-def _kernel(frozen: FrozenBlock) -> str:
+def _kernel(frozen: FrozenBlock, backend: str) -> str:
     weight = frozen.convs[0].weight
+    if weight.device.type == "cpu" and dispatch.requested(backend) in ("auto", "native"):
+        section = Section(None, False, [("block", frozen)])
+        if (why_not_amx(weight.dtype) or why_not_section(section)) is None:
+            return "AMX conv + residual + ReLU, all layers in one call"
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
         return "oneDNN conv + residual + ReLU, packed weights"
     if weight.device.type == "cpu":

@@ -2,9 +2,9 @@
 
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
 the layout that oneDNN picks for the input's shape. Where those cannot run (CUDA, float64, torch.compile) the same
-folded weights go through conv2d; what runs on a GPU as one plan is in `planned.py`. NaN is not everywhere what it is in
-PyTorch: oneDNN's fused ReLU turns it into 0, and the GPU kernels multiply by the zeros that groups packed together and
-the stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
+folded weights go through conv2d; what runs as one, on a GPU or by AMX, is in `planned.py`. NaN is not everywhere what
+it is in PyTorch: oneDNN's fused ReLU turns it into 0; AMX and GPU kernels multiply by the zeros that groups packed
+together and the stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
 """
 
 import torch

@@ -6,7 +6,7 @@ not a fault.
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
-"pool": {...}, "tuned": [{"gpu", "rows", "reason"}], "fallbacks": [...],
+"frozen_cpu": {dtype: what computes it}, "pool": {...}, "tuned": [{"gpu", "rows", "reason"}], "fallbacks": [...],
 "self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}], "broken": [reasons]}
 """
 
@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from .. import _log, dispatch, gpus, memory, numerics, training
+from ..amx.network import why_not as why_not_amx
 from ..kernels import tables
 from . import checks, environment, output
 
@@ -53,6 +54,7 @@ def collect() -> dict:
         "directories": environment.directories(),
         "backends": _backends(),
         "native_build": native.build_info(),
+        "frozen_cpu": _frozen_cpu(),
         "pool": memory.memory_stats(),
         "tuned": _tuned(),
         "fallbacks": list(_log.said()),
@@ -89,6 +91,16 @@ def _tuned() -> list[dict]:
     """How much is measured for each GPU here; without any, "auto" leaves it to PyTorch."""
     found = [gpus.of_device(index) for index in range(torch.cuda.device_count())]
     return [{"gpu": gpu.name, "rows": tables.count(gpu), "reason": tables.why_none(gpu) or ""} for gpu in found]
+
+
+def _frozen_cpu() -> dict[str, str]:
+    """What computes a frozen ResNet here, by dtype: AMX, or the library, and then why."""
+    return {
+        str(dtype).removeprefix("torch."): f"PyTorch's convolutions: {reason}"
+        if (reason := why_not_amx(dtype))
+        else "AMX"
+        for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+    }
 
 
 def _backends() -> list[dict]:
@@ -157,6 +169,7 @@ def _print(report: dict) -> None:
         }
         | devices,
     )
+    _print_pairs("frozen models on the CPU", report["frozen_cpu"])
     table = Table("backend", "device", "op", "dtypes", "usable", "kernel, or why not", title="backends")
     table.title_justify = "left"
     for (backend, device, op, usable, text), dtypes in _grouped(report["backends"]).items():
