@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import UserError
-from .harness import Row
+from .harness import NOT_RUN, Row
 
 COLOURS = {
     "eager_nchw": "#b8bec9",
@@ -55,7 +55,8 @@ def bars(axis, rows: Sequence[Row], title: str, unit: str = "images / s") -> Non
     compiled = [row.contender for row in rows if row.contender.startswith("compile")]
     for place, row in enumerate(rows):
         if row.median_per_s is None:
-            axis.text(0, place, "  failed verification, not timed", va="center", color="#b00020")
+            why = NOT_RUN if row.worst_tensor == NOT_RUN else "failed verification, not timed"
+            axis.text(0, place, f"  {why}", va="center", color="#b00020")
             continue
         colour = COLOURS.get(row.contender)
         if colour is None:
