@@ -4,11 +4,11 @@ One process a case and allocator: nothing that torch.compile, TorchScript or an 
 Every contender of an allocator is timed in the same process, in turns; the processes of two allocators take turns too,
 round by round, so that a busy machine hurts all alike.
 
-Threads. Three pools live in such a process: PyTorch's OpenMP one, OpenVINO's TBB and ONNX Runtime's own, each of as many
-threads as PyTorch has. A pool that waits for work by spinning would take a core from whoever runs next. libgomp's
+Three pools of threads live in such a process, PyTorch's OpenMP one, OpenVINO's TBB and ONNX Runtime's own, each of as
+many threads as PyTorch has. One that waits for work by spinning would take a core from whoever runs next. libgomp's
 threads spin for about a millisecond and then sleep, TBB's sleep at once, ONNX Runtime is told to stop with its call, and
-the harness collects garbage before every contender's turn, some 0.1 s: by then all others sleep. Within a turn, which is
-several calls where they are short, everybody's threads wait as they always do.
+the harness collects garbage before every turn, some 0.1 s: by then all others sleep. Within a turn, which is several
+calls where they are short, everybody's threads wait as they always do.
 """
 
 import os
