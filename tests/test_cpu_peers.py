@@ -62,7 +62,8 @@ def test_inference_rehearsed(tmp_path):
 
 def test_training_rehearsed(tmp_path):
     names = ("eager_channels_last", "eager_fused_sgd", "fast", "fast_fused_sgd")
-    done = script("--out", tmp_path, "--train", *TINY, "--dtypes", "float32", "--contenders", *names)
+    # at 64 pixels a ReLU that rounding flips shows in the whole gradient, which then is no measure
+    done = script("--out", tmp_path, "--train", *TINY, "--img-size", 96, "--dtypes", "float32", "--contenders", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "cpu-peers-training.json")
     assert list(rows) == list(names)
@@ -141,7 +142,15 @@ def test_jemalloc_that_is_not_there_is_said(tmp_path, monkeypatch):
         worker._Bench(Case("resnet18", False, "float32", 2, 32, ()), 1, True)
 
 
-def test_onednn_graph_answers_as_pytorch_does(benched):
+@pytest.fixture
+def torchscript():
+    """Settings that are this whole process's, put back behind the test."""
+    yield
+    torch.jit.enable_onednn_fusion(False)
+    torch._C._jit_set_autocast_mode(True)
+
+
+def test_onednn_graph_answers_as_pytorch_does(benched, torchscript):
     rows = benched(onednn_graph=others.INFERENCE["onednn_graph"])
     assert rows["onednn_graph"].match, rows["onednn_graph"].reason
 

@@ -52,7 +52,7 @@ def test_what_is_measured_is_verified_and_reported(small, monkeypatch, capsys, t
     assert run(*SMALL, *(word for kind, path in files.items() for word in (f"--{kind}", path))) == 0
     out = capsys.readouterr().out
     assert "layer2.1.conv2" in out
-    assert "Limits are by 0.001 TFLOP/s (float32, the best seen) and 1.0 GB/s" in out
+    assert "Limits are by 0.001 TFLOP/s (float32, the best seen) and 1.0 GB/s" in " ".join(out.split())
     report = json.loads(files["json"].read_text())
     assert report["schema"] == "resnet_fast.profile_cpu/1"
     assert report["environment"]["cpu"]["threads"] == torch.get_num_threads()

@@ -6,9 +6,9 @@ round by round, so that a busy machine hurts all alike.
 
 Three pools of threads live in such a process, PyTorch's OpenMP one, OpenVINO's TBB and ONNX Runtime's own, each of as
 many threads as PyTorch has. One that waits for work by spinning would take a core from whoever runs next. libgomp's
-threads spin for about a millisecond and then sleep, TBB's sleep at once, ONNX Runtime is told to stop with its call, and
-the harness collects garbage before every turn, some 0.1 s: by then all others sleep. Within a turn, which is several
-calls where they are short, everybody's threads wait as they always do.
+threads spin for about a millisecond, then sleep; TBB's sleep at once, ONNX Runtime is told to stop with its call, and
+the harness collects garbage before every turn, some 0.1 s: by then all others sleep. Within a turn, several calls where
+they are short, everybody's threads wait as they always do.
 """
 
 import os
