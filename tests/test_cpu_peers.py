@@ -19,6 +19,8 @@ from peers import jemalloc, others, worker  # noqa: E402
 from peers.case import Case  # noqa: E402
 from peers.others import Other  # noqa: E402
 
+from resnet_fast.cli import harness  # noqa: E402
+
 TINY = ("--models", "resnet18", "--batch-sizes", 2, "--img-size", 64, "--rounds", 2, "--warmup", 1, "--threads", 1)
 
 
@@ -130,6 +132,21 @@ def test_the_exit_code_is_about_ours_and_the_baseline(benched, capsys):
     ours = Case("resnet18", False, "float32", 2, 32, ("eager_channels_last", "frozen_wrong"))
     rows = benched(frozen_wrong=_other(lambda model, images: model(images) * 1.01))
     assert cpu_peers.show(ours, {"malloc": list(rows.values())})
+
+
+def test_the_picture_has_everybody(tmp_path):
+    """Who is compiled, who is from elsewhere, who was wrong and who did not run."""
+    pytest.importorskip("matplotlib")
+    from peers import picture
+
+    times = {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.2, "median_per_s": 500.0, "p20_per_s": 526.0}
+    timed = {**times, "p80_per_s": 455.0, "ratio": 1.0, "samples": 3}
+    rows = [harness.Row(name, name, True, 0.3, "logits", "", **timed) for name in ("folded", "compile_default", "fast")]
+    rows.append(harness.Row("frozen", "frozen", False, 2.0, "logits", "rmse"))
+    rows.append(harness.not_run("onnxruntime", "ONNX Runtime", "not installed"))
+    path = tmp_path / "peers.png"
+    picture.draw({f"case {number}": rows for number in range(5)}, "machine", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_jemalloc_that_is_not_there_is_said(tmp_path, monkeypatch):

@@ -19,13 +19,14 @@ def draw(panels: dict[str, Sequence[Row]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    left: list[str] = []
     for place, (axis, (name, rows)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
         plots.bars(axis, rows, name, "images / s (ratio to eager channels_last)")
         axis.margins(x=0.3)
-        if place % columns and [row.label for row in rows] == [
-            label.get_text() for label in axes.flat[place - 1].get_yticklabels()
-        ]:
+        labels = [row.label for row in rows]
+        if place % columns and labels == left:
             axis.set_yticklabels([])
+        left = labels
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

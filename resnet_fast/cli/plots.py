@@ -13,6 +13,7 @@ COLOURS = {
     "fast": "#e4572e",
     "frozen": "#17998b",
 }
+_OTHER = "#c9a227"
 _COMPILED = ("#c8a2d8", "#a678bf", "#8355a0")
 _STAGES = {
     "stem": "#7d8797",
@@ -60,7 +61,8 @@ def bars(axis, rows: Sequence[Row], title: str, unit: str = "images / s") -> Non
             continue
         colour = COLOURS.get(row.contender)
         if colour is None:
-            colour = _COMPILED[compiled.index(row.contender) % len(_COMPILED)] if compiled else "#7d8797"
+            known = row.contender in compiled
+            colour = _COMPILED[compiled.index(row.contender) % len(_COMPILED)] if known else _OTHER
         low, high = row.median_per_s - row.p80_per_s, row.p20_per_s - row.median_per_s
         axis.barh(place, row.median_per_s, color=colour, height=0.68)
         axis.errorbar(row.median_per_s, place, xerr=[[low], [high]], color="#333333", capsize=2.5, linewidth=1)
