@@ -94,8 +94,7 @@ def test_the_ceiling_is_that_of_the_arithmetic(dtype, tflops, tmp_path):
 
 BAD = {
     "unknown_gpu": (["--gpu", "h300"], "h100, h200"),
-    "no_gpu": ([], "--gpu: a100, h100, h200, b200"),
-    "cpu": (["--device", "cpu"], "--gpu: a100, h100, h200, b200"),
+    "fusion_on_a_cpu": (["--fusion", "tail"], "--gpu: a100, h100, h200, b200"),
     "gpu_and_device": (["--gpu", "h200", "--device", "cuda"], "one of them"),
     "model": (["--gpu", "h200", "--model", "resnet51"], "resnet50"),
     "path": (["--gpu", "h200", "--json", "/proc/nowhere/profile.json"], "/proc/nowhere"),

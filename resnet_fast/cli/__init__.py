@@ -14,7 +14,7 @@ COMMANDS = {
     "info": "versions, devices, backends and why or why not, directories, a one-second self-test",
     "verify": "every op, block and network against float64, in every dtype and layout, on every backend",
     "bench": "time a network: eager, torch.compile, fast and frozen side by side, verified first",
-    "profile": "a frozen network on a GPU, step by step: kernels, work, traffic, limits, and times where there is one",
+    "profile": "a frozen network, step by step: kernels, work, traffic, limits, times; or its plan for a GPU elsewhere",
     "tune": "measure which kernel is fastest for every layer on this GPU, for `freeze` to read",
     "demo": "stock and fast ResNets on real photos, then a training run on handwritten digits",
 }

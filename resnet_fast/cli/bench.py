@@ -101,6 +101,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
     for heading in ("error / allowed", "ms", "p20 .. p80", "img/s", "ratio", "peak MB", "saved MB/img", "TFLOP/s"):
         result.add_column(heading, justify="right")
     for row in rows:
+        if row.worst_tensor == harness.NOT_RUN:
+            result.add_row(row.label, "-", "-", "not run")
+            continue
         verdict = "[green]yes[/]" if row.match else "[bold red]NO[/]"
         error = "-" if row.worst_ratio is None else f"{row.worst_ratio:.2f}"
         if row.median_ms is None:

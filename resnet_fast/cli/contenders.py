@@ -8,8 +8,9 @@ is noisy between any two right implementations, and in bfloat16 hardly anything 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,26 @@ class Setting:
         return torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def inference(setting: Setting, chosen: Sequence[str]) -> list[Contender]:
-    """The contenders in `chosen` (keys of CONTENDERS), one for each compile mode, in inference mode."""
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the network.
+
+    prepare: makes a callable of `images` from a copy of the stock network; called in the gate, where it may fail.
+    context: entered around every call. repeats: how often one call runs the images, for what keeps several batches in
+    flight. sgd: further arguments of the optimizer, in training.
+    """
+
+    name: str
+    label: str
+    prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+    images: Tensor
+    context: Callable[[], AbstractContextManager]
+    repeats: int = 1
+    sgd: Mapping[str, object] = field(default_factory=dict)
+
+
+def inference(setting: Setting, chosen: Sequence[str], others: Iterable[Variant] = ()) -> list[Contender]:
+    """The contenders in `chosen` (keys of CONTENDERS), one for each compile mode, and `others`, in inference mode."""
     size = setting.images.shape[-1]
     flops = networks.flops_per_image(setting.stock, size, train=False) * len(setting.images)
     checked = setting.images[:CHECKED_IMAGES]
@@ -56,23 +75,26 @@ def inference(setting: Setting, chosen: Sequence[str]) -> list[Contender]:
     with torch.inference_mode(), setting.autocast():
         expected = setting.stock(checked)
 
-    def contender(name: str, label: str, prepare: Callable, inputs: Tensor, context: Callable) -> Contender:
-        model = functools.cache(lambda: prepare(copy.deepcopy(setting.stock)))  # made in the gate, which may fail
+    def contender(variant: Variant) -> Contender:
+        model = functools.cache(lambda: variant.prepare(copy.deepcopy(setting.stock)))  # in the gate, which may fail
 
         def step() -> Tensor:
-            with torch.inference_mode(), context():
-                return model()(inputs)
+            with torch.inference_mode(), variant.context():
+                return model()(variant.images)
 
         def check() -> list[Comparison]:
             return [numerics.compare("logits", step()[:CHECKED_IMAGES], expected, reference)]
 
-        return Contender(name, step, check, len(inputs), flops, None, setting.device, label)
+        items, work = len(variant.images) * variant.repeats, flops * variant.repeats
+        return Contender(variant.name, step, check, items, work, None, setting.device, variant.label)
 
-    return [contender(*variant) for variant in _variants(setting, chosen, train=False)]
+    return [contender(variant) for variant in (*_variants(setting, chosen, train=False), *others)]
 
 
-def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[Contender]:
-    """The contenders in `chosen`, a step being forward, cross-entropy, backward and SGD with momentum."""
+def training(
+    setting: Setting, chosen: Sequence[str], others: Iterable[Variant] = (), lr: float = 0.01
+) -> list[Contender]:
+    """The contenders in `chosen` and `others`, a step being forward, cross-entropy, backward and SGD with momentum."""
     images = setting.images
     flops = networks.flops_per_image(setting.stock, images.shape[-1], train=True) * len(images)
     classes = setting.stock.fc.out_features
@@ -82,15 +104,15 @@ def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[
     with setting.autocast():
         expected = _first_step(copy.deepcopy(setting.stock), images[:few], labels[:few])
 
-    def contender(name: str, label: str, prepare: Callable, inputs: Tensor, context: Callable) -> Contender:
+    def contender(variant: Variant) -> Contender:
         @functools.cache
         def state() -> tuple:
-            model = prepare(copy.deepcopy(setting.stock).train())
-            return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+            model = variant.prepare(copy.deepcopy(setting.stock).train())
+            return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, **variant.sgd)
 
         def forward() -> Tensor:
-            with context():
-                return F.cross_entropy(state()[0](inputs).float(), labels)
+            with variant.context():
+                return F.cross_entropy(state()[0](variant.images).float(), labels)
 
         def saved() -> int:
             return saved_bytes(forward, state()[0].parameters())
@@ -104,24 +126,25 @@ def training(setting: Setting, chosen: Sequence[str], lr: float = 0.01) -> list[
             return loss
 
         def check() -> list[Comparison]:
-            twin = prepare(copy.deepcopy(setting.stock).train())
-            with context():
-                actual = _first_step(twin, inputs[:few], labels[:few])
+            twin = variant.prepare(copy.deepcopy(setting.stock).train())
+            with variant.context():
+                actual = _first_step(twin, variant.images[:few], labels[:few])
             logits, gradients = zip(actual, expected, reference, strict=True)
             dtype = setting.amp_dtype or torch.float32
             found = [
                 numerics.compare("training logits", *logits, compute_dtype=dtype),
                 numerics.compare("whole gradient", *gradients, compute_dtype=dtype, k=numerics.K_WHOLE_GRADIENT),
             ]
-            return found + (_check_blocks(setting) if name == "fast" else [])
+            return found + (_check_blocks(setting) if variant.name == "fast" else [])
 
-        return Contender(name, step, check, len(inputs), flops, None, setting.device, label, saved)
+        items = len(variant.images)
+        return Contender(variant.name, step, check, items, flops, None, setting.device, variant.label, saved)
 
-    return [contender(*variant) for variant in _variants(setting, chosen, train=True)]
+    return [contender(variant) for variant in (*_variants(setting, chosen, train=True), *others)]
 
 
-def _variants(setting: Setting, chosen: Sequence[str], train: bool):
-    """(name, label, prepare(model) -> callable, images, context) of each contender."""
+def _variants(setting: Setting, chosen: Sequence[str], train: bool) -> Iterator[Variant]:
+    """Those in `chosen`, and `fast` in the stages of training that the setting names."""
     last = setting.images
     first = last.contiguous(memory_format=torch.contiguous_format)
     autocast = setting.autocast
@@ -141,12 +164,12 @@ def _variants(setting: Setting, chosen: Sequence[str], train: bool):
             for mode in setting.compile_modes:
                 if not (train and mode == "freezing"):
                     context = functools.partial(_compiling, setting, mode)
-                    yield f"{name}_{mode}", f"{CONTENDERS[name]} {mode}", _compiler(mode), last, context
+                    yield Variant(f"{name}_{mode}", f"{CONTENDERS[name]} {mode}", _compiler(mode), last, context)
         elif not (train and name == "frozen"):
-            yield name, CONTENDERS[name], *plain[name]
+            yield Variant(name, CONTENDERS[name], *plain[name])
     for stage in setting.train_stages if train else ():
         prepare = functools.partial(optimize, backend=setting.backend, train_stage=stage)
-        yield f"fast_stage{stage}", f"{CONTENDERS['fast']}, stage {stage}", prepare, last, autocast
+        yield Variant(f"fast_stage{stage}", f"{CONTENDERS['fast']}, stage {stage}", prepare, last, autocast)
 
 
 def _compiler(mode: str) -> Callable[[nn.Module], Callable]:

@@ -32,6 +32,9 @@ CONTENDERS = {
 
 BASELINE = "eager_channels_last"
 
+NOT_RUN = "not run"
+"""In place of the worst tensor: nothing was verified, because the contender does not exist here."""
+
 
 @dataclass
 class Contender:
@@ -58,8 +61,8 @@ class Row:
     """One contender's result; flat, so that it is a line of CSV. None: failed its gate, or not known.
 
     match, worst_ratio, worst_tensor, reason: the gate. *_ms: one step. *_per_s: items a second at that quantile of time
-    (p20 is the fast end). ratio: the baseline's median time / this one's. peak_memory_mb: highest memory during a step
-    above that before it (CPU: resident, from VmHWM; CUDA: allocated). tflop_per_s, gb_per_s: at the median.
+    (p20 is the fast end). ratio: the baseline's median time an item / this one's. peak_memory_mb: highest memory during
+    a step above that before it (CPU: resident, from VmHWM; CUDA: allocated). tflop_per_s, gb_per_s: at the median.
     saved_mb_per_item: kept for the backward pass (`resnet_fast.saved`), in 10^6 bytes an item.
     """
 
@@ -108,9 +111,8 @@ def run(
     rows = []
     for contender in contenders:
         progress(f"memory of {contender.label}")
-        timed = contender in right
-        peak = peak_memory(contender) if timed and measure_memory else None
-        rows.append(_row(contender, verdicts[contender.name], timed, reference, peak))
+        peak = peak_memory(contender) if contender in right and measure_memory else None
+        rows.append(row(contender, verdicts[contender.name], reference, peak))
     return rows
 
 
@@ -189,13 +191,14 @@ def _milliseconds(contender: Contender) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _row(
-    contender: Contender, verdict: list[Comparison], timed: bool, baseline: Contender | None, peak: int | None
+def row(
+    contender: Contender, verdict: Sequence[Comparison], baseline: Contender | None = None, peak: int | None = None
 ) -> Row:
+    """The result of a contender: its verdict and, if it was timed, its samples beside the baseline's."""
     worst = numerics.worst(verdict)
     ratio = worst.ratio if math.isfinite(worst.ratio) else None
     head = (contender.name, contender.label or contender.name, worst.match, ratio, worst.name, worst.reason)
-    if not timed:
+    if not contender.samples:
         return Row(*head)
     median = statistics.median(contender.samples)
     p20, p80 = np.quantile(contender.samples, (0.2, 0.8)).tolist()
@@ -206,13 +209,22 @@ def _row(
         p20,
         p80,
         *per_s,
-        ratio=statistics.median(baseline.samples) / median if baseline else None,
+        ratio=_milliseconds_an_item(baseline) / _milliseconds_an_item(contender) if baseline else None,
         peak_memory_mb=None if peak is None else peak / 2**20,
         tflop_per_s=None if contender.flops is None else contender.flops / median / 1e9,
         gb_per_s=None if contender.bytes is None else contender.bytes / median / 1e6,
         saved_mb_per_item=None if contender.saved is None else contender.saved() / contender.items / 1e6,
         samples=len(contender.samples),
     )
+
+
+def not_run(name: str, label: str, reason: str) -> Row:
+    """The row of a contender that cannot take part, so that it is seen to be missing."""
+    return Row(name, label, False, None, NOT_RUN, reason)
+
+
+def _milliseconds_an_item(contender: Contender) -> float:
+    return statistics.median(contender.samples) / contender.items
 
 
 def _trim_heap() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from .. import numerics
+from ..numerics import Comparison
 from . import UserError
 from .checks import randomise_batch_norm
 
@@ -82,6 +84,16 @@ def float64_logits(model: nn.Module, images: Tensor) -> Tensor:
     """What `model` (stock) computes, in float64."""
     exact = copy.deepcopy(model).double()
     return torch.cat([exact(image[None].double()) for image in images])  # one by one: little memory at any batch size
+
+
+@torch.inference_mode()
+def compare_logits(actual: Tensor, stock: nn.Module, images: Tensor, dtype: torch.dtype) -> Comparison:
+    """Judge `actual`, logits of float32 `images` computed in `dtype`, beside PyTorch's in the same dtype."""
+    autocast = dtype in (torch.bfloat16, torch.float16)
+    expected_model = stock if autocast else copy.deepcopy(stock).to(dtype)
+    with torch.autocast(images.device.type, dtype, enabled=autocast):
+        expected = expected_model(images if autocast else images.to(dtype))
+    return numerics.compare("logits", actual, expected, float64_logits(stock, images))
 
 
 def flops_per_image(model: nn.Module, size: int, train: bool) -> float:

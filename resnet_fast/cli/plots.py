@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import UserError
-from .harness import Row
+from .harness import NOT_RUN, Row
 
 COLOURS = {
     "eager_nchw": "#b8bec9",
@@ -13,6 +13,7 @@ COLOURS = {
     "fast": "#e4572e",
     "frozen": "#17998b",
 }
+_OTHER = "#c9a227"
 _COMPILED = ("#c8a2d8", "#a678bf", "#8355a0")
 _STAGES = {
     "stem": "#7d8797",
@@ -55,11 +56,13 @@ def bars(axis, rows: Sequence[Row], title: str, unit: str = "images / s") -> Non
     compiled = [row.contender for row in rows if row.contender.startswith("compile")]
     for place, row in enumerate(rows):
         if row.median_per_s is None:
-            axis.text(0, place, "  failed verification, not timed", va="center", color="#b00020")
+            why = NOT_RUN if row.worst_tensor == NOT_RUN else "failed verification, not timed"
+            axis.text(0, place, f"  {why}", va="center", color="#b00020")
             continue
         colour = COLOURS.get(row.contender)
         if colour is None:
-            colour = _COMPILED[compiled.index(row.contender) % len(_COMPILED)] if compiled else "#7d8797"
+            known = row.contender in compiled
+            colour = _COMPILED[compiled.index(row.contender) % len(_COMPILED)] if known else _OTHER
         low, high = row.median_per_s - row.p80_per_s, row.p20_per_s - row.median_per_s
         axis.barh(place, row.median_per_s, color=colour, height=0.68)
         axis.errorbar(row.median_per_s, place, xerr=[[low], [high]], color="#333333", capsize=2.5, linewidth=1)
@@ -73,11 +76,14 @@ def bars(axis, rows: Sequence[Row], title: str, unit: str = "images / s") -> Non
     axis.set_xlim(left=0)
 
 
-def roofline(rows: Sequence, peak: float, bandwidth: float, title: str, path: str | Path) -> None:
-    """Steps (profile.Row) under the roof of `peak` FLOP/s and `bandwidth` bytes/s, in TFLOP/s over FLOP/byte.
+def roofline(
+    rows: Sequence, peak: float, bandwidth: float, title: str, path: str | Path, memory: float | None = None
+) -> None:
+    """Steps (a profile's rows) under the roof of `peak` FLOP/s and `bandwidth` bytes/s, in TFLOP/s over FLOP/byte.
 
     A step's limit is a diamond on the roof, its time, measured or else predicted, a circle below. Pools, which compute
-    nothing, and the head have no place here. The largest gaps are numbered and listed.
+    nothing, and the head have no place here. The largest gaps are numbered and listed. memory: a lower bandwidth that
+    limits are not made of, dashed.
     """
     plt = pyplot()
     figure, (axis, below) = plt.subplots(2, 1, figsize=(9.5, 8), height_ratios=(5, 1), layout="constrained")
@@ -88,6 +94,9 @@ def roofline(rows: Sequence, peak: float, bandwidth: float, title: str, path: st
     left, right = min(0.7 * min(intensities), 0.5 * ridge), 1.5 * max(*intensities, ridge)
     lowest = min(_tflop_per_s(row, time) for row, time in zip(rows, times, strict=True))
     axis.plot([left, ridge, right], [left * bandwidth / 1e12, peak / 1e12, peak / 1e12], color="#333333", linewidth=1.3)
+    if memory is not None:
+        slope, ends = memory / 1e12, (left, peak / memory)
+        axis.plot(ends, [x * slope for x in ends], color="#333333", linewidth=1, linestyle="--")
     for row, time in zip(rows, times, strict=True):
         colour, limit, reached = _STAGES[row.stage], _tflop_per_s(row, row.limit_us), _tflop_per_s(row, time)
         axis.plot([row.intensity] * 2, [limit, reached], color=colour, linewidth=1, alpha=0.7, zorder=2)
@@ -103,13 +112,20 @@ def roofline(rows: Sequence, peak: float, bandwidth: float, title: str, path: st
         ticks.set_minor_formatter("")
     axis.grid(color="#eceef1", linewidth=0.8, zorder=0)
     above = {"textcoords": "offset points", "color": "#333333"}
-    axis.annotate(f"{peak / 1e12:.0f} TFLOP/s", (right, peak / 1e12), (-4, 5), ha="right", **above)
+    axis.annotate(f"{peak / 1e12:.3g} TFLOP/s", (right, peak / 1e12), (-4, 5), ha="right", **above)
     halfway = (left * ridge) ** 0.5
-    axis.annotate(f"{bandwidth / 1e12:.2f} TB/s", (halfway, halfway * bandwidth / 1e12), (-6, 4), ha="right", **above)
+    axis.annotate(_rate(bandwidth), (halfway, halfway * bandwidth / 1e12), (-6, 4), ha="right", **above)
+    if memory is not None:
+        what = f"{_rate(memory)} from memory"
+        axis.annotate(what, (halfway, halfway * memory / 1e12), (6, -12), ha="left", **above)
     _roofline_legend(axis, {row.stage for row in rows}, measured)
     axis.set_title(title, fontsize=10, loc="left", pad=26)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _rate(bandwidth: float) -> str:
+    return f"{bandwidth / 1e12:.2f} TB/s" if bandwidth >= 1e12 else f"{bandwidth / 1e9:.3g} GB/s"
 
 
 def _tflop_per_s(row, microseconds: float) -> float:
@@ -134,7 +150,8 @@ def _number_gaps(axis, below, rows: Sequence, times: Sequence[float], colour: st
     below.text(0, 1, heading, fontweight="bold", fontsize=8, va="top", transform=below.transAxes)
     for number, places in enumerate(sorted(alike.values(), key=gap, reverse=True)[:_LABELLED], 1):
         row, time = rows[places[0]], sum(times[place] for place in places) / len(places)
-        at = (row.intensity, _tflop_per_s(row, time))
+        nearest = min((times[place] for place in places), key=lambda each: abs(each - time))
+        at = (row.intensity, _tflop_per_s(row, nearest))
         axis.annotate(str(number), at, ha="center", va="center", fontsize=7, fontweight="bold", color=colour, zorder=5)
         what = f"{row.step}{f' and {len(places) - 1} like it' if len(places) > 1 else ''}"
         cells = (f"{number}", f"+{_us(gap(places))}", what, f"{_us(time)}, limit {_us(row.limit_us)}")

@@ -3,7 +3,8 @@
 With a CUDA device the ceilings that limits are made of and every step are measured, once the network's logits have
 been held against float64; where they are wrong (exit code 1) no step is timed. With --gpu NAME nothing is measured and
 no GPU is needed. A limit is max(FLOPs / peak, bytes / bandwidth), every tensor read or written once; a network's is the
-sum over its steps. Times are of one step alone, its tensors in memory and not in L2.
+sum over its steps. Times are of one step alone, its tensors in memory and not in L2. On a CPU it is
+`profile_cpu` that runs, with rows and JSON of its own.
 
 JSON: {"schema": "resnet_fast.profile/1", "environment": {...}, "flags": {...}, "gpu": {"name", "capability",
 "multiprocessors"}, "ceilings": {"measured": bool, "tflop_per_s", "gb_per_s"}, "verification": {"match", "ratio",
@@ -12,7 +13,6 @@ of `Row`. What was not measured is null.
 """
 
 import argparse
-import copy
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision import models
 
-from .. import freeze, gpus, numerics
+from .. import freeze, gpus
 from ..engine import fitted
 from ..gpus import Gpu
 from ..kernels.configs import Config, to_dict
@@ -37,12 +37,12 @@ from .contenders import CHECKED_IMAGES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--model", default="resnet50", metavar="NAME", help="any torchvision resnet, resnext or wide_resnet")
-    flag("-b", "--batch-size", type=output.positive, default=256, metavar="N")
+    flag("-b", "--batch-size", type=output.positive, metavar="N", help="default: 256 on a GPU, 16 on a CPU")
     flag("--img-size", type=output.positive, default=224, metavar="N")
     flag("--dtype", choices=DTYPES, default="bfloat16")
     flag("--gpu", metavar="NAME", help=f"plan for this GPU, measure nothing: {', '.join(gpus.KNOWN)}")
-    flag("--device", help="measure on this one (default: cuda)")
-    flag("--fusion", choices=FUSIONS, default="auto", help="what shares a kernel (default: what is fastest)")
+    flag("--device", help="measure on this one (default: cuda where there is one, else cpu)")
+    flag("--fusion", choices=FUSIONS, default="auto", help="what shares a kernel on a GPU (default: the fastest)")
     flag("--layers", action=argparse.BooleanOptionalAction, default=True, help="print every step, not only the totals")
     flag("--json", metavar="FILE")
     flag("--csv", metavar="FILE")
@@ -107,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
 
         plots.pyplot()
     gpu, device = _target(args)
+    args.batch_size = args.batch_size or (16 if gpu is None else 256)
+    if gpu is None:
+        from . import profile_cpu
+
+        return profile_cpu.run(args)
     stock = _stock(args, device)
     frozen = freeze(stock, dtype=getattr(torch, args.dtype))
     shape = (args.batch_size, 3, args.img_size, args.img_size)
@@ -145,7 +150,8 @@ def measure(make: Callable[[], Plan], stock: nn.Module, frozen: nn.Module, devic
         x = images.to(frozen.conv1.weight.dtype)
         engine = fitted(make, x)
         plan, features = engine.plan, engine(x)
-        comparison = _compare(features, stock, frozen, images, x.dtype)
+        few = images[:CHECKED_IMAGES]
+        comparison = networks.compare_logits(_logits(frozen, features[:CHECKED_IMAGES]), stock, few, x.dtype)
         progress.update(line, description="measuring the ceilings")
         measured = ceilings.measured(plan.gpu, device, plan.dtype)
         if not comparison.match:
@@ -198,8 +204,8 @@ def total(plan: Plan, limits: Gpu, seconds: Sequence[float] | None) -> Total:
 _NOT_SETTINGS = ("command", "version", "json", "csv", "png")
 
 
-def _target(args: argparse.Namespace) -> tuple[Gpu, str | None]:
-    """The GPU, and the device to measure on: None with --gpu."""
+def _target(args: argparse.Namespace) -> tuple[Gpu | None, str | None]:
+    """The GPU, None for the CPU, and the device to measure on: None with --gpu."""
     if args.gpu and args.device:
         raise UserError("--gpu plans for a GPU that need not be here, --device measures one that is: give one of them")
     if args.gpu:
@@ -209,8 +215,11 @@ def _target(args: argparse.Namespace) -> tuple[Gpu, str | None]:
             raise UserError(f"--gpu {args.gpu}: {error}") from None
     device = environment.check_device(args.device or environment.devices()[-1])
     if torch.device(device).type != "cuda":
-        why = f"--device {device} is none" if args.device else "there is none here"
-        raise UserError(f"profile is for GPUs, and {why}; name one to plan for with --gpu: {', '.join(gpus.KNOWN)}")
+        if args.fusion != "auto":
+            raise UserError(
+                f"--fusion {args.fusion} is for GPUs; name one to plan for with --gpu: {', '.join(gpus.KNOWN)}"
+            )
+        return None, device
     index = torch.device(device).index
     return gpus.of_device(torch.cuda.current_device() if index is None else index), device
 
@@ -222,17 +231,6 @@ def _stock(args: argparse.Namespace, device: str | None) -> nn.Module:
             return models.get_model(args.model, weights=None).eval()
     generator = torch.Generator().manual_seed(0)
     return networks.build(args.model, torch.randn(4, 3, args.img_size, args.img_size, generator=generator).to(device))
-
-
-def _compare(features: Tensor, stock: nn.Module, frozen: nn.Module, images: Tensor, dtype: torch.dtype) -> Comparison:
-    """Logits from the plan's output beside those of PyTorch in the same dtype, both against float64."""
-    few = images[:CHECKED_IMAGES]
-    autocast = dtype in (torch.bfloat16, torch.float16)
-    expected_model = stock if autocast else copy.deepcopy(stock).to(dtype)
-    with torch.autocast(few.device.type, dtype, enabled=autocast):
-        expected = expected_model(few if autocast else few.to(dtype))
-    actual = _logits(frozen, features[:CHECKED_IMAGES])
-    return numerics.compare("logits", actual, expected, networks.float64_logits(stock, few))
 
 
 def _logits(frozen: nn.Module, features: Tensor) -> Tensor:

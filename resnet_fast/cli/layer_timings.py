@@ -1,0 +1,114 @@
+"""What each step of a frozen network takes on the CPU: the one place that knows how it is executed there.
+
+Steps are timed while the whole network runs, so their inputs are where the step before left them: in cache, or not.
+"""
+
+import math
+import re
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..frozen import FrozenConv2d
+from ..planner import conv_of
+from ..problems import Conv
+from ..twin import float32_twin
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """One step. name: as torchvision names the layers. kernel: what computes it. seconds: the median. flops: those of
+    real pixels, since a good kernel skips padding. bytes: every tensor once, of the input what is read."""
+
+    name: str
+    kernel: str
+    seconds: float
+    flops: int
+    bytes: int
+
+
+def computed_by(frozen: nn.Module, images: Tensor) -> nn.Module:
+    """The module that computes a frozen ResNet on `images` (N, 3, H, W): itself, or its float32 twin."""
+    return float32_twin(frozen, images, frozen.conv1.weight.dtype) or frozen
+
+
+@torch.inference_mode()
+def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[LayerTiming]:
+    """Every step of a frozen ResNet on `images` (N, 3, H, W), on the CPU, in the order they run."""
+    network = computed_by(frozen, images)
+    images = images.to(network.conv1.weight.dtype)
+    steps: list[_Step] = []
+    watched = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (FrozenConv2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear))
+    }
+    handles = []
+    try:
+        for name, module in watched.items():
+            step = _Step(name, module, steps)
+            handles += [module.register_forward_pre_hook(step.begin), module.register_forward_hook(step.end)]
+        for _ in range(2 + repeats):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [step.timing() for step in steps]
+
+
+class _Step:
+    """Watches one module."""
+
+    def __init__(self, name: str, module: nn.Module, order: list["_Step"]) -> None:
+        self.name, self.module, self.order = name, module, order
+        self.seconds: list[float] = []
+        self.flops = self.bytes = 0
+        self.residual = False
+
+    def begin(self, module: nn.Module, inputs: tuple) -> None:
+        self.started = time.perf_counter()
+
+    def end(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+        if len(self.seconds) == 1:
+            self.order.append(self)
+            self._count(inputs, output)
+
+    def timing(self) -> LayerTiming:
+        name = re.sub(r"convs\.(\d)", lambda found: f"conv{int(found[1]) + 1}", self.name)
+        return LayerTiming(name, self._kernel(), statistics.median(self.seconds[2:]), self.flops, self.bytes)
+
+    def _count(self, inputs: tuple, output: Tensor) -> None:
+        x, module = inputs[0], self.module
+        tensors = [output.nbytes, *(parameter.nbytes for parameter in (*module.parameters(), *module.buffers()))]
+        if isinstance(module, FrozenConv2d):
+            conv = conv_of(module, x.shape)
+            self.residual = len(inputs) > 1 and inputs[1] is not None
+            self.flops = real_flops(conv)
+            self.bytes = sum(tensors) + conv.x_elements * x.itemsize + self.residual * output.nbytes
+        else:
+            self.flops = 2 * x.numel() * output.shape[-1] if isinstance(module, nn.Linear) else 0
+            self.bytes = sum(tensors) + x.nbytes
+
+    def _kernel(self) -> str:
+        if not isinstance(self.module, FrozenConv2d):
+            return f"PyTorch {type(self.module).__name__.removeprefix('Frozen')}"
+        parts = ["oneDNN conv" if self.module._onednn() else "PyTorch conv2d"]
+        parts += ["residual"] * self.residual + ["ReLU"] * self.module.relu
+        return " + ".join(parts)
+
+
+def real_flops(conv: Conv) -> int:
+    """Of taps on pixels, 2 a multiply-add: `Conv.flops` counts padding too."""
+    return 2 * math.prod(conv.weight_shape[:2]) * conv.batch * _real_taps(conv, 0) * _real_taps(conv, 1)
+
+
+def _real_taps(conv: Conv, axis: int) -> int:
+    """Over all outputs along one axis, the kernel taps that fall on a pixel rather than on padding."""
+    length, outputs = ((conv.height, conv.out_height), (conv.width, conv.out_width))[axis]
+    stride, padding, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+    positions = (o * stride - padding + tap * dilation for o in range(outputs) for tap in range(conv.kernel[axis]))
+    return sum(0 <= position < length for position in positions)
