@@ -1,7 +1,8 @@
 """`resnet-fast info`: what is here, what runs where and why not elsewhere, and whether it works.
 
 Exit code 1 if something that should work is broken: a usable backend gives wrong numbers, an extension that is there
-does not load, an environment variable names no backend or no stage. A missing extension, GPU or compiler is a state, not a fault.
+does not load, an environment variable names no backend or no stage. A missing extension, GPU or compiler is a state,
+not a fault.
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
