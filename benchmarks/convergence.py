@@ -1,6 +1,6 @@
 """Do the stages of training learn what stock PyTorch learns? Loss curves on handwritten digits, side by side.
 
-    python benchmarks/convergence.py [--backend native] [--device cpu] [--steps 50] [--out benchmarks/results]
+    python benchmarks/convergence.py [--backend native] [--device cpu] [--steps 50] [--dtypes float64 float32 bfloat16]
 
 A small bottleneck ResNet with the usual stem, on scikit-learn's digits enlarged to 32 x 32, in float64, in float32 and
 under bfloat16 autocast. All networks start from the same weights and see the same batches. In float64 the curves must
@@ -8,7 +8,7 @@ be the same line. In the others rounding differs, and training amplifies it, so 
 the same network in NCHW, whose convolutions sum in another order. A stage's curve is right where it is no further from
 stock's than `FACTOR` times that, or within `FLOOR`.
 
-Writes convergence-<device>.json and .png. Exit code 1 if a curve strays.
+Writes convergence-<device>.json and .png into --out, benchmarks/results by default. Exit code 1 if a curve strays.
 """
 
 import argparse
@@ -113,10 +113,11 @@ def main() -> int:
     parser.add_argument("--backend", default="native")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=output.positive, default=50)
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(FLOOR), default=tuple(FLOOR))
     parser.add_argument("--name", help="of the files (default: the device)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    results = {dtype: run(args.steps, args.backend, args.device, dtype) for dtype in FLOOR}
+    results = {dtype: run(args.steps, args.backend, args.device, dtype) for dtype in args.dtypes}
     name = f"convergence-{args.name or args.device}"
     record = {"schema": "resnet_fast.convergence/1", "environment": environment.record(), "backend": args.backend}
     (args.out / f"{name}.json").write_text(json.dumps(record | {"results": results}, indent=1) + "\n")

@@ -73,7 +73,7 @@ class Campaign:
         return None
 
     def phase(self, phase: str) -> None:
-        """Run what is to be done of a phase. One that is not finished keeps the later ones waiting, networks none."""
+        """Run what is to be done of a phase. Unless it is of networks, the later ones wait until it is finished."""
         todo = [unit for unit in units.of_phase(phase, self.settings) if self.wanted(unit)]
         if self.blocked:
             self.waiting += [unit.name for unit in todo]
@@ -91,7 +91,7 @@ class Campaign:
             self.note(unit, outcome)
             if outcome.status == PARTIAL:
                 self.waiting.append(unit.name)
-        self.blocked = bool(self.waiting) and phase != "networks"
+        self.blocked = bool(self.waiting) and phase not in ("networks", "training")
 
     def wanted(self, unit: Unit) -> bool:
         if not fnmatch.fnmatch(unit.name, self.args.only):
@@ -122,7 +122,7 @@ class Campaign:
             args += ["--output", str(store.path_of(self.out, self.state, unit.phase).resolve())]
         if unit.stoppable:
             args += ["--budget", f"{limit:.0f}"]
-        if unit.phase in ("networks", "profile"):
+        if unit.phase in ("networks", "training", "profile"):
             self.share_table()
         print(f"{unit.name} ...", flush=True)
         limit += _MARGIN_S if unit.stoppable else 0.0
@@ -183,9 +183,10 @@ def main(argv: list[str] | None = None) -> int:
     defaults = Settings()
     flag("--models", nargs="+", default=defaults.models, metavar="NAME")
     flag("--dtypes", nargs="+", default=defaults.dtypes, metavar="DTYPE")
-    flag("--batches", nargs="+", type=int, default=defaults.batches, metavar="N")
+    flag("--batches", nargs="+", type=int, default=defaults.batches, metavar="N", help="of inference")
+    flag("--train-batches", nargs="+", type=int, default=defaults.train_batches, metavar="N")
     args = parser.parse_args(argv)
-    settings = Settings(tuple(args.models), tuple(args.dtypes), tuple(args.batches))
+    settings = Settings(tuple(args.models), tuple(args.dtypes), tuple(args.batches), tuple(args.train_batches))
     settings = Settings.rehearsal() if args.rehearse else settings
     args.out.mkdir(parents=True, exist_ok=True)
     try:

@@ -59,11 +59,11 @@ def test_the_rehearsal_runs_every_phase(rehearsal):
 @pytest.mark.slow
 def test_every_file_says_what_it_was_made_on(rehearsal):
     folder, _ = rehearsal
-    phases = ("ceilings", "layers", "networks", "profile", "tests")
+    phases = ("ceilings", "layers", "networks", "profile", "tests", "training")
     assert sorted(path.name for path in folder.glob("*.json")) == sorted(
         ["campaign.json", *(f"rehearsal-{phase}.json" for phase in phases)]
     )
-    assert len(list(folder.iterdir())) <= 8  # as many as come back from a lent machine
+    assert len(list(folder.iterdir())) <= 9  # as many as come back from a lent machine
     for path in folder.glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
         assert environment["versions"]["torch"]
@@ -79,6 +79,14 @@ def test_rows_are_verified_and_timed(rehearsal):
     assert {"eager_channels_last", "fast", "frozen_conv", "frozen_tail", "frozen_graph", "compile_default"} <= names
     assert all(row["match"] and row["median_ms"] > 0 and row["ratio"] > 0 for row in rows)
     assert all(row["unit"].endswith("resnet_tiny-float32-b1") for row in rows)
+    rows = json.loads((folder / "rehearsal-training.json").read_text())["rows"]
+    curves = [row for row in rows if row["unit"] == "training/convergence"]
+    assert all(row["distance"] <= row["allowed"] for row in curves)
+    training = [row for row in rows if row not in curves]
+    names = {row["contender"] for row in training}
+    stages = {f"fast_stage{stage}" for stage in (2, 4)}
+    assert names == {"eager_channels_last", "compile_default", "fast"} | stages
+    assert all(row["match"] and row["median_per_s"] > 0 and row["saved_mb_per_item"] > 0 for row in training)
     verify, tests = json.loads((folder / "rehearsal-tests.json").read_text())["rows"]
     assert verify["passed"] > 0
     assert verify["failed"] == tests["failed"] == 0
@@ -87,7 +95,8 @@ def test_rows_are_verified_and_timed(rehearsal):
     assert [row["what"] for row in ceilings] == ["matmul", "copy"]
     table = json.loads((folder / "rehearsal-layers.json").read_text())
     assert table["left"] == 0
-    assert len(table["rows"]) == 2
+    assert len(table["rows"]) == 3
+    assert sum("+statistics" in key for key in table["rows"]) == 1
 
 
 @pytest.mark.slow
@@ -388,12 +397,27 @@ def test_units_ask_for_everything_once_ours_first():
     assert len({unit.name for unit in found}) == len(found) == 3 * 2 * 3 * len(units.GROUPS)
     assert all(unit.name.startswith("networks/ours/") for unit in found[:18])
     assert found[0].name == "networks/ours/resnet50-bfloat16-b256"
-    assert [unit.name for unit in units.of_phase("layers", Settings(batches=(1,)))] == [
+    assert [unit.name for unit in units.of_phase("layers", Settings(batches=(1,), train_batches=(256,)))] == [
         "layers/bfloat16-b1",
         "layers/float16-b1",
+        "layers/train-bfloat16-b256",
+        "layers/train-float16-b256",
     ]
     assert [unit.check for unit in found] == [unit.name.startswith("networks/ours/") for unit in found]
     assert "tests/test_gpu" in {unit.name for unit in units.of_phase("tests", Settings())}
+
+
+def test_training_is_asked_in_every_stage_beside_eager_and_compile():
+    from campaign import training
+
+    curves, *found = units.of_phase("training", Settings())
+    assert (curves.name, curves.check) == ("training/convergence", True)
+    assert len({unit.name for unit in found}) == len(found) == 3 * 2 * 2 * len(units.TRAINING_GROUPS)
+    assert units.TRAINING_GROUPS.keys() == training.GROUPS.keys()
+    assert found[0].name == "training/ours/resnet50-bfloat16-b256"
+    assert [unit.check for unit in found] == [unit.name.startswith("training/ours/") for unit in found]
+    assert training.GROUPS["ours"][2] == (1, 2, 3, 4)
+    assert "compile" in training.GROUPS["compile"][0]
 
 
 def test_what_others_compilers_fail_at_is_no_fault_of_ours():
@@ -402,9 +426,9 @@ def test_what_others_compilers_fail_at_is_no_fault_of_ours():
     def row(contender, reason):
         return networks.harness.Row(contender, contender, False, None, "logits", reason)
 
-    assert networks._excused(row("compile_max-autotune", "raised RuntimeError: no"))
-    assert not networks._excused(row("compile_max-autotune", "rmse 3, allowed 1"))
-    assert not networks._excused(row("frozen_tail", "raised RuntimeError: no"))
+    assert networks.excused(row("compile_max-autotune", "raised RuntimeError: no"))
+    assert not networks.excused(row("compile_max-autotune", "rmse 3, allowed 1"))
+    assert not networks.excused(row("frozen_tail", "raised RuntimeError: no"))
 
 
 def test_a_stamp_is_put_once_and_only_where_it_is_missing(tmp_path):

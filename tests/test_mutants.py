@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib
 
 import pytest
 import stock
@@ -17,6 +18,8 @@ from resnet_fast import blocks, dispatch, functional
 
 BN = {case.name: case for case in BN_CASES}
 CONV = {case.name: case for case in CONV_CASES}
+UPDATES = [importlib.import_module(f"resnet_fast.functional.{name}") for name in ("conv_bn_act", "residual_block")]
+"""The modules that update running statistics: of single layers, and of whole blocks."""
 
 
 @pytest.fixture
@@ -51,19 +54,22 @@ def compare_block():
     assert_trains_alike(stock_block, fast_block, [torch.randn(3, 16, 5, 5, dtype=torch.float64, generator=generator)])
 
 
-def biased_running_var(patch, reference):
-    original = functional._update_running
-    patch(functional, "_update_running", lambda m, v, mean, var, count, momentum: original(
-        m, v, mean, var * ((count - 1) / count), count, momentum))  # fmt: skip
+def mutate_update(change):
+    """change(original, running_mean, running_var, mean, var, count, momentum)"""
+
+    def mutant(patch, reference=None):
+        original = UPDATES[0].update_running
+        for module in UPDATES:
+            patch(module, "update_running", lambda *call: change(original, *call))
+
+    return mutant
 
 
-def swapped_momentum(patch, reference):
-    original = functional._update_running
-    patch(functional, "_update_running", lambda *call: original(*call[:-1], 1 - call[-1]))
-
-
-def no_running_update(patch, reference):
-    patch(functional, "_update_running", lambda *call: None)
+biased_running_var = mutate_update(
+    lambda update, m, v, mean, var, count, momentum: update(m, v, mean, var * ((count - 1) / count), count, momentum)
+)
+swapped_momentum = mutate_update(lambda update, *call: update(*call[:-1], 1 - call[-1]))
+no_running_update = mutate_update(lambda update, *call: None)
 
 
 def dropped_eps(patch, reference):
@@ -196,38 +202,39 @@ def test_every_mutant_is_noticed(name, reference, monkeypatch):
         notices()
 
 
-def forget_identity(monkeypatch):
-    original = blocks._stage
-    monkeypatch.setattr(blocks, "_stage", lambda x, conv, bn, residual, *rest: original(x, conv, bn, None, *rest))
+def forget_identity(patch):
+    original = blocks.residual_block
+    patch(blocks, "residual_block", lambda x, main, shortcut, **keywords: original(
+        x, main, torch.zeros_like(x), **keywords))  # fmt: skip
 
 
-def forget_counter(monkeypatch):
-    original = blocks._stage
-
-    def stage(x, conv, bn, *rest):
-        y = original(x, conv, bn, *rest)
-        bn.num_batches_tracked.zero_()
-        return y
-
-    monkeypatch.setattr(blocks, "_stage", stage)
+def forget_counter(patch):
+    patch(blocks, "count_batch", lambda bn: None)
 
 
-def forget_momentum(monkeypatch):
-    original = blocks.conv_bn_act
-    monkeypatch.setattr(
-        blocks, "conv_bn_act", lambda *call, **keywords: original(*call, **keywords | {"momentum": 0.11})
-    )
+def mutate_layers(**fields):
+    def mutant(patch):
+        original = blocks.conv_bn
+        patch(blocks, "conv_bn", lambda conv, bn: original(conv, bn)._replace(**fields))
+
+    return mutant
 
 
-def drop_eps_by_a_hair(monkeypatch):
-    original = blocks.conv_bn_act
-    monkeypatch.setattr(blocks, "conv_bn_act", lambda *call, **keywords: original(*call, **keywords | {"eps": 0.0}))
+BLOCK_MUTANTS = {
+    "identity": forget_identity,
+    "counter": forget_counter,
+    "momentum": mutate_layers(momentum=0.11),
+    "eps": mutate_layers(eps=0.0),
+    "biased_running_var": biased_running_var,
+    "swapped_momentum": swapped_momentum,
+    "no_running_update": no_running_update,
+}
 
 
-@pytest.mark.parametrize("mutant", [forget_identity, forget_counter, forget_momentum, drop_eps_by_a_hair])
-def test_every_block_mutant_is_noticed(mutant, monkeypatch):
+@pytest.mark.parametrize("name", BLOCK_MUTANTS)
+def test_every_block_mutant_is_noticed(name, monkeypatch):
     compare_block()
-    mutant(monkeypatch)
+    BLOCK_MUTANTS[name](monkeypatch.setattr)
     with pytest.raises(AssertionError):
         compare_block()
 

@@ -16,7 +16,15 @@ from resnet_fast.cli import UserError, tune, tuning, workload
 from resnet_fast.cli.tuned_file import DIED, TunedFile
 from resnet_fast.cli.workload import Workload
 from resnet_fast.kernels import configs, tables
-from resnet_fast.problems import Conv, ConvProblem, PoolProblem, StemProblem, TailProblem
+from resnet_fast.problems import (
+    Conv,
+    ConvProblem,
+    GramDgradProblem,
+    PoolProblem,
+    PrologueProblem,
+    StemProblem,
+    TailProblem,
+)
 
 H200 = gpus.KNOWN["h200"]
 CONV = ConvProblem(Conv(2, 64, 8, 8, 64, (3, 3), padding=(1, 1)), "float32")
@@ -34,6 +42,7 @@ def asked(**changes):
         "img_size": 64,
         "dtype": ["bfloat16"],
         "fusion": ["conv", "tail"],
+        "task": ["infer"],
     }
     return Namespace(**usual | changes)
 
@@ -121,7 +130,9 @@ def test_list_names_every_problem_and_writes_nothing(capsys, monkeypatch, tmp_pa
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
     assert run("--list", "--gpu", "h200", "--model", "resnet50", "-b", 256, "--dtype", "bfloat16") == 0
     out = capsys.readouterr().out
-    keys = [problem.key for problem in tune.problems(asked(batch_size=[256], img_size=224), H200)]
+    keys = [
+        problem.key for problem in tune.problems(asked(batch_size=[256], img_size=224, task=["infer", "train"]), H200)
+    ]
     assert all(key in out for key in keys)
     assert f"{len(keys)} problems" in out
     assert not list(tmp_path.iterdir())
@@ -156,6 +167,47 @@ def test_problems_are_distinct_in_the_order_asked_for_with_tails_last():
         assert all(keys.index(step) < keys.index(tail.key) for step in steps)
     alone = tune.problems(asked(fusion=["conv"]), H200)
     assert not any(isinstance(problem, TailProblem) for problem in alone)
+
+
+def test_training_steps_are_asked_beside_inference_or_alone():
+    both, training, inference = (
+        [problem.key for problem in tune.problems(asked(task=task), H200)]
+        for task in (["infer", "train"], ["train"], ["infer"])
+    )
+    assert set(both) == {*training, *inference}
+    assert both[: len(inference)] == inference
+    for kind in ("+statistics no-relu", "+residual joined", "+bn(residual) joined"):
+        assert any(key.endswith(kind) for key in training)
+    assert any(key.startswith("gram_dgrad") for key in training)
+    assert not any("+statistics" in key or "joined" in key for key in inference)
+    conv = next(problem for problem in tune.problems(asked(task=["train"]), H200) if "f3" in problem.key)
+    assert conv.key == "conv n2 64x16x16 k64 f3 p1 bfloat16 +statistics no-relu"
+
+
+TRAINING = [
+    replace(CONV, relu=False, statistics=True),
+    PrologueProblem(Conv(2, 64, 8, 8, 128), "float32", statistics=True),
+    PrologueProblem(Conv(2, 64, 8, 8, 128), "float32", joined=True, residual=True),
+    PrologueProblem(Conv(2, 64, 8, 8, 128), "float32", joined=True, residual=True, residual_norm=True),
+    GramDgradProblem(Conv(2, 64, 8, 8, 128), "float32"),
+    GramDgradProblem(Conv(2, 64, 8, 8, 128), "float32", prologue=True, add=True),
+]
+
+
+@pytest.mark.parametrize("problem", TRAINING, ids=lambda problem: problem.key)
+def test_a_workload_of_training_is_its_problem(problem):
+    work = workload.of(problem, "cpu")
+    stock, exact = work.stock(), work.reference()
+    shape = problem.conv.x_shape if isinstance(problem, GramDgradProblem) else problem.conv.y_shape
+    assert stock["y"].shape == shape
+    assert stock["y"].dtype == torch.float32
+    assert ("running_var" in stock) == getattr(problem, "statistics", False)
+    assert stock.keys() == exact.keys()
+    for name, tensor in stock.items():
+        assert exact[name].dtype == torch.float64
+        assert exact[name].std() > 0.01
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-4, atol=1e-4)
+    assert list(work.library) == ["library"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +303,7 @@ def rehearsing(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_backend, "available", lambda: None)
     path = tmp_path / "table.json"
     usual = ("--device", "cpu", "--output", path, "--model", "resnet18", "-b", 1, "--img-size", 32)
-    usual += ("--dtype", "float32", "--only", "conv n1 64x8x8 k64 *")
+    usual += ("--dtype", "float32", "--task", "infer", "--only", "conv n1 64x8x8 k64 *")
 
     def rehearse(*arguments):
         code = run(*usual, *arguments)

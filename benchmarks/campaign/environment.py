@@ -10,7 +10,7 @@ import torch
 from . import child
 from .state import CRASHED, DONE
 
-PACKAGES = ("rich", "torchvision", "triton", "pytest", "xdist", "pytest_timeout", "matplotlib", "jax")
+PACKAGES = ("rich", "torchvision", "triton", "pytest", "xdist", "pytest_timeout", "matplotlib", "sklearn", "jax")
 """What some unit needs or makes use of."""
 
 

@@ -13,7 +13,10 @@ from . import child
 from .runner import ROOT
 from .state import CRASHED, DONE, PARTIAL, WRONG
 
-REHEARSED = ("resnet18", "conv n1 64x4x4 k64*", 1)
+REHEARSED = {
+    "infer": ("resnet18", "conv n1 64x4x4 k64*", 1),
+    "train": ("resnet18", "conv n2 64x4x4 k64 * +statistics *", 1),
+}
 """Network, problems and configurations of each: small enough for the interpreter."""
 
 _MARGIN_S = 10.0  # what `tune` takes before its first problem and after its last
@@ -28,13 +31,15 @@ def main() -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--budget", required=True, type=float)
     parser.add_argument("--model", nargs="+")
+    parser.add_argument("--task", choices=tuple(REHEARSED), default="infer")
     for name in ("--dtype", "--batch-size", "--img-size", "--device"):
         parser.add_argument(name)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    model, *few = REHEARSED
+    model, *few = REHEARSED[args.task]
     models, extra = ([model], ["--only", few[0], "--top", str(few[1])]) if args.rehearse else (args.model, [])
     command = [sys.executable, "-m", "resnet_fast", "tune", "--model", *models, "--output", str(args.output), *extra]
+    command += ["--task", args.task]
     command += ["-b", args.batch_size, "--dtype", args.dtype, "--img-size", args.img_size, "--device", args.device]
     end, deaths = time.monotonic() + args.budget, 0
     while True:

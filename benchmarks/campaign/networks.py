@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     if args.rehearse:
-        register_model("resnet_tiny")(_tiny)
+        register_model("resnet_tiny")(tiny)
         contenders._compiler = lambda mode: functools.partial(torch.compile, backend="eager", dynamic=False)
     found, memory = _contenders(args)
     counts = {"iterations": 5, "warmup": 5, "measure_memory": True}
@@ -65,18 +65,22 @@ def main() -> int:
     rows = harness.run(found, rounds=args.rounds, progress=lambda stage: print(stage, flush=True), **counts)
     what = {"model": args.model, "task": "infer", "dtype": args.dtype, "batch_size": args.batch_size}
     what |= {"img_size": args.img_size, "device": args.device, "group": args.group}
-    wrong = [f"{row.contender}: {row.reason}" for row in rows if not row.match and not _excused(row)]
-    summary = ", ".join(
+    wrong = [f"{row.contender}: {row.reason}" for row in rows if not row.match and not excused(row)]
+    report = [what | row.to_dict() | {"memory_mb": memory.get(row.contender)} for row in rows]
+    status = WRONG if wrong else DONE
+    return child.report(args.result, status, reason="; ".join(wrong), summary=summary_of(rows), rows=report)
+
+
+def summary_of(rows: list[harness.Row]) -> str:
+    """Speed and ratio of each, in a line."""
+    return ", ".join(
         f"{row.contender} {row.median_per_s:,.0f} img/s" + (f" ({row.ratio:.2f})" if row.ratio else "")
         for row in rows
         if row.median_per_s
     )
-    report = [what | row.to_dict() | {"memory_mb": memory.get(row.contender)} for row in rows]
-    status = WRONG if wrong else DONE
-    return child.report(args.result, status, reason="; ".join(wrong), summary=summary, rows=report)
 
 
-def _excused(row: harness.Row) -> bool:
+def excused(row: harness.Row) -> bool:
     """Others' compilers may fail, which costs them their time; ours may not."""
     return row.reason.startswith("raised") and not row.contender.startswith(("fast", "frozen"))
 
@@ -182,7 +186,7 @@ def _graphed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     return replay
 
 
-def _tiny(weights=None) -> ResNet:
+def tiny(weights=None) -> ResNet:
     """A ResNet of four narrow blocks, for the interpreter."""
     model, inplanes = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10), 16
     model.conv1, model.bn1 = nn.Conv2d(3, inplanes, 7, 2, 3, bias=False), nn.BatchNorm2d(inplanes)

@@ -5,20 +5,25 @@ from dataclasses import dataclass, replace
 
 from .runner import ROOT
 
-PHASES = ("environment", "build", "tests", "ceilings", "layers", "networks", "profile")
-"""In the order they run: networks and profile use the table that layers makes."""
+PHASES = ("environment", "build", "tests", "ceilings", "layers", "networks", "training", "profile")
+"""In the order they run: what is behind layers uses the table that it makes."""
 
 GROUPS = {"ours": 45.0, "compile": 120.0, "jax": 60.0, "max-autotune": 400.0}
 """Contenders of a network that share a process, each beside eager channels_last: first guess of its seconds."""
 
+TRAINING_GROUPS = {"ours": 120.0, "compile": 240.0}
+"""The same of a training step; torch.compile is timed beside the stage that is taken by itself."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and on what. `rounds`: turns that a network's timing is spread over."""
+    """What is measured, and on what. `rounds`: turns that a network's timing is spread over; `train_batches`: of steps
+    of training."""
 
     models: tuple[str, ...] = ("resnet50", "resnet18", "resnext50_32x4d")
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     batches: tuple[int, ...] = (256, 1, 32)
+    train_batches: tuple[int, ...] = (256, 64)
     img_size: int = 224
     device: str = "cuda"
     rounds: int = 10
@@ -27,7 +32,7 @@ class Settings:
     @classmethod
     def rehearsal(cls) -> "Settings":
         """Everything once, tiny, on the CPU under Triton's interpreter."""
-        return cls(("resnet_tiny",), ("float32",), (1,), 16, "cpu", 1, True)
+        return cls(("resnet_tiny",), ("float32",), (1,), (2,), 16, "cpu", 1, True)
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,15 @@ def _ceilings(settings: Settings) -> Iterable[Unit]:
 
 
 def _layers(settings: Settings) -> Iterable[Unit]:
-    for dtype in settings.dtypes:
-        for batch in settings.batches:
-            args = ("--model", *settings.models, "--dtype", dtype, "--batch-size", str(batch))
-            args += ("--img-size", str(settings.img_size), "--device", settings.device)
-            needs = ("rich", "torchvision", "triton")
-            yield Unit(f"layers/{dtype}-b{batch}", "layers", args, 60.0, needs=needs, stoppable=True, writes=True)
+    """Of inference first, then of training steps."""
+    needs = ("rich", "torchvision", "triton")
+    for task, prefix, batches in (("infer", "", settings.batches), ("train", "train-", settings.train_batches)):
+        for dtype in settings.dtypes:
+            for batch in batches:
+                args = ("--model", *settings.models, "--dtype", dtype, "--batch-size", str(batch), "--task", task)
+                args += ("--img-size", str(settings.img_size), "--device", settings.device)
+                name = f"layers/{prefix}{dtype}-b{batch}"
+                yield Unit(name, "layers", args, 60.0, needs=needs, stoppable=True, writes=True)
 
 
 def _networks(settings: Settings) -> Iterable[Unit]:
@@ -115,6 +123,27 @@ def _networks(settings: Settings) -> Iterable[Unit]:
                 )
 
 
+def _training(settings: Settings) -> Iterable[Unit]:
+    """Loss curves; then our own stages in every dtype before anything else is compiled in any."""
+    args = ("--device", settings.device)
+    needs = ("rich", "torchvision", "sklearn")
+    yield Unit("training/convergence", "loss_curves", args, 120.0, needs=needs, check=True)
+    for group, guess in TRAINING_GROUPS.items():
+        for dtype in settings.dtypes:
+            for model in settings.models:
+                for batch in settings.train_batches:
+                    args = ("--model", model, "--dtype", dtype, "--batch-size", str(batch), "--group", group)
+                    args += ("--img-size", str(settings.img_size), "--device", settings.device)
+                    yield Unit(
+                        f"training/{group}/{model}-{dtype}-b{batch}",
+                        "training",
+                        (*args, "--rounds", str(settings.rounds)),
+                        guess,
+                        kind=f"training/{group}/{model}",
+                        check=group == "ours",
+                    )
+
+
 def _profile(settings: Settings) -> Iterable[Unit]:
     """The first model, dtype and batch size: the one that the others are judged by."""
     args = ("--model", settings.models[0], "--dtype", settings.dtypes[0], "--batch-size", str(settings.batches[0]))
@@ -129,5 +158,6 @@ _UNITS = {
     "ceilings": _ceilings,
     "layers": _layers,
     "networks": _networks,
+    "training": _training,
     "profile": _profile,
 }

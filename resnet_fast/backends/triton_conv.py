@@ -239,20 +239,23 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
 
 def _in_own_kernel(problem: Problem, x: Tensor, run: Callable[[Config], Result], instead: str) -> Result | None:
     """What `run(config)` returns, or None, with the reason logged, where another path is to be taken."""
-    gpu, reason = triton.gpu_of(x), _why_library(problem)
+    gpu, reason = triton.gpu_of(x), why_library(problem)
     if reason is None:
         choice = selection.choose(problem, gpu)
         if choice.config is not None:
             try:
                 return run(choice.config)
             except triton.launcher().REFUSALS as error:
+                if selection.is_forced(problem):
+                    raise
                 selection.refuse(problem, gpu, f"{type(error).__name__}: {error}")
         reason = selection.choose(problem, gpu).reason
     _log.once(f"triton: {problem.key} takes {instead}: {reason}", logging.INFO)
     return None
 
 
-def _why_library(problem: Problem) -> str | None:
+def why_library(problem: Problem) -> str | None:
+    """Why the library's path is taken for `problem` whatever was measured; None where there is a choice."""
     if isinstance(problem, ConvProblem) and group_shape(problem)[0] != problem.conv.groups:
         return "small groups are packed together only in frozen models"
     return None

@@ -130,11 +130,13 @@ def check_block(
     return compare_block(stock, x, dtype, autocast, backend)
 
 
-def compare_block(stock: nn.Module, x: Tensor, dtype: torch.dtype, autocast: bool, backend: str) -> list[Comparison]:
+def compare_block(
+    stock: nn.Module, x: Tensor, dtype: torch.dtype, autocast: bool, backend: str, train_stage: int | str = "auto"
+) -> list[Comparison]:
     """`stock`, a torchvision block whose biases are shifted in place, against its fast twin on `x`, small."""
     y = _avoid_coin_tosses(stock, x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(y.numel())).to(y.device)
-    ours = optimize(nn.Sequential(copy.deepcopy(stock)), backend=backend, strict=True)
+    ours = optimize(nn.Sequential(copy.deepcopy(stock)), backend=backend, strict=True, train_stage=train_stage)
     reference = run_block(copy.deepcopy(stock).double(), x.double(), dy)
     with torch.autocast(x.device.type, dtype, enabled=autocast):
         expected = run_block(stock, x, dy)

@@ -1,8 +1,8 @@
 """The contenders of a network: the same weights run eager, compiled, fast and frozen, with the gate of each.
 
 Inference: logits against a float64 run. Training: the first step's logits and whole gradient against float64, and for
-`fast` also every block by itself (output, gradients, running statistics), because the whole gradient of a deep network
-is noisy between any two right implementations, and in bfloat16 hardly anything else.
+`fast`, in every stage that is compared, also every block by itself (output, gradients, running statistics), because the
+whole gradient of a deep network is noisy between any two right implementations, and in bfloat16 hardly anything else.
 """
 
 import contextlib
@@ -100,6 +100,7 @@ def training(
     classes = setting.stock.fc.out_features
     labels = torch.randint(classes, (len(images),), generator=torch.Generator().manual_seed(2)).to(images.device)
     few = min(len(images), CHECKED_IMAGES)
+    stages = {"fast": "auto"} | {f"fast_stage{stage}": stage for stage in setting.train_stages}
     reference = _first_step(copy.deepcopy(setting.stock).double(), images[:few].double(), labels[:few])
     with setting.autocast():
         expected = _first_step(copy.deepcopy(setting.stock), images[:few], labels[:few])
@@ -135,7 +136,8 @@ def training(
                 numerics.compare("training logits", *logits, compute_dtype=dtype),
                 numerics.compare("whole gradient", *gradients, compute_dtype=dtype, k=numerics.K_WHOLE_GRADIENT),
             ]
-            return found + (_check_blocks(setting) if variant.name == "fast" else [])
+            stage = stages.get(variant.name)
+            return found + (_check_blocks(setting, stage) if stage is not None else [])
 
         items = len(variant.images)
         return Contender(variant.name, step, check, items, flops, None, setting.device, variant.label, saved)
@@ -205,7 +207,7 @@ def _first_step(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tenso
     return logits.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def _check_blocks(setting: Setting) -> list[Comparison]:
+def _check_blocks(setting: Setting, stage: int | str) -> list[Comparison]:
     """Every fast block, in training, against its stock one with the network's own weights, on a small random input."""
     dtype = setting.amp_dtype or torch.float32
     generator = torch.Generator().manual_seed(3)
@@ -215,7 +217,7 @@ def _check_blocks(setting: Setting) -> list[Comparison]:
             x = torch.randn(2, block.conv1.in_channels, 8, 8, generator=generator).to(setting.device)
             x = x.to(memory_format=torch.channels_last)
             autocast = setting.amp_dtype is not None
-            compared = checks.compare_block(block, x, dtype, autocast, setting.backend)
+            compared = checks.compare_block(block, x, dtype, autocast, setting.backend, stage)
             worst = numerics.worst(compared)
             results.append(replace(worst, name=f"{name} {worst.name}"))
     return results

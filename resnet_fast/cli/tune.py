@@ -1,7 +1,8 @@
-"""`resnet-fast tune`: measure, for every layer of a frozen network, which kernel is fastest on this GPU.
+"""`resnet-fast tune`: measure, for every layer of a network, which kernel is fastest on this GPU.
 
-Each distinct layer at each batch size and dtype is a problem: its most promising configurations and the library's path
-are verified against float64, then timed (`tuning`); the fastest right one goes into the tuned table `freeze` reads.
+Each distinct layer of a frozen network or a training step, at each batch size and dtype, is a problem: its most
+promising configurations and the library's path are verified against float64, then timed (`tuning`); the fastest right
+one goes into the tuned table that `freeze`, `optimize` and training read.
 The table is written after every problem, and what is in it is not measured again, so a run that was cut short, by
 --budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
@@ -25,11 +26,12 @@ from ..backends import triton as triton_backend
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
 from ..problems import KERNEL_DTYPES, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
-from . import UserError, environment, networks, output, tuning
+from . import UserError, environment, networks, output, training_problems, tuning
 from .tuned_file import TunedFile
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 FUSIONS = ("conv", "tail")
+TASKS = ("infer", "train")
 REHEARSAL = replace(gpus.KNOWN["h200"], name="Triton's interpreter on a CPU, not a GPU")
 """What is "tuned for" with --device cpu: an H200 by its limits, and by its name nothing that any table is read for."""
 
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--img-size", type=output.positive, default=224, metavar="N")
     flag("--dtype", nargs="+", choices=KERNEL_DTYPES, default=["bfloat16", "float16"], metavar="DTYPE")
     flag("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="layers by themselves, tails of blocks")
+    flag("--task", nargs="+", choices=TASKS, default=list(TASKS), help="layers of frozen networks, of training steps")
     flag("--only", metavar="PATTERN", help="problems whose key matches, as in 'conv n256 64x56x56 *'")
     flag(
         "--top", type=output.positive, default=12, metavar="N", help="configurations of each problem, by the cost model"
@@ -86,12 +89,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def problems(args: argparse.Namespace, gpu: Gpu) -> list[Problem]:
-    """The distinct problems of the networks' plans, and those that a planner weighs them against.
+    """The distinct problems of the networks' plans and those that a planner weighs them against, and of training steps.
 
-    In the order asked for, dtypes before batch sizes before models; tails after the layers they are made of.
+    In the order asked for, tasks before dtypes before batch sizes before models; tails after the layers they are made
+    of.
     """
-    unknown = replace(gpu, name=f"{gpu.name}, untuned")  # so that tables, which plans depend on, say nothing
     found: dict[str, Problem] = {}
+    for task in args.task:
+        for problem in (_infer if task == "infer" else _train)(args, gpu):
+            found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
+def _train(args: argparse.Namespace, gpu: Gpu) -> Iterator[Problem]:
+    for dtype in args.dtype:
+        for batch in args.batch_size:
+            for name in args.model:
+                yield from training_problems.of_network(name, (batch, 3, args.img_size, args.img_size), dtype)
+
+
+def _infer(args: argparse.Namespace, gpu: Gpu) -> Iterator[Problem]:
+    unknown = replace(gpu, name=f"{gpu.name}, untuned")  # so that tables, which plans depend on, say nothing
     for dtype in args.dtype:
         sections = [_section(name, dtype) for name in args.model]
         for batch in args.batch_size:
@@ -101,9 +119,8 @@ def problems(args: argparse.Namespace, gpu: Gpu) -> list[Problem]:
                     if fusion in args.fusion:
                         for step in planner.build(section, shape, dtype, unknown, fusion=fusion).steps:
                             if not isinstance(step.problem, PoolProblem):
-                                for problem in (*alternatives(step.problem), step.problem):
-                                    found.setdefault(problem.key, problem)
-    return list(found.values())
+                                yield from alternatives(step.problem)
+                                yield step.problem
 
 
 def alternatives(problem: Problem) -> Iterator[Problem]:

@@ -44,11 +44,15 @@ class Workload:
 
 
 def of(problem: Problem, device: str) -> Workload:
-    """The workload of `problem`, folded as all of a plan's are, on `device`."""
-    return _BUILDERS[type(problem)](problem, _Source(problem, device))
+    """The workload of `problem`, folded as all of a plan's are or of a training step, on `device`."""
+    from . import training_workload  # which is made of the parts here
+
+    if training_workload.is_training(problem):
+        return training_workload.of(problem, device)
+    return _BUILDERS[type(problem)](problem, Source(problem, device))
 
 
-class _Source:
+class Source:
     """Tensors of a problem: standard normal, weights scaled so that what comes out is of order one too."""
 
     def __init__(self, problem: Problem, device: str) -> None:
@@ -65,11 +69,15 @@ class _Source:
         bias = torch.empty(conv.out_channels, dtype=self.dtype, device=self.device).normal_(generator=self.generator)
         return {f"{prefix}weight": weight, f"{prefix}bias": bias}
 
+    def vectors(self, count: int, size: int) -> Tensor:
+        """(count, size), float32: of batch norms and Gram matrices."""
+        return torch.empty(count, size, device=self.device).normal_(generator=self.generator)
+
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
 
 
-def _conv(problem: ConvProblem, source: _Source) -> Workload:
+def _conv(problem: ConvProblem, source: Source) -> Workload:
     conv, branch = problem.conv, problem.shortcut
     images = {"x": source.image(conv.x_shape)}
     images |= {"residual": source.image(conv.y_shape)} if problem.residual else {}
@@ -102,7 +110,7 @@ def _conv(problem: ConvProblem, source: _Source) -> Workload:
     return _workload(stock, images, weights, triton, runs, outputs)
 
 
-def _stem(problem: StemProblem, source: _Source) -> Workload:
+def _stem(problem: StemProblem, source: Source) -> Workload:
     alone = ConvProblem(problem.conv, problem.dtype)
     images, weights = {"x": source.image(problem.conv.x_shape)}, source.conv(problem.conv)
     outputs = {"y": source.empty(problem.y_shape)}
@@ -123,7 +131,7 @@ def _stem(problem: StemProblem, source: _Source) -> Workload:
     return _workload(stock, images, weights, triton, runs, outputs)
 
 
-def _tail(problem: TailProblem, source: _Source) -> Workload:
+def _tail(problem: TailProblem, source: Source) -> Workload:
     conv2, conv3, branch, following = problem.conv2, problem.conv3, problem.shortcut, problem.next_conv
     images = {"x": source.image(conv2.x_shape), "shortcut": source.image(branch.x_shape if branch else conv3.y_shape)}
     convs = {"conv2_": conv2, "conv3_": conv3, "shortcut_": branch, "next_": following}

@@ -3,7 +3,9 @@
 Decided once per problem and GPU and remembered; nothing is tuned or timed inside a call.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +48,22 @@ class Choice:
 
 
 _refused: dict[tuple[Problem, Gpu], str] = {}
+_forced: dict[Problem, Choice] = {}
+
+
+@contextlib.contextmanager
+def forced(problem: Problem, choice: Choice) -> Iterator[None]:
+    """Inside, `problem` takes `choice` whatever is known of it: for `tune`, which measures one after the other."""
+    _forced[problem] = choice
+    try:
+        yield
+    finally:
+        del _forced[problem]
+
+
+def is_forced(problem: Problem) -> bool:
+    """Whether this is inside `forced` for `problem`: what is refused then is an error."""
+    return problem in _forced
 
 
 def refuse(problem: Problem, gpu: Gpu, reason: str) -> None:
@@ -56,6 +74,8 @@ def refuse(problem: Problem, gpu: Gpu, reason: str) -> None:
 
 def choose(problem: Problem, gpu: Gpu) -> Choice:
     """The choice for `problem` on `gpu`."""
+    if problem in _forced:
+        return _forced[problem]
     if problem.dtype == "float32" and not torch.backends.cudnn.allow_tf32:  # a flag that may change, so not remembered
         return Choice(None, "library", "float32 without TF32 has no tensor cores, and without them cuDNN is faster")
     return _choose(problem, gpu)
@@ -65,13 +85,10 @@ def choose(problem: Problem, gpu: Gpu) -> Choice:
 def _choose(problem: Problem, gpu: Gpu) -> Choice:
     if (problem, gpu) in _refused:
         return Choice(None, "refused", _refused[problem, gpu])
-    # `tune` measures folded convolutions. Batch norm in the epilogue costs the kernel next to nothing and the library a
-    # pass, so that a kernel which is faster folded is faster here.
-    measured_as = replace(problem, folded=True, residual_norm=False) if isinstance(problem, ConvProblem) else problem
-    measured = tables.lookup(measured_as, gpu)
+    measured = tables.lookup(measured_as(problem), gpu)
     if measured is not None:
         row, key = measured
-        source = "tuned" if key == measured_as.key else f"tuned at {tables.batch_of(key)}"
+        source = "tuned" if key == measured_as(problem).key else f"tuned at {tables.batch_of(key)}"
         if row.config is None:
             return Choice(None, source, "measured faster than every Triton configuration", row.variant)
         if why_not(row.config, problem, gpu) is None:  # a table may be older than the kernels
@@ -80,6 +97,15 @@ def _choose(problem: Problem, gpu: Gpu) -> Choice:
     if ranked:
         return Choice(ranked[0], "predicted")
     return Choice(None, "predicted", why_no_kernel(problem, gpu))
+
+
+def measured_as(problem: Problem) -> Problem:
+    """What `tune` measures for `problem`: a convolution folded.
+
+    Batch norm in the epilogue costs the kernel next to nothing and the library a pass, so that a kernel which is faster
+    folded is faster with it.
+    """
+    return replace(problem, folded=True, residual_norm=False) if isinstance(problem, ConvProblem) else problem
 
 
 def forget() -> None:
