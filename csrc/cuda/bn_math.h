@@ -54,7 +54,20 @@ RF_HOST_DEVICE Acc masked(Acc dy, Acc kept) {
 
 // ---- statistics ----
 
-// The mean is shift + offset, not added up: where it is large beside the standard deviation, means differ in the offset.
+// a + b = sum + lost, exactly (Knuth's two-sum).
+template <typename Acc>
+struct TwoSum {
+  Acc sum;
+  Acc lost;
+
+  RF_HOST_DEVICE TwoSum(Acc a, Acc b) : sum(a + b) {
+    const Acc added = sum - a;
+    lost = (a - (sum - added)) + (b - added);
+  }
+};
+
+// The mean is shift + offset, of which the offset is what the shift rounds off: where the mean is large beside the
+// standard deviation, means differ by no more than that.
 template <typename Acc>
 struct Moments {
   using Wide = Moments<double>;  // what blocks' results are merged in
@@ -75,9 +88,16 @@ struct Moments {
     const Acc delta = (other.shift - shift) + (other.offset - offset);
     const Acc part = other.count / total;
     // delta of infinite means is no number, where the mean of all values is still infinite
-    offset += std::isfinite(delta) ? delta * part : other.offset;
+    offset += std::isfinite(delta) ? delta * part : other.mean();
+    settle();
     m2 += other.m2 + delta * delta * count * part;
     count = total;
+  }
+  RF_HOST_DEVICE void settle() {
+    const TwoSum<Acc> whole(shift, offset);
+    if (!std::isfinite(whole.sum)) return;
+    shift = whole.sum;
+    offset = whole.lost;
   }
   RF_HOST_DEVICE Wide wide() const { return {count, shift, offset, m2}; }
   RF_HOST_DEVICE Acc mean() const { return shift + offset; }
@@ -85,7 +105,7 @@ struct Moments {
 };
 
 // A thread's own values, as sums shifted by its first one: exact where mean >> std, and no division per value.
-// kCompensated keeps what `sum` rounds off (Knuth's two-sum); for values no wider than Acc's half that is not worth it.
+// kCompensated keeps what `sum` rounds off; for values that have half of Acc's bits that is not worth it.
 template <typename Acc, bool kCompensated>
 struct ShiftedSums {
   using State = Moments<Acc>;
@@ -99,12 +119,13 @@ struct ShiftedSums {
   RF_HOST_DEVICE void add(Acc x) {
     if (count == 0) shift = std::isfinite(x) ? x : Acc(0);
     const Acc d = x - shift;
-    const Acc total = sum + d;
     if constexpr (kCompensated) {
-      const Acc added = total - sum;
-      lost += (sum - (total - added)) + (d - added);
+      const TwoSum<Acc> total(sum, d);
+      sum = total.sum;
+      lost += total.lost;
+    } else {
+      sum += d;
     }
-    sum = total;
     sum_squares = std::fma(d, d, sum_squares);
     count += 1;
   }
@@ -113,7 +134,9 @@ struct ShiftedSums {
     if (count == 0) return {};
     const Acc whole = std::isfinite(sum) ? sum + lost : sum;  // what an infinite sum lost is no number
     const Acc m2 = sum_squares - whole * (whole / count);
-    return {count, shift, whole / count, m2 < 0 ? Acc(0) : m2};  // not max(): NaN stays NaN
+    Moments<Acc> out{count, shift, whole / count, m2 < 0 ? Acc(0) : m2};  // not max(): NaN stays NaN
+    out.settle();
+    return out;
   }
 };
 

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double eps, bool relu,
     bool training, std::array<bool, 6> output_mask);
 
-// act(norm(conv2d(x) + conv_bias) + residual) by a path named: see conv_paths.h
+// act(norm(conv2d(x) + conv_bias) + residual) by a path named: see conv_bn_act_op.cpp
 Tensor conv_epilogue(
     const Tensor& x, const Tensor& conv_weight, const OptionalTensor& conv_bias, const NormTensors& norm, double eps,
     const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,

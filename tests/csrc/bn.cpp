@@ -1,6 +1,5 @@
 // The CUDA batch norm kernels on the host: the same params, grids, threads and arithmetic, block after block. What is not
 // here is in csrc/cuda/bn_act.cu: the kernels' few lines around them. Built and called by tests/cuda_host.py.
-#include <cstring>
 #include <vector>
 
 #include "cuda/bn_launch.h"
