@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_train(
     const OptionalTensor& bias, const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
   const OpGuard guard(x);
-  Tensor conv_out = convolve({x, conv_weight, conv_bias, {}, eps, residual, stride, padding, dilation, groups, relu});
+  Tensor conv_out = convolve({x, conv_weight, conv_bias, NormTensors(), eps, residual, stride, padding, dilation, groups, relu});
   auto [y, mean, var] = bn_act_train(conv_out, weight, bias, residual, eps, relu);
   return {y, conv_out, mean, var};
 }
