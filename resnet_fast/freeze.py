@@ -1,6 +1,7 @@
 """`freeze`: the explicit, inference-only step that folds batch norm and fuses what follows into the convolutions."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ def freeze(
         model: in eval mode (the running statistics are what is folded).
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
         backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`), "triton"
-            takes them or raises when called, "native" and "reference" take the library's convolutions.
+            takes them or raises when called, "native" takes the extension's convolutions (cuDNN's fused ones, or one of
+            its own; oneDNN's on CPUs) or raises when called on a GPU without it, "reference" the library's.
         fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
             bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.
         cuda_graph: on a GPU, capture a ResNet's forward per input shape and replay it.
@@ -73,11 +75,22 @@ def freeze(
         raise ValueError(
             f"{type(model).__name__} has nothing to freeze: no torchvision residual block and no Conv2d-BatchNorm2d run"
         )
+    if backend != "auto":
+        rows = _bound_to(backend, frozen, rows)
     frozen.requires_grad_(False)
     if dtype is not None:
         frozen.to(dtype)
     frozen.resnet_fast_report = Report(tuple(rows))
     return frozen
+
+
+def _bound_to(backend: str, frozen: nn.Module, rows: list[BlockReport]) -> list[BlockReport]:
+    """Every convolution is told the backend asked for; the report's rows say what it makes of that."""
+    modules = dict(frozen.named_modules())
+    for module in modules.values():
+        if isinstance(module, FrozenConv2d):
+            module.backend = backend
+    return [replace(row, kernel=_kernel(modules[row.name])) if row.fused else row for row in rows]
 
 
 def _freeze_children(name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
@@ -179,5 +192,10 @@ def _kernel(frozen: FrozenBlock) -> str:
         return "oneDNN conv + residual + ReLU, packed weights"
     if weight.device.type == "cpu":
         return "folded conv2d"
+    if dispatch.requested(frozen.convs[0].backend) == "native":
+        reason = dispatch.why_not("native", "conv_epilogue", weight.device.type, weight.dtype)
+        return f"none: native: {reason}" if reason else dispatch.load("native").kernel(
+            "conv_epilogue", weight.device.type, weight.dtype
+        )
     reason = dispatch.why_not_auto("triton", "conv_bn_act", weight.device.type, weight.dtype)
     return f"folded conv2d: {reason}" if reason else "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"

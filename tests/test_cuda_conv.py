@@ -142,12 +142,13 @@ def test_offsets_of_the_last_element_are_int64(case):
     pairs = ((value, value) for value in (case.kernel, case.stride, padding, 1))
     out = (ctypes.c_int64 * 10)()
     cuda_host.library("conv").places(sizes(case.shape, out_shape, *pairs), out)
-    wide, narrow, steps, _, image, top, left, x_last, weight_last, y_last = out
+    wide, narrow, steps, _, first, top, left, x_last, weight_last, y_last = out
     pixels = batch * out_height * out_width
     assert wide == -(-pixels // 128) * -(-case.out_channels // 128)
     assert narrow == -(-pixels // 128) * -(-case.out_channels // 64)
     assert steps == -(-case.kernel**2 * channels // 32)
-    assert image == (batch - 1) * height * width * channels
+    image = (batch - 1) * height * width * channels
+    assert first == image + (top * width + left) * channels
     assert (top, left) == ((out_height - 1) * case.stride - padding, (out_width - 1) * case.stride - padding)
     bottom, right = top + case.kernel - 1, left + case.kernel - 1
     inside = bottom < height and right < width

@@ -11,6 +11,7 @@
 
 #include <array>
 #include <atomic>
+#include <utility>
 
 #include "bn_math.h"
 
@@ -37,11 +38,19 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// kBytes beyond `from`.
+template <int kBytes>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
+               : "r"(from), "n"(kBytes)
                : "memory");
+}
+
+template <int... kTiles>
+__device__ __forceinline__ void load_tiles(
+    uint32_t (&to)[sizeof...(kTiles)][4], uint32_t from, std::integer_sequence<int, kTiles...>) {
+  (load_matrices<kTiles * kSixteenRows * 2>(to[kTiles], from), ...);
 }
 
 template <typename T>
@@ -118,6 +127,13 @@ __global__ void __launch_bounds__(Tile::kBlock, 2) conv_kernel(const __grid_cons
     commit_copies();  // an empty group too: groups are counted
   };
 
+  uint32_t pixel_bytes[kChunks / 2], weight_bytes[kChunks / 2];  // of this lane's fragments in a stage
+#pragma unroll
+  for (int half = 0; half < kChunks / 2; ++half) {
+    pixel_bytes[half] = pixel_offset(lane, Tile::warp_row(warp), half * 2) * 2;
+    weight_bytes[half] = weight_offset(lane, Tile::kPixels + Tile::warp_col(warp), half * 2) * 2;
+  }
+
   float acc[Tile::kRowTiles][Tile::kColTiles][4] = {};
   for (int step = 0; step < kStages - 1; ++step) load_step(step);
   for (int step = 0; step < steps; ++step) {
@@ -126,18 +142,10 @@ __global__ void __launch_bounds__(Tile::kBlock, 2) conv_kernel(const __grid_cons
     load_step(step + kStages - 1);
     const uint32_t stage = stage_address(step);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; chunk += 2) {  // 16 of the sum's terms
+    for (int half = 0; half < kChunks / 2; ++half) {  // 16 of the sum's terms
       uint32_t pixels[Tile::kRowTiles][4], weights[Tile::kColTiles / 2][4];
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        const TilePlace place = pixel_place(lane, Tile::warp_row(warp) + i * 16, chunk);
-        load_matrices(pixels[i], stage + tile_offset(place.row, place.chunk) * 2);
-      }
-#pragma unroll
-      for (int j = 0; j < Tile::kColTiles / 2; ++j) {
-        const TilePlace place = weight_place(lane, Tile::kPixels + Tile::warp_col(warp) + j * 16, chunk);
-        load_matrices(weights[j], stage + tile_offset(place.row, place.chunk) * 2);
-      }
+      load_tiles(pixels, stage + pixel_bytes[half], std::make_integer_sequence<int, Tile::kRowTiles>());
+      load_tiles(weights, stage + weight_bytes[half], std::make_integer_sequence<int, Tile::kColTiles / 2>());
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
 #pragma unroll

@@ -40,13 +40,6 @@ struct ConvGeometry {
   RF_HOST_DEVICE constexpr int32_t steps() const { return (chunks() + kChunks - 1) / kChunks; }
 };
 
-// Where an output pixel's window starts in x.
-struct Window {
-  int64_t image;  // offset of image n; negative where there is no such pixel
-  int32_t top;    // may be negative: padding
-  int32_t left;
-};
-
 constexpr bool fits(int64_t x_rows, int64_t x_cols, int64_t channels, int64_t out_channels, int64_t taps) {
   for (const int64_t size : {x_rows, x_cols, channels, out_channels, taps}) {
     if (size >= kMostOfOne) return false;
@@ -54,14 +47,20 @@ constexpr bool fits(int64_t x_rows, int64_t x_cols, int64_t channels, int64_t ou
   return taps * (channels / kChunk + 1) < kMostOfOne;
 }
 
+// Where an output pixel's window starts in x.
+struct Window {
+  int64_t offset;  // of its first place, which may be outside
+  int32_t top;     // may be negative: padding
+  int32_t left;
+};
+
 RF_HOST_DEVICE constexpr Window window_of(const ConvGeometry& g, int64_t pixel) {
-  if (pixel >= g.pixels()) return {-1, 0, 0};
+  if (pixel >= g.pixels()) return {0, -static_cast<int32_t>(2 * kMostOfOne - 1), 0};  // all of it outside
   const int64_t row = pixel / g.out_width;
   const int64_t n = row / g.out_height;
-  return {
-      n * g.height * g.width * g.channels,
-      static_cast<int32_t>(row - n * g.out_height) * g.stride_height - g.padding_height,
-      static_cast<int32_t>(pixel - row * g.out_width) * g.stride_width - g.padding_width};
+  const int32_t top = static_cast<int32_t>(row - n * g.out_height) * g.stride_height - g.padding_height;
+  const int32_t left = static_cast<int32_t>(pixel - row * g.out_width) * g.stride_width - g.padding_width;
+  return {((n * g.height + top) * g.width + left) * g.channels, top, left};
 }
 
 // One chunk of the sum: a tap and 8 channels. Advances by a step's worth at a time, without divisions.
@@ -85,20 +84,27 @@ struct Tap {
   }
 };
 
-constexpr int64_t kNothing = -1;  // a chunk of zeros
+// What a tap adds to any window's place and offset.
+struct Reach {
+  int64_t offset;
+  int32_t row;
+  int32_t col;
+};
 
-// Offset in x of the chunk that a window sees at a tap.
-RF_HOST_DEVICE constexpr int64_t x_offset(const ConvGeometry& g, const Window& window, const Tap& tap) {
-  const int32_t h = window.top + tap.r * g.dilation_height;
-  const int32_t w = window.left + tap.s * g.dilation_width;
-  const bool inside = window.image >= 0 && tap.r < g.kernel_height && h >= 0 && h < g.height && w >= 0 && w < g.width;
-  return inside ? window.image + (static_cast<int64_t>(h) * g.width + w) * g.channels + tap.chunk * kChunk : kNothing;
+RF_HOST_DEVICE constexpr Reach reach_of(const ConvGeometry& g, const Tap& tap) {
+  const int32_t row = tap.r * g.dilation_height;
+  const int32_t col = tap.s * g.dilation_width;
+  return {(static_cast<int64_t>(row) * g.width + col) * g.channels + tap.chunk * kChunk, row, col};
 }
 
-// Offset in the weight of chunk `index` of output channel k's sum.
-RF_HOST_DEVICE constexpr int64_t weight_offset(const ConvGeometry& g, int32_t k, int32_t index) {
-  const int64_t row = static_cast<int64_t>(k) * g.chunks();
-  return k < g.out_channels && index < g.chunks() ? (row + index) * kChunk : kNothing;
+constexpr int64_t kNothing = -1;  // a chunk of zeros
+
+// Offset in x of the chunk that a window sees at a tap; `exists`: whether the sum has it.
+RF_HOST_DEVICE constexpr int64_t x_offset(
+    const ConvGeometry& g, const Window& window, const Reach& reach, bool exists) {
+  const bool inside = static_cast<uint32_t>(window.top + reach.row) < static_cast<uint32_t>(g.height) &&
+                      static_cast<uint32_t>(window.left + reach.col) < static_cast<uint32_t>(g.width);
+  return exists && inside ? window.offset + reach.offset : kNothing;
 }
 
 // ---- a block's tiles in shared memory ----
@@ -131,6 +137,19 @@ RF_HOST_DEVICE constexpr TilePlace weight_place(int lane, int row, int chunk) {
 // Where accumulator `i` of a lane lies in its 16 x 8 tile.
 RF_HOST_DEVICE constexpr int accumulator_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
 RF_HOST_DEVICE constexpr int accumulator_col(int lane, int i) { return lane % 4 * 2 + i % 2; }
+
+// Sixteen rows further down the exclusive or is the same: fragments lie at constant distances.
+constexpr int kSixteenRows = 16 * kChunks * kChunk;
+static_assert(tile_offset(16, 0) == kSixteenRows && tile_offset(23, 3) == tile_offset(7, 3) + kSixteenRows);
+
+RF_HOST_DEVICE constexpr int pixel_offset(int lane, int row, int chunk) {
+  const TilePlace place = pixel_place(lane, row, chunk);
+  return tile_offset(place.row, place.chunk);
+}
+RF_HOST_DEVICE constexpr int weight_offset(int lane, int row, int chunk) {
+  const TilePlace place = weight_place(lane, row, chunk);
+  return tile_offset(place.row, place.chunk);
+}
 
 // ---- tilings ----
 
@@ -199,13 +218,17 @@ template <typename Tile>
 struct Loader {
   Window windows[Tile::kPixelCopies];
   Tap tap;
-  int32_t index;  // chunk of the sum
-  int32_t first_channel;
+  int32_t index;      // chunk of the sum
+  int64_t weight;     // offset of the first row's chunk
+  int32_t channels;   // left from the first row on
   int row, chunk;
 
   RF_HOST_DEVICE constexpr Loader(const ConvGeometry& g, int64_t block, int thread)
-      : windows{}, tap(Tap::of(g, thread % kChunks)), index(thread % kChunks),
-        first_channel(Tile::first_channel(g, block)), row(thread / kChunks), chunk(thread % kChunks) {
+      : windows{}, tap(Tap::of(g, thread % kChunks)), index(thread % kChunks), weight(0), channels(0),
+        row(thread / kChunks), chunk(thread % kChunks) {
+    const int32_t channel = Tile::first_channel(g, block) + row;
+    weight = (static_cast<int64_t>(channel) * g.chunks() + index) * kChunk;
+    channels = g.out_channels - channel;
     RF_UNROLL
     for (int i = 0; i < Tile::kPixelCopies; ++i) {
       windows[i] = window_of(g, Tile::first_pixel(g, block) + row + i * Tile::kRowsApart);
@@ -215,17 +238,22 @@ struct Loader {
   // copy_x(offset in the stage, offset in x), copy_weight(offset in the stage, offset in weight), kNothing for zeros.
   template <typename CopyX, typename CopyWeight>
   RF_HOST_DEVICE constexpr void step(const ConvGeometry& g, const CopyX& copy_x, const CopyWeight& copy_weight) {
+    const bool exists = index < g.chunks();
+    const Reach reach = reach_of(g, tap);
+    const int64_t apart = static_cast<int64_t>(Tile::kRowsApart) * g.chunks() * kChunk;
     RF_UNROLL
     for (int i = 0; i < Tile::kPixelCopies; ++i) {
-      copy_x(tile_offset(row + i * Tile::kRowsApart, chunk), x_offset(g, windows[i], tap));
+      copy_x(tile_offset(row + i * Tile::kRowsApart, chunk), x_offset(g, windows[i], reach, exists));
     }
     RF_UNROLL
     for (int i = 0; i < Tile::kWeightCopies; ++i) {
-      const int at = row + i * Tile::kRowsApart;
-      copy_weight(tile_offset(Tile::kPixels + at, chunk), weight_offset(g, first_channel + at, index));
+      const bool wanted = exists && i * Tile::kRowsApart < channels;
+      copy_weight(
+          tile_offset(Tile::kPixels + row + i * Tile::kRowsApart, chunk), wanted ? weight + i * apart : kNothing);
     }
     tap.advance(g);
     index += kChunks;
+    weight += kChunks * kChunk;
   }
 };
 

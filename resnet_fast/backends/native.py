@@ -115,6 +115,8 @@ def why_not_auto(device_type: str) -> str | None:
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
     if device_type == "cuda":
+        if op == "conv_epilogue":
+            return "cuDNN's fused conv + residual + ReLU, or its conv + one fused pass (CUDA)"
         halves = dtype in (torch.float16, torch.bfloat16) and op in ("conv_bn_act", "conv_bn_shortcut_act")
         conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"

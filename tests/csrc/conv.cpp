@@ -136,12 +136,11 @@ struct Block {
     shared.commit();
   }
 
-  template <typename Place>
-  std::vector<Register<T>> fragment(int step, int row, int chunk, const Place& place) {
+  std::vector<Register<T>> fragment(int step, int tile, int (*offset)(int, int, int), int row, int chunk) {
     int64_t addresses[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) {
-      const TilePlace at = place(lane, row, chunk);
-      addresses[lane] = step % kStages * Tile::kStageElements + tile_offset(at.row, at.chunk);
+      const int64_t stage = step % kStages * Tile::kStageElements;
+      addresses[lane] = stage + offset(lane, row, chunk) + tile * kSixteenRows;
     }
     return ldmatrix(shared, addresses);
   }
@@ -150,9 +149,9 @@ struct Block {
     for (int warp = 0; warp < Tile::kWarps; ++warp) {
       for (int chunk = 0; chunk < kChunks; chunk += 2) {
         for (int i = 0; i < Tile::kRowTiles; ++i) {
-          const auto pixels = fragment(step, Tile::warp_row(warp) + i * 16, chunk, pixel_place);
+          const auto pixels = fragment(step, i, pixel_offset, Tile::warp_row(warp), chunk);
           for (int j = 0; j < Tile::kColTiles / 2; ++j) {
-            const auto weights = fragment(step, Tile::kPixels + Tile::warp_col(warp) + j * 16, chunk, weight_place);
+            const auto weights = fragment(step, j, weight_offset, Tile::kPixels + Tile::warp_col(warp), chunk);
             mma(at(warp, i, 2 * j), pixels, weights[0], weights[1]);
             mma(at(warp, i, 2 * j + 1), pixels, weights[2], weights[3]);
           }
@@ -253,8 +252,15 @@ void places(const int64_t* sizes, int64_t* out) {
   const ConvGeometry g = geometry_of(sizes);
   const Window window = window_of(g, g.pixels() - 1);
   const Tap tap = Tap::of(g, g.chunks() - 1);
-  int64_t last = -1;
+  int64_t last = -1, weight_last = -1;
   const int64_t block = WideTiling::blocks(g) - 1;
+  if (g.chunks() <= 1 << 20) {
+    for (int thread = 0; thread < WideTiling::kBlock; ++thread) {
+      Loader<WideTiling> loader(g, block, thread);
+      const auto see = [&](int, int64_t from) { weight_last = std::max(weight_last, from); };
+      for (int step = 0; step < g.steps(); ++step) loader.step(g, [](int, int64_t) {}, see);
+    }
+  }
   for (int warp = 0; warp < WideTiling::kWarps; ++warp) {
     for (int lane = 0; lane < kWarp; ++lane) {
       const Storer<WideTiling> storer(g, block, warp, lane);
@@ -266,8 +272,8 @@ void places(const int64_t* sizes, int64_t* out) {
     }
   }
   const int64_t values[] = {WideTiling::blocks(g), NarrowTiling::blocks(g), g.steps(), prefers_narrow(g),
-                            window.image, window.top, window.left, x_offset(g, window, tap),
-                            weight_offset(g, g.out_channels - 1, g.chunks() - 1), last};
+                            window.offset, window.top, window.left, x_offset(g, window, reach_of(g, tap), true),
+                            weight_last, last};
   std::copy(std::begin(values), std::end(values), out);
 }
 
