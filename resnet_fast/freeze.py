@@ -194,8 +194,10 @@ def _kernel(frozen: FrozenBlock) -> str:
         return "folded conv2d"
     if dispatch.requested(frozen.convs[0].backend) == "native":
         reason = dispatch.why_not("native", "conv_epilogue", weight.device.type, weight.dtype)
-        return f"none: native: {reason}" if reason else dispatch.load("native").kernel(
-            "conv_epilogue", weight.device.type, weight.dtype
+        return (
+            f"none: native: {reason}"
+            if reason
+            else dispatch.load("native").kernel("conv_epilogue", weight.device.type, weight.dtype)
         )
     reason = dispatch.why_not_auto("triton", "conv_bn_act", weight.device.type, weight.dtype)
     return f"folded conv2d: {reason}" if reason else "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"

@@ -3,9 +3,9 @@
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
 the layout that oneDNN picks for the input's shape. Where those cannot run (CUDA, float64, torch.compile) the same
 folded weights go through conv2d, or on CUDA through the native backend if it was asked for by name (cuDNN's fused
-convolutions); what runs on a GPU as one plan is in `planned.py`. NaN is not everywhere what it is in
-PyTorch: oneDNN's and cuDNN's fused ReLU turn it into 0, and the GPU kernels multiply by the zeros that groups packed together and
-the stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
+convolutions); what runs on a GPU as one plan is in `planned.py`. NaN is not everywhere what it is in PyTorch: oneDNN's
+and cuDNN's fused ReLU may turn it into 0, and the GPU kernels multiply by the zeros that groups packed together and the
+stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
 """
 
 import torch

@@ -44,7 +44,19 @@ class Tensors(ctypes.Structure):
 def sizes(shape, out_shape, kernel, stride, padding, dilation):
     batch, channels, height, width = shape
     _, out_channels, out_height, out_width = out_shape
-    values = (batch, height, width, channels, out_height, out_width, out_channels, *kernel, *stride, *padding, *dilation)
+    values = (
+        batch,
+        height,
+        width,
+        channels,
+        out_height,
+        out_width,
+        out_channels,
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+    )
     return (ctypes.c_int64 * len(values))(*values)
 
 
@@ -146,7 +158,7 @@ def test_offsets_of_the_last_element_are_int64(case):
     pixels = batch * out_height * out_width
     assert wide == -(-pixels // 128) * -(-case.out_channels // 128)
     assert narrow == -(-pixels // 128) * -(-case.out_channels // 64)
-    assert steps == -(-case.kernel**2 * channels // 32)
+    assert steps == -(-(case.kernel**2) * channels // 32)
     image = (batch - 1) * height * width * channels
     assert first == image + (top * width + left) * channels
     assert (top, left) == ((out_height - 1) * case.stride - padding, (out_width - 1) * case.stride - padding)

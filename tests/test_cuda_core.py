@@ -188,7 +188,9 @@ def test_launches_are_valid_and_own_every_element(size, channels_last, vector):
 
 @pytest.mark.parametrize("vector", [1, 2, 4, 8])
 @pytest.mark.parametrize("channels_last", [False, True], ids=list(LAYOUTS))
-@pytest.mark.parametrize("shape", [(3, 65, 99), (2, 3, 4290), (1, 2100, 25), (2, 33, 1), (5, 1, 7), (1, 5, 3), (2, 8, 64)])
+@pytest.mark.parametrize(
+    "shape", [(3, 65, 99), (2, 3, 4290), (1, 2100, 25), (2, 33, 1), (5, 1, 7), (1, 5, 3), (2, 8, 64)]
+)
 def test_every_element_is_visited_once_aligned_and_by_its_channel(shape, channels_last, vector):
     batch, channels, plane = shape
     counts = torch.zeros(batch * channels * plane, dtype=torch.int8)

@@ -76,7 +76,7 @@ def test_cuda_part_missing(built):
     assert reason.startswith("built without CUDA")
     assert "RESNET_FAST_BUILD=cuda" in reason
     assert reason in dispatch.why_not_fused("bn_act", "cuda", torch.float32)
-    with pytest.raises(BackendUnavailable, match="built without CUDA.*Usable here: .*reference"):
+    with pytest.raises(BackendUnavailable, match=r"built without CUDA.*Usable here: .*reference"):
         dispatch.select("bn_act", "cuda", torch.float32, "native")
     assert dispatch.why_not("native", "bn_act", "cpu", torch.float32) is None, "the CPU part is none the worse"
 
@@ -103,7 +103,9 @@ def test_cuda_part_for_other_gpus(built, monkeypatch):
 def test_auto_takes_no_cuda_kernel_that_nobody_measured():
     with_cuda()
     assert dispatch.why_not("native", "conv_bn_act", "cuda", torch.bfloat16) is None
-    assert "only by request (backend='native')" in dispatch.why_not_auto("native", "conv_bn_act", "cuda", torch.bfloat16)
+    assert "only by request (backend='native')" in dispatch.why_not_auto(
+        "native", "conv_bn_act", "cuda", torch.bfloat16
+    )
     assert dispatch.select("conv_bn_act", "cuda", torch.bfloat16) == "reference"
     assert dispatch.select("conv_bn_act", "cuda", torch.bfloat16, "native") == "native"
 
@@ -134,7 +136,12 @@ def test_fakes_promise_what_a_training_step_returns(stage):
         model.layer2[0].fast_train_stage = stage
         x = torch.empty(2, 64, 8, 8, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
         y = model.layer2[0](x)
-        assert (y.shape, y.stride(), y.dtype, y.device.type) == (expected.shape, expected.stride(), expected.dtype, "cuda")
+        assert (y.shape, y.stride(), y.dtype, y.device.type) == (
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+            "cuda",
+        )
         assert model.eval()(torch.empty(2, 3, 32, 32)).shape == (2, 1000)
 
 

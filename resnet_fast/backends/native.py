@@ -1,5 +1,5 @@
-"""Backend `native`: the C++ extension resnet_fast._C. On CPUs, oneDNN convolutions and our vectorised batch norm; on GPUs
-cuDNN's convolutions or one of our own on tensor cores, and CUDA batch norm kernels.
+"""Backend `native`: the C++ extension resnet_fast._C. On CPUs, oneDNN convolutions and our vectorised batch norm; on
+GPUs, cuDNN's convolutions or our own on tensor cores, and CUDA batch norm kernels.
 
 Functions have the arguments of `resnet_fast.ops` without `backend` and return the same; see there for shapes. The
 extension is imported once, on first use, and a failure is remembered: `available()` says what is wrong and what helps.
