@@ -4,7 +4,8 @@ RESNET_FAST_BUILD chooses what is compiled:
     auto  (default) C++ where a compiler is; CUDA as well where nvcc and a CUDA build of PyTorch agree. What cannot be
           built is left out, with the reason.
     cuda  C++ and CUDA, or an error        cpu   C++, or an error        none  pure Python
-MAX_JOBS limits the compilers run at once (default: the cores); TORCH_CUDA_ARCH_LIST overrides "8.0;9.0+PTX".
+MAX_JOBS limits the compilers run at once (default: the cores). TORCH_CUDA_ARCH_LIST says what GPUs to compile for
+(default: those of this machine; without one, "8.0;9.0+PTX").
 """
 
 import functools
@@ -176,6 +177,19 @@ def make_plan(mode: str) -> Plan:
     return Plan(mode, (True, False))
 
 
+def cuda_archs() -> str:
+    """What to compile for where nobody says: the GPUs of this machine, or without one, what most others have."""
+    import torch
+
+    found = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
+    return ";".join(f"{major}.{minor}" for major, minor in found) or DEFAULT_CUDA_ARCHS
+
+
+def as_macro(name: str, text: str) -> tuple[str, str]:
+    """A macro whose value is a string in C."""
+    return name, '"' + text.replace('"', '\\"') + '"'
+
+
 def set_build_environment(cuda: bool) -> None:
     """Defaults that torch.utils.cpp_extension reads from the environment; before it is imported."""
     # A virtual environment's ninja is not on PATH when its Python is called by path.
@@ -184,7 +198,7 @@ def set_build_environment(cuda: bool) -> None:
     os.environ.setdefault("MAX_JOBS", str(cores or 1))
     if cuda:
         os.environ["CUDA_HOME"] = str(cuda_home(find_nvcc()))
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs())
 
 
 def native_extension(cuda: bool):
@@ -193,16 +207,19 @@ def native_extension(cuda: bool):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     macros = [(f"WITH_{isa}", None) for isa in isas() if isa != "DEFAULT"] + [("WITH_AMX", None)] * has_amx()
+    macros.append(as_macro("RESNET_FAST_CXX_FLAGS", " ".join(CXX_FLAGS)))
     include_dirs = [str(ROOT / "csrc")]
     if cuda:
         macros.append(("WITH_CUDA", None))
+        macros.append(as_macro("RESNET_FAST_NVCC_FLAGS", " ".join(NVCC_FLAGS)))
+        macros.append(as_macro("RESNET_FAST_CUDA_ARCHS", os.environ["TORCH_CUDA_ARCH_LIST"]))
         include_dirs += cuda_include_dirs(Path(os.environ["CUDA_HOME"]), torch.version.cuda.split(".")[0])
     return (CUDAExtension if cuda else CppExtension)(
         "resnet_fast._C",
         sources("*.cpp")
         + sources("cpu/*.cpp")
         + (sources("cpu/program/*.cpp") if has_amx() else [])
-        + (sources("cuda/*.cu") if cuda else []),
+        + (sources("cuda/*.cpp") + sources("cuda/*.cu") if cuda else []),
         include_dirs=include_dirs,
         define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS.copy(), "nvcc": NVCC_FLAGS.copy()},

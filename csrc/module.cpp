@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 #ifdef WITH_CUDA
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <cuda_runtime_api.h>
 #endif
 
@@ -57,6 +58,13 @@ py::dict build_info() {
 #else
   info["cuda_version"] = py::none();
 #endif
+#ifdef WITH_CUDA
+  info["cuda_archs"] = RESNET_FAST_CUDA_ARCHS;
+  const auto& hooks = at::detail::getCUDAHooks();
+  info["cudnn_version"] = hooks.hasCuDNN() ? py::cast(hooks.versionRuntimeCuDNN()) : py::none();
+  info["nvcc_flags"] = RESNET_FAST_NVCC_FLAGS;
+#endif
+  info["cxx_flags"] = RESNET_FAST_CXX_FLAGS;
   info["compiler"] = compiler();
   info["cplusplus"] = static_cast<int64_t>(__cplusplus);
 #ifdef _GLIBCXX_USE_CXX11_ABI

@@ -13,7 +13,7 @@
 #include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
 #ifdef WITH_CUDA
-#include "cuda/bn_act.h"
+#include "cuda/ops.h"
 #endif
 
 TORCH_LIBRARY(resnet_fast_native, m) {
@@ -40,6 +40,10 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? bias, Tensor mean, Tensor var, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
       "float eps, bool relu, bool training, bool[6] output_mask) "
       "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  // CUDA only: act(norm(conv2d(x) + conv_bias) + residual) by a path of cuda/conv_bn_act_op.cpp
+  m.def(
+      "conv_epilogue(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor?[] norm, float eps, Tensor? residual, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool relu, str path) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -91,5 +95,14 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CUDA, m) {
   m.impl("bn_act", &resnet_fast::cuda::bn_act);
   m.impl("bn_act_train", &resnet_fast::cuda::bn_act_train);
   m.impl("bn_act_backward", &resnet_fast::cuda::bn_act_backward);
+  m.impl("conv_bn_act", &resnet_fast::cuda::conv_bn_act);
+  m.impl("conv_bn_act_train", &resnet_fast::cuda::conv_bn_act_train);
+  m.impl("conv_bn_act_backward", &resnet_fast::cuda::conv_bn_act_backward);
+  m.impl("conv_epilogue", &resnet_fast::cuda::conv_epilogue);
+  m.impl("bn_statistics", &resnet_fast::cuda::bn_statistics);
+  m.impl("bn_apply", &resnet_fast::cuda::bn_apply);
+  m.impl("bn_backward_reduce", &resnet_fast::cuda::bn_backward_reduce);
+  m.impl("bn_backward_apply", &resnet_fast::cuda::bn_backward_apply);
+  m.impl("relu_mask", &resnet_fast::cuda::relu_mask);
 }
 #endif

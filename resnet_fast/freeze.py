@@ -1,6 +1,7 @@
 """`freeze`: the explicit, inference-only step that folds batch norm and fuses what follows into the convolutions."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -39,8 +40,9 @@ def freeze(
         model: in eval mode (the running statistics are what is folded).
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
         backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`) and AMX on
-            CPUs that have it; "triton" takes those kernels or raises when called; "native" takes AMX and elsewhere, as
-            "reference" does everywhere, the library's convolutions.
+            CPUs that have it; "triton" takes those kernels or raises when called; "native" takes the extension's
+            convolutions (cuDNN's fused ones, or one of its own; on CPUs AMX, or oneDNN's) or raises when called on a
+            GPU without it; "reference" takes the library's.
         fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
             bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.
         cuda_graph: on a GPU, capture a ResNet's forward per input shape and replay it.
@@ -69,13 +71,15 @@ def freeze(
     holder.model = copy.deepcopy(model)
     restore_classes(holder.model)
     rows: list[BlockReport] = []
-    _freeze_children("", holder, dtype, backend, rows)
+    _freeze_children("", holder, dtype, rows)
     _plan_whole(holder, settings)
     frozen = holder.model
     if not any(isinstance(module, FrozenConv2d) for module in frozen.modules()):
         raise ValueError(
             f"{type(model).__name__} has nothing to freeze: no torchvision residual block and no Conv2d-BatchNorm2d run"
         )
+    if backend != "auto":
+        rows = _bound_to(backend, frozen, rows)
     frozen.requires_grad_(False)
     if dtype is not None:
         frozen.to(dtype)
@@ -83,15 +87,24 @@ def freeze(
     return frozen
 
 
-def _freeze_children(name: str, parent: nn.Module, dtype, backend: str, rows: list[BlockReport]) -> None:
+def _bound_to(backend: str, frozen: nn.Module, rows: list[BlockReport]) -> list[BlockReport]:
+    """Every convolution is told the backend asked for; the report's rows say what it makes of that."""
+    modules = dict(frozen.named_modules())
+    for module in modules.values():
+        if isinstance(module, FrozenConv2d):
+            module.backend = backend
+    return [replace(row, kernel=_kernel(modules[row.name])) if row.fused else row for row in rows]
+
+
+def _freeze_children(name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
     _freeze_stem(parent, dtype)
     _freeze_runs(parent, dtype)
-    _freeze_blocks(name, parent, dtype, backend, rows)
+    _freeze_blocks(name, parent, dtype, rows)
     for child_name, child in parent.named_children():
-        _freeze_children(f"{name}.{child_name}", child, dtype, backend, rows)
+        _freeze_children(f"{name}.{child_name}", child, dtype, rows)
 
 
-def _freeze_blocks(parent_name: str, parent: nn.Module, dtype, backend: str, rows: list[BlockReport]) -> None:
+def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | None, rows: list[BlockReport]) -> None:
     for child_name, block in list(parent.named_children()):
         block_type = fast_type(block)
         if block_type is None:
@@ -104,7 +117,7 @@ def _freeze_blocks(parent_name: str, parent: nn.Module, dtype, backend: str, row
         frozen = FrozenBlock(block_type._stages(block), _freeze_downsample(block.downsample, dtype), dtype)
         _move_hooks(block, frozen)
         setattr(parent, child_name, frozen)
-        rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen, backend)))
+        rows.append(BlockReport(name, type(block).__name__, True, "frozen", _kernel(frozen)))
     if type(parent) is nn.Sequential and len(parent) and all(type(child) is FrozenBlock for child in parent):
         parent.__class__ = FrozenStage
 
@@ -176,9 +189,9 @@ def _move_hooks(block: nn.Module, frozen: nn.Module) -> None:
     frozen._forward_hooks_always_called = block._forward_hooks_always_called
 
 
-def _kernel(frozen: FrozenBlock, backend: str) -> str:
+def _kernel(frozen: FrozenBlock) -> str:
     weight = frozen.convs[0].weight
-    if weight.device.type == "cpu" and dispatch.requested(backend) in ("auto", "native"):
+    if weight.device.type == "cpu" and dispatch.requested(frozen.convs[0].backend) in ("auto", "native"):
         section = Section(None, False, [("block", frozen)])
         if (why_not_amx(weight.dtype) or why_not_section(section)) is None:
             return "AMX conv + residual + ReLU, all layers in one call"
@@ -186,5 +199,12 @@ def _kernel(frozen: FrozenBlock, backend: str) -> str:
         return "oneDNN conv + residual + ReLU, packed weights"
     if weight.device.type == "cpu":
         return "folded conv2d"
+    if dispatch.requested(frozen.convs[0].backend) == "native":
+        reason = dispatch.why_not("native", "conv_epilogue", weight.device.type, weight.dtype)
+        return (
+            f"none: native: {reason}"
+            if reason
+            else dispatch.load("native").kernel("conv_epilogue", weight.device.type, weight.dtype)
+        )
     reason = dispatch.why_not_auto("triton", "conv_bn_act", weight.device.type, weight.dtype)
     return f"folded conv2d: {reason}" if reason else "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"

@@ -2,8 +2,9 @@
 
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
 the layout that oneDNN picks for the input's shape. Where those cannot run (CUDA, float64, torch.compile) the same
-folded weights go through conv2d; what runs as one, on a GPU or by AMX, is in `planned.py`. NaN is not everywhere what
-it is in PyTorch: oneDNN's fused ReLU turns it into 0; AMX and GPU kernels multiply by the zeros that groups packed
+folded weights go through conv2d, or on CUDA through the native backend if it was asked for by name (cuDNN's fused
+convolutions); what runs as one, on a GPU or by AMX, is in `planned.py`. NaN is not everywhere what it is in PyTorch:
+oneDNN's and cuDNN's fused ReLU may turn it into 0; AMX and GPU kernels multiply by the zeros that groups packed
 together and the stem's weights are padded with, so that a NaN or Inf may spread to outputs beside those that see it.
 """
 
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import dispatch
+from .backends import native
 from .memory import pooled
 
 _mkldnn = torch.ops.mkldnn
@@ -38,7 +41,10 @@ class FrozenConv2d(Frozen):
     """act(conv2d(x) + residual) with batch norm folded into weight and bias.
 
     x (N, Cin, H, W) of any float dtype -> (N, Cout, P, Q) in the weight's dtype, channels_last on the CPU.
+    `backend` is `freeze`'s argument.
     """
+
+    backend: str = "auto"
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, relu: bool, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -58,6 +64,8 @@ class FrozenConv2d(Frozen):
             with torch.no_grad():
                 return self._conv2d(x, residual)
         with torch.no_grad(), pooled():
+            if x.is_cuda and dispatch.requested(self.backend) == "native":
+                return self._conv_native(x, residual)
             if not self._onednn():
                 return self._conv2d(x, residual)
             return self._conv_onednn(x, residual, overwrite_residual)
@@ -67,6 +75,12 @@ class FrozenConv2d(Frozen):
         if residual is not None:
             y += residual
         return y.relu_() if self.relu else y
+
+    def _conv_native(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Raises BackendUnavailable where the extension or its CUDA part cannot run."""
+        dispatch.select("conv_epilogue", "cuda", x.dtype, "native")
+        conv = (self.stride, self.padding, self.dilation, self.groups)
+        return native.conv_epilogue(x, self.weight, self.bias, [], 0.0, residual, *conv, self.relu, "auto")
 
     def _conv_onednn(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
         conv = (self._pack(x.shape), self.bias, self.padding, self.stride, self.dilation, self.groups)

@@ -78,6 +78,25 @@ class Conv:
         return 2 * self.y_elements * (self.in_channels // self.groups) * rows * columns
 
     @property
+    def real_flops(self) -> int:
+        """FLOPs of taps on pixels: `flops` without those on padding, which a good kernel skips."""
+        return (
+            2
+            * self.batch
+            * self.out_channels
+            * (self.in_channels // self.groups)
+            * self._real_taps(0)
+            * self._real_taps(1)
+        )
+
+    def _real_taps(self, axis: int) -> int:
+        """Over all outputs along one axis, the kernel's taps that fall on a pixel."""
+        length, outputs = ((self.height, self.out_height), (self.width, self.out_width))[axis]
+        first = (output * self.stride[axis] - self.padding[axis] for output in range(outputs))
+        taps = range(self.kernel[axis])
+        return sum(0 <= start + tap * self.dilation[axis] < length for start in first for tap in taps)
+
+    @property
     def key(self) -> str:
         """Short, exact, stable: it names rows of the tuned tables."""
         parts = [f"n{self.batch}", f"{self.in_channels}x{self.height}x{self.width}", f"k{self.out_channels}"]

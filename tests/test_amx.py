@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from resnet_fast import freeze, planned
 from resnet_fast.amx import network as amx
 from resnet_fast.amx.network import AmxNetwork
-from resnet_fast.planner import Section
+from resnet_fast.planner import Section, conv_of
 
 DTYPES = [torch.bfloat16, torch.float32]
 needs_amx = pytest.mark.skipif(
@@ -210,7 +210,11 @@ def test_the_steps_times_are_of_the_whole_work():
     for module in stock.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(
-                lambda layer, inputs, y: counted.append(2 * y.numel() * layer.weight[0].numel())
+                lambda layer, inputs, y: counted.append(
+                    conv_of(layer, inputs[0].shape).real_flops
+                    if isinstance(layer, nn.Conv2d)
+                    else 2 * y.numel() * layer.in_features
+                )
             )
     stock(x.float())
     assert sum(step.flops for step in steps) == sum(counted)

@@ -104,6 +104,47 @@ def test_extension_of_another_torch(bare):
     assert len(warnings) == 1
 
 
+def test_extension_of_another_abi(bare):
+    folder, _ = bare
+    info = (
+        '{"torch_version": torch.__version__, "cuda_version": None, "cxx11_abi": not torch.compiled_with_cxx11_abi()}'
+    )
+    (folder / "resnet_fast" / "_C.py").write_text(f"import torch\ndef build_info():\n    return {info}\n")
+    reason, warnings = use(folder)
+    assert "has another C++ ABI than torch" in reason
+    assert len(warnings) == 1
+
+
+def test_extension_of_another_version_of_this_package(bare):
+    """Loadable and of this torch, but left by an earlier build: it lacks ops that this Python code calls."""
+    folder, _ = bare
+    info = '{"torch_version": torch.__version__, "cuda_version": None}'
+    (folder / "resnet_fast" / "_C.py").write_text(f"import torch\ndef build_info():\n    return {info}\n")
+    reason, warnings = use(folder)
+    assert "is of another version and lacks bn_act, " in reason
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [("int unrelated;", "PyInit__C"), ("void missing(void); void PyInit__C(void) { missing(); }", "undefined symbol")],
+    ids=["no_module", "undefined_symbol"],
+)
+def test_shared_library_of_something_else(bare, source, word):
+    """What a compiler of another ABI leaves: a library that the loader or Python refuses."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder, extension = bare
+    (folder / "other.c").write_text(source)
+    command = [compiler, "-shared", "-fPIC", "-Wl,-z,now", "other.c", "-o", str(extension)]
+    subprocess.run(command, check=True, cwd=folder, timeout=60)
+    reason, warnings = use(folder)
+    assert "does not load" in reason
+    assert word in reason
+    assert len(warnings) == 1
+
+
 def test_extension_that_misses_a_library(bare):
     folder, _ = bare
     (folder / "resnet_fast" / "_C.py").write_text(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from resnet_fast import freeze, numerics
+from resnet_fast import dispatch, freeze, numerics, optimize
 from resnet_fast.cli import contenders, harness, networks
 from resnet_fast.cli.contenders import CHECKED_IMAGES, Setting
 from resnet_fast.cli.harness import BASELINE, Contender
@@ -105,6 +105,10 @@ def _contenders(args) -> tuple[list[Contender], dict[str, float]]:
             found.append(make("eager_graph", "eager, CUDA graph", lambda model: _graphed(model, setting.images)))
         for name, (label, options) in FROZEN.items():
             found.append(make(name, label, functools.partial(freeze, **options)))
+        if dispatch.why_not("native", "conv_bn_act", setting.device, dtype) is None:
+            found.append(make("fast_native", "fast, the C++ extension", functools.partial(optimize, backend="native")))
+            frozen = functools.partial(freeze, backend="native")
+            found.append(make("frozen_native", "frozen, the C++ extension", frozen))
     if args.group == "jax":
         from . import jax_resnet
 

@@ -76,13 +76,16 @@ def _build(settings: Settings) -> Iterable[Unit]:
 
 
 def _tests(settings: Settings) -> Iterable[Unit]:
-    """`verify`, then a unit a file of those that have tests for a GPU."""
+    """`verify`, a unit a file of those that have tests for a GPU, then the native kernels under compute-sanitizer."""
     yield Unit("tests/verify", "verify", ("--device", settings.device), 120.0, check=True)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text() and not (settings.rehearse and path.name != "test_gpu.py"):
             name = str(path.relative_to(ROOT / "tests").with_suffix(""))
             unit = Unit(f"tests/{name}", "gpu_tests", (str(path),), 150.0, needs=("rich", "pytest"), check=True)
             yield replace(unit, kind=unit.name)  # one file says nothing of another's time
+    for tool in ("memcheck", "racecheck"):
+        args = ("--tool", tool)
+        yield Unit(f"tests/sanitizer-{tool}", "sanitizer", args, 150.0, kind=tool, needs=("rich", "pytest"), check=True)
 
 
 def _ceilings(settings: Settings) -> Iterable[Unit]:

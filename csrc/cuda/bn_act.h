@@ -1,29 +1,18 @@
-// Batch norm + residual + ReLU on CUDA: see csrc/ops.cpp for the schemas, csrc/cpu/bn_act.h for the CPU's twin.
+// Batch norm + residual + ReLU kernels: what starts them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cuda_runtime_api.h>
 
-#include <array>
-#include <optional>
-#include <tuple>
+#include "bn_params.h"
 
 namespace resnet_fast::cuda {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+// Of the partial sums of either reduction.
+int64_t partial_bytes(const Image& image, DType dtype);
 
-Tensor bn_act(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& residual, double eps, bool relu);
-
-// y, mean, var (biased)
-std::tuple<Tensor, Tensor, Tensor> bn_act_train(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double eps,
-    bool relu);
-
-// dx, dweight, dbias, dresidual
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& mean, const Tensor& var, double eps, bool relu, bool training, std::array<bool, 4> output_mask);
+void launch_statistics(const StatisticsParams& params, cudaStream_t stream);
+void launch_apply(const ApplyParams& params, cudaStream_t stream);
+void launch_backward_reduce(const BackwardReduceParams& params, cudaStream_t stream);
+void launch_backward_apply(const BackwardApplyParams& params, cudaStream_t stream);
 
 }  // namespace resnet_fast::cuda

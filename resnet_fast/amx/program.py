@@ -172,7 +172,7 @@ class Builder:
         y = residual or self._buffer(role, conv.out_channels, conv.out_height, conv.out_width)
         self._add(name, packed, x, y, y.number if residual else _NONE, conv.stride[0], module.relu)
         values = conv.x_elements + conv.y_elements * (2 if residual else 1)
-        self._cost(conv.flops, values, packed.bytes)
+        self._cost(conv.real_flops, values, packed.bytes)
         return y
 
     def _classifier(self, x: _Buffer) -> _Buffer:

@@ -1,4 +1,5 @@
-"""Backend `native`: the C++ extension resnet_fast._C. On CPUs, oneDNN convolutions and our vectorised batch norm.
+"""Backend `native`: the C++ extension resnet_fast._C. On CPUs, oneDNN convolutions and our vectorised batch norm; on
+GPUs, cuDNN's convolutions or our own on tensor cores, and CUDA batch norm kernels.
 
 Functions have the arguments of `resnet_fast.ops` without `backend` and return the same; see there for shapes. The
 extension is imported once, on first use, and a failure is remembered: `available()` says what is wrong and what helps.
@@ -14,7 +15,7 @@ from .. import _log
 from . import train_ops
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CUDA_OPS = ("bn_act", "bn_act_train", "bn_act_backward")
+_names: list[str] = []  # of the extension's ops that this package calls
 _REINSTALL = "run `pip install -e .` in the source tree, or reinstall resnet-fast"
 
 _module: ModuleType | None = None
@@ -54,7 +55,8 @@ def available() -> str | None:
 def build_info() -> dict | None:
     """What the extension was built with and the CPU capability it uses; None without the extension.
 
-    Keys: torch_version, cuda_version (or None), compiler, cplusplus, cxx11_abi, openmp, capabilities, cpu_capability.
+    Keys: torch_version, cuda_version (or None), compiler, cplusplus, cxx11_abi, openmp, capabilities, cpu_capability,
+    cxx_flags; with CUDA also cuda_archs (as TORCH_CUDA_ARCH_LIST), cudnn_version (the one loaded), nvcc_flags.
     """
     module = load()
     return None if module is None else module.build_info()
@@ -71,9 +73,38 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return None
     if device_type != "cuda":
         return f"no kernels for {device_type} tensors, only cpu and cuda"
-    if build_info()["cuda_version"] is None:
+    return _why_not_cuda()
+
+
+def _why_not_cuda() -> str | None:
+    """Why the CUDA part, whatever the op, cannot run on the current device, or on any GPU where there is none here."""
+    info = build_info()
+    built, running = info["cuda_version"], torch.version.cuda
+    if built is None:
         return "built without CUDA: install with nvcc and a CUDA build of PyTorch, RESNET_FAST_BUILD=cuda"
-    return None if op in _CUDA_OPS else f"{op} has no CUDA kernel; convolutions on GPUs are cuDNN's"
+    if running is None or built.split(".")[0] != running.split(".")[0]:
+        return f"its CUDA part was built for CUDA {built} and this PyTorch is of CUDA {running}: {_REINSTALL}"
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    if covers(info["cuda_archs"], capability):
+        return None
+    own = "{}.{}".format(*capability)
+    return f"its CUDA part was compiled for {info['cuda_archs']} and this GPU is {own}: set TORCH_CUDA_ARCH_LIST={own}"
+
+
+def covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `archs`, as TORCH_CUDA_ARCH_LIST has them, runs on a GPU of this capability."""
+    for arch in archs.replace(" ", ";").split(";"):
+        number = arch.removesuffix("+PTX").rstrip("af")
+        if not number.replace(".", "", 1).isdigit():
+            return True  # a name, as "Hopper": torch knows them, and a launch will tell
+        major, minor = (int(part) for part in number.split("."))
+        if (major == capability[0] and minor <= capability[1]) or (
+            arch.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
 
 
 def why_not_auto(device_type: str) -> str | None:
@@ -83,9 +114,14 @@ def why_not_auto(device_type: str) -> str | None:
 
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
-    where = "CUDA" if device_type == "cuda" else (build_info() or {}).get("cpu_capability", "CPU")
+    if device_type == "cuda":
+        if op == "conv_epilogue":
+            return "cuDNN's fused conv + residual + ReLU, or its conv + one fused pass (CUDA)"
+        halves = dtype in (torch.float16, torch.bfloat16) and op in ("conv_bn_act", "conv_bn_shortcut_act")
+        conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
+        return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
     conv = "oneDNN conv + " if not op.startswith("bn") else ""
-    return f"{conv}fused bn_act ({where})"
+    return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 
 
 def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
@@ -100,10 +136,18 @@ def _fail(reason: str) -> None:
 
 
 def _mismatch(module: ModuleType) -> str | None:
-    built, running = module.build_info()["torch_version"], torch.__version__
-    if built.split(".")[:2] == running.split(".")[:2]:
-        return None
-    return f"the C++ extension resnet_fast._C was built for torch {built} and this is torch {running}: {_REINSTALL}"
+    """Why an extension that was imported must not be used: it was made for another torch, ABI or version of ours."""
+    info = module.build_info()
+    built, running = info["torch_version"], torch.__version__
+    if built.split(".")[:2] != running.split(".")[:2]:
+        return f"the C++ extension resnet_fast._C was built for torch {built} and this is torch {running}: {_REINSTALL}"
+    abi = info.get("cxx11_abi")
+    if abi is not None and abi != torch.compiled_with_cxx11_abi():
+        return f"the C++ extension resnet_fast._C has another C++ ABI than torch (cxx11_abi={abi}): {_REINSTALL}"
+    missing = [name for name in _names if not hasattr(torch.ops.resnet_fast_native, name)]
+    if missing:
+        return f"the C++ extension resnet_fast._C is of another version and lacks {', '.join(missing)}: {_REINSTALL}"
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -114,6 +158,7 @@ def _first_line(error: Exception) -> str:
 def _op(name: str):
     """The registered op `name`, looked up on the first call, when the extension has been loaded."""
     resolved = None
+    _names.append(name)
 
     def call(*args):
         nonlocal resolved
@@ -133,10 +178,11 @@ bn_act_backward = _op("bn_act_backward")
 conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
+conv_epilogue = _op("conv_epilogue")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:
-    """`ops.conv_bn_shortcut_act` as two calls: oneDNN's convolutions take no second input."""
+    """`ops.conv_bn_shortcut_act` as two calls: the convolutions take no second input."""
     *main, eps, shortcut, conv_weight, conv_bias, weight, bias, mean, var, stride, shortcut_eps, relu = args
     tensors, geometry = main[:7], main[7:]
     branch = (shortcut, conv_weight, conv_bias, weight, bias, mean, var)

@@ -3,7 +3,6 @@
 Steps are timed while the whole network runs, so their inputs are where the step before left them: in cache, or not.
 """
 
-import math
 import re
 import statistics
 import time
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..amx.network import AmxNetwork
 from ..frozen import FrozenConv2d
 from ..planner import conv_of
-from ..problems import Conv
 from ..twin import float32_twin
 
 
@@ -40,6 +39,8 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
     """Every step of a frozen ResNet on `images` (N, 3, H, W), on the CPU, in the order they run."""
     network = computed_by(frozen, images)
     images = images.to(network.conv1.weight.dtype)
+    if (amx := network.amx_network(images)) is not None:
+        return _amx_timings(network, amx, images, repeats)
     steps: list[_Step] = []
     watched = {
         name: module
@@ -57,6 +58,25 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
         for handle in handles:
             handle.remove()
     return [step.timing() for step in steps]
+
+
+def _amx_timings(network: nn.Module, amx: AmxNetwork, images: Tensor, repeats: int) -> list[LayerTiming]:
+    """Of a network that AMX computes: by its program, and by the clock what PyTorch does behind it."""
+    runs = [amx.timings(images) for _ in range(2 + repeats)][2:]
+    timings = [
+        LayerTiming(step.name, "AMX", statistics.median(run[number].seconds for run in runs), step.flops, step.bytes)
+        for number, step in enumerate(runs[0])
+    ]
+    if not amx.head:
+        features, seconds = amx(images), []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            y = network.fc(torch.flatten(network.avgpool(features), 1))
+            seconds.append(time.perf_counter() - start)
+        flops = 2 * len(y) * network.fc.weight.numel()
+        moved = features.nbytes + network.fc.weight.nbytes + y.nbytes
+        timings.append(LayerTiming("avgpool, fc", "PyTorch", statistics.median(seconds), flops, moved))
+    return timings
 
 
 class _Step:
@@ -87,7 +107,7 @@ class _Step:
         if isinstance(module, FrozenConv2d):
             conv = conv_of(module, x.shape)
             self.residual = len(inputs) > 1 and inputs[1] is not None
-            self.flops = real_flops(conv)
+            self.flops = conv.real_flops
             self.bytes = sum(tensors) + conv.x_elements * x.itemsize + self.residual * output.nbytes
         else:
             self.flops = 2 * x.numel() * output.shape[-1] if isinstance(module, nn.Linear) else 0
@@ -99,16 +119,3 @@ class _Step:
         parts = ["oneDNN conv" if self.module._onednn() else "PyTorch conv2d"]
         parts += ["residual"] * self.residual + ["ReLU"] * self.module.relu
         return " + ".join(parts)
-
-
-def real_flops(conv: Conv) -> int:
-    """Of taps on pixels, 2 a multiply-add: `Conv.flops` counts padding too."""
-    return 2 * math.prod(conv.weight_shape[:2]) * conv.batch * _real_taps(conv, 0) * _real_taps(conv, 1)
-
-
-def _real_taps(conv: Conv, axis: int) -> int:
-    """Over all outputs along one axis, the kernel taps that fall on a pixel rather than on padding."""
-    length, outputs = ((conv.height, conv.out_height), (conv.width, conv.out_width))[axis]
-    stride, padding, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
-    positions = (o * stride - padding + tap * dilation for o in range(outputs) for tap in range(conv.kernel[axis]))
-    return sum(0 <= position < length for position in positions)

@@ -1,4 +1,4 @@
-"""The primitives on CPUs: the C++ extension's passes, PyTorch's (oneDNN's) convolutions, and 1x1s slab by slab.
+"""The primitives: the C++ extension's passes, PyTorch's (oneDNN's, cuDNN's) convolutions, on CPUs 1x1s slab by slab.
 
 A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that does not leave the cache between
 its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products few CPUs have
@@ -170,10 +170,11 @@ def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, rel
 
 
 def _is_rows(x: Tensor) -> bool:
-    """Whether memory holds x pixel by pixel and its strides say so, which those of one pixel or channel may not."""
+    """Whether CPU memory holds x pixel by pixel and its strides say so, which those of one pixel or channel may not."""
     wanted = torch.channels_last
     suggested = torch._prims_common.suggest_memory_format(x)
-    return suggested == wanted and x.is_contiguous(memory_format=wanted) and x.numel() > 0
+    dense = suggested == wanted and x.is_contiguous(memory_format=wanted)
+    return dense and x.device.type == "cpu" and x.numel() > 0
 
 
 def _is_product(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
