@@ -92,6 +92,18 @@ def test_float32_needs_its_lower_planes():
         assert_all_match({"y": network(x)}, {"y": stock}, {"y": exact})
 
 
+@needs_amx
+@torch.no_grad()
+def test_shortcuts_of_one_shape_after_another():
+    """Each block's output takes its shortcut's place, which must not be that of the block before."""
+    torch.manual_seed(7)
+    blocks = [BasicBlock(32, 32, 1, downsample(32, 32, 1)) for _ in range(3)]
+    model = lively(nn.Sequential(*blocks)).eval()
+    x = torch.randn(2, 32, 6, 6).to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert_all_match({"y": network_of(freeze(model))(x)}, {"y": model(x)}, {"y": exact})
+
+
 def small_resnet(dtype: torch.dtype, **settings) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(3)
     model = lively(ResNet(Bottleneck, [2, 1, 1, 1], num_classes=7, **settings)).eval()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from models import lively
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from resnet_fast import cli, freeze, twin
+from resnet_fast import cli, freeze, planned, twin
+from resnet_fast.amx.network import why_not as why_not_amx
 from resnet_fast.cli import cpu_ceilings, layer_timings, networks, profile_cpu
 from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming
@@ -25,6 +26,13 @@ def run(*arguments):
 
 
 SMALL = ("--device", "cpu", "--model", "resnet18", "-b", "2", "--img-size", "64", "--dtype", "float32")
+
+
+@pytest.fixture(autouse=True)
+def _layers_one_by_one(request, monkeypatch):
+    """As on a CPU without AMX, but for tests of it."""
+    if "amx" not in request.node.name:
+        monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "it is turned off")
 
 
 @pytest.fixture
@@ -171,6 +179,20 @@ def test_a_twin_is_timed_where_it_computes(slow, images, monkeypatch):
     assert layer_timings.computed_by(frozen, images).conv1.weight.dtype == dtype
     found = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=1)}
     assert found["layer1.0.conv1"].bytes == dtype.itemsize * (2 * 2 * 64 * 16 * 16 + 64 * 64 * 9 + 64)
+
+
+@pytest.mark.skipif(why_not_amx(torch.bfloat16) is not None, reason=str(why_not_amx(torch.bfloat16)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_amx_programs_are_timed_step_by_step(dtype, images):
+    """With the same work as the layers; the classifier is PyTorch's in float32, and in the program in bfloat16."""
+    frozen = freeze(_network(), dtype=dtype)
+    found = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=2)}
+    frozen.backend = "reference"
+    by_layer = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=1)}
+    assert {each.kernel for each in found.values()} == ({"AMX", "PyTorch"} if dtype == torch.float32 else {"AMX"})
+    assert set(by_layer) - set(found) == ({"avgpool", "fc"} if dtype == torch.float32 else set())
+    assert sum(each.flops for each in found.values()) == sum(each.flops for each in by_layer.values())
+    assert all(each.seconds > 0 for each in found.values())
 
 
 def test_ceilings_are_rates_of_the_work_done(monkeypatch):

@@ -44,6 +44,7 @@ class Built:
 @dataclass(frozen=True)
 class _Buffer:
     number: int
+    role: str
     channels: int
     height: int
     width: int
@@ -136,14 +137,15 @@ class Builder:
     def _block(self, name: str, block: FrozenBlock, x: _Buffer) -> _Buffer:
         *early, last = block.convs
         value, shortcut, downsample, pixels = x, x, block.downsample, None
+        role = "shortcut" if x.role != "shortcut" else "other shortcut"  # x is there until the block is done
         if downsample is not None:  # first, while x is there: a thread's own buffer soon holds another image
             pixels = self._skip(downsample, x)
             if pixels is None:
-                shortcut = self._conv(f"{name}.downsample", downsample, x, "downsample")
+                shortcut = self._conv(f"{name}.downsample", downsample, x, role)
         for number, module in enumerate(early, 1):
             value = self._conv(f"{name}.conv{number}", module, value, f"conv{number}")
         if pixels is not None:
-            shortcut = self._conv(f"{name}.downsample", downsample, pixels, "downsample", skipped=True)
+            shortcut = self._conv(f"{name}.downsample", downsample, pixels, role, skipped=True)
         return self._conv(f"{name}.conv{len(block.convs)}", last, value, residual=shortcut)
 
     def _skip(self, module: FrozenConv2d, x: _Buffer) -> _Buffer | None:
@@ -200,7 +202,7 @@ class Builder:
             group = GROUP if one or (small and self.capacity >= GROUP) else 1
             own, halo = self.by_image and not small, self.halos.get((height, width), 0)
             number = self.program.buffer(channels, height, width, halo, group, own, vector)
-            self.buffers[key] = _Buffer(number, channels, height, width, own)
+            self.buffers[key] = _Buffer(number, role, channels, height, width, own)
         return self.buffers[key]
 
     def _enter(self, *buffers: _Buffer) -> None:
