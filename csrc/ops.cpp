@@ -12,6 +12,7 @@
 #include "cpu/bn_train.h"
 #include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
+#include "cpu/residual_block.h"
 #ifdef WITH_CUDA
 #include "cuda/bn_act.h"
 #endif
@@ -40,6 +41,9 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? bias, Tensor mean, Tensor var, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
       "float eps, bool relu, bool training, bool[6] output_mask) "
       "-> (Tensor dx, Tensor dconv_weight, Tensor dconv_bias, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  m.def(
+      "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -74,6 +78,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act", &resnet_fast::cpu::conv_bn_act);
   m.impl("conv_bn_act_train", &resnet_fast::cpu::conv_bn_act_train);
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
+  m.impl("residual_block", &resnet_fast::cpu::residual_block);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .backends import inference
 
 _ops = torch.ops.resnet_fast
 
@@ -135,6 +136,41 @@ def _conv_bn_shortcut_act_backward(ctx, dy):
     return tuple(result)
 
 
+def _setup_residual_block(ctx, inputs, output):
+    x, residual, conv_weights, weights, biases, means, variances, *rest = inputs
+    ctx.save_for_backward(x, residual, *conv_weights, *weights, *biases, *means, *variances)
+    ctx.count, ctx.rest = len(conv_weights), rest
+
+
+def _residual_block_backward(ctx, dy):
+    """As `_conv_bn_shortcut_act_backward`: layer by layer, computed again."""
+    tensors = list(ctx.saved_tensors)
+    count, (geometry, eps, downsample, backend) = ctx.count, ctx.rest
+    wanted = [place for place, needed in enumerate(ctx.needs_input_grad[: 2 + 5 * count]) if needed]
+    differentiable = torch.is_grad_enabled()  # create_graph=True
+    with torch.enable_grad():
+        if not differentiable:
+            for place in wanted:
+                tensors[place] = tensors[place].detach().requires_grad_()
+        x, residual, *columns = tensors
+        columns = [columns[at : at + count] for at in range(0, 5 * count, count)]
+
+        def conv_bn_act(*args):
+            return _ops.conv_bn_act(*args, backend)
+
+        def conv_bn_shortcut_act(*args):
+            return _ops.conv_bn_shortcut_act(*args, backend)
+
+        block = inference.make(conv_bn_act, conv_bn_shortcut_act)
+        y = block(x, residual, *columns, geometry, eps, downsample)
+        grads = torch.autograd.grad(y, [tensors[place] for place in wanted], dy, create_graph=differentiable)
+    result: list[Tensor | None] = [None] * len(tensors)
+    for place, grad in zip(wanted, grads, strict=True):
+        result[place] = grad
+    lists = (result[at : at + count] for at in range(2, len(result), count))
+    return *result[:2], *lists, *(None,) * 4
+
+
 def _differentiable_grads(z_input, inputs, dy, y, weight, bias, mean, var, eps, relu, training, mask):
     """The gradients as a differentiable function of `inputs` and `dy`; the residual's gradient, dz, comes last."""
     dz = dy.masked_fill(y <= 0, 0.0) if relu else dy
@@ -162,6 +198,7 @@ for _name, _setup, _backward in (
     ("bn_act_train", _setup_bn_act_train, _bn_act_train_backward),
     ("conv_bn_act", _setup_conv_bn_act, _conv_bn_act_backward),
     ("conv_bn_shortcut_act", _setup_conv_bn_shortcut_act, _conv_bn_shortcut_act_backward),
+    ("residual_block", _setup_residual_block, _residual_block_backward),
     ("conv_bn_act_train", _setup_conv_bn_act_train, _conv_bn_act_train_backward),
 ):
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)

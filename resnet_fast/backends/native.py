@@ -133,6 +133,7 @@ bn_act_backward = _op("bn_act_backward")
 conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
+residual_block = _op("residual_block")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:

@@ -65,7 +65,8 @@ def residual_block(
     residual = None if downsample else shortcut
     learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
     has_bias = any(layer.conv_bias is not None for layer in layers)
-    if needs_plain_pytorch(x) or has_bias or not (learns or any(layer.training for layer in layers)):
+    trains = learns or any(layer.training for layer in layers)
+    if needs_plain_pytorch(x) or has_bias:
         return _layer_by_layer(x, main, shortcut, backend)
 
     x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
@@ -77,14 +78,19 @@ def residual_block(
     if not downsample:
         arguments.check_residual(x if residual is None else residual, out_shape, x.device)
         residual = cast(residual, x.dtype)
+    numbers = [number for layer in layers for number in _geometry(layer)]
+    epsilons = [layer.eps for layer in layers]
+    if not trains:
+        backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
+        return _ops.residual_block(x, residual, *_columns(x, layers), numbers, epsilons, downsample, backend)
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
     stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
     y, records = _ops.residual_block_train(
         x,
         residual,
         *_columns(x, layers),
-        [number for layer in layers for number in _geometry(layer)],
-        [layer.eps for layer in layers],
+        numbers,
+        epsilons,
         [layer.training for layer in layers],
         downsample,
         stages,

@@ -1,0 +1,17 @@
+// Inference of a residual block on a CPU with AMX, in one call: y = relu(F(x) + shortcut). Nothing is kept from one call
+// to the next but buffers: weights are packed, and batch norms folded into scale and bias, by every call for itself.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "../residual_block.h"
+
+namespace resnet_fast::cpu {
+
+// nullopt where the block is left to other code: its types, layout or shapes do not fit, or it has run but y has values
+// that are not finite, of which this arithmetic may make others than PyTorch's.
+std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block);
+
+}  // namespace resnet_fast::cpu
