@@ -44,6 +44,9 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
       "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample) -> Tensor");
+  m.def(
+      "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "SymInt[] geometry, float eps) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -79,6 +82,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act_train", &resnet_fast::cpu::conv_bn_act_train);
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
+  m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);

@@ -33,6 +33,8 @@ _SCHEMAS = {
     "residual_block": "(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
     "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, str backend) "
     "-> Tensor",
+    "stem": "(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "SymInt[] geometry, float eps, str backend) -> Tensor",
     "residual_block_train": "(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
     "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool[] batch_statistics, "
     "bool downsample, int[] stages, str group, str backend) -> (Tensor y, Tensor[] records)",
@@ -128,6 +130,12 @@ def residual_block_fake(
     for number in range(len(conv_weights) - downsample):
         value = _like(_conv(value, conv_weights[number].to(x.dtype), None, *_geometry(geometry, number)))
     return value
+
+
+@_fake
+def stem_fake(x, conv_weight, weight, bias, running_mean, running_var, geometry, eps, backend):
+    conv_out = _conv(x.to(conv_weight.dtype), conv_weight, None, *_geometry(geometry, 0))
+    return _like(torch.nn.functional.max_pool2d(_like(conv_out), 3, 2, 1))
 
 
 @_fake

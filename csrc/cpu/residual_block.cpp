@@ -1,5 +1,7 @@
 #include "residual_block.h"
 
+#include <ATen/ops/max_pool2d.h>
+
 #include "conv_bn_act.h"
 #include "guards.h"
 #ifdef WITH_AMX
@@ -18,6 +20,13 @@ at::Tensor apply(const BlockLayer& layer, const at::Tensor& x, const at::Tensor&
   return conv_bn_act(
       x, layer.conv_weight.to(x.scalar_type()), std::nullopt, optional(layer.weight), optional(layer.bias), layer.mean,
       layer.var, optional(residual), layer.stride, layer.padding, layer.dilation, layer.groups, layer.eps, relu);
+}
+
+BlockLayer make_layer(
+    const at::Tensor& conv_weight, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+    const at::Tensor& var, at::IntArrayRef geometry, double eps) {
+  return {conv_weight, weight, bias, mean, var, geometry.slice(0, 2), geometry.slice(2, 2), geometry.slice(4, 2),
+          geometry[6], eps};
 }
 
 at::Tensor layer_by_layer(const ResidualBlock& block) {
@@ -39,15 +48,27 @@ at::Tensor residual_block(
   const OpGuard guard;
   ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
   for (size_t i = 0; i < conv_weights.size(); ++i) {
-    const at::IntArrayRef numbers = geometry.slice(7 * i, 7);
-    block.layers.push_back({conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]), running_means[i],
-                            running_vars[i], numbers.slice(0, 2), numbers.slice(2, 2), numbers.slice(4, 2), numbers[6],
-                            eps[i]});
+    block.layers.push_back(make_layer(conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]),
+                                      running_means[i], running_vars[i], geometry.slice(7 * i, 7), eps[i]));
   }
 #ifdef WITH_AMX
   if (auto y = amx_residual_block(block)) return *y;
 #endif
   return layer_by_layer(block);
+}
+
+at::Tensor stem(
+    const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
+    double eps) {
+  const OpGuard guard;
+  const at::Tensor none;
+  const BlockLayer layer =
+      make_layer(conv_weight, weight.value_or(none), bias.value_or(none), mean, var, geometry, eps);
+#ifdef WITH_AMX
+  if (auto y = amx_stem(x, layer)) return *y;
+#endif
+  return at::max_pool2d(apply(layer, x.to(conv_weight.scalar_type()), {}, true), {3, 3}, {2, 2}, {1, 1});
 }
 
 }  // namespace resnet_fast::cpu

@@ -1,4 +1,4 @@
-// Inference of a whole residual block: y = relu(F(x) + shortcut).
+// Inference of a whole residual block, y = relu(F(x) + shortcut), and of the stem before the first.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,5 +29,11 @@ at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
     at::ArrayRef<double> eps, bool downsample);
+
+// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to.
+at::Tensor stem(
+    const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
+    double eps);
 
 }  // namespace resnet_fast::cpu

@@ -134,6 +134,7 @@ conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
 residual_block = _op("residual_block")
+stem = _op("stem")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:

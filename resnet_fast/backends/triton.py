@@ -33,6 +33,7 @@ _OPS = (
     "bn_act_backward",
     "conv_bn_act_backward",
     "residual_block",
+    "stem",
     "residual_block_train",
     "residual_block_backward",
     "stem_train",
@@ -109,7 +110,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     where = " (interpreted)" if device_type == "cpu" else ""
     if op == "residual_block_train":
         return f"one Triton kernel a convolution with its statistics, or cuDNN + Triton passes, layer by layer{where}"
-    if op.startswith("conv") or op == "residual_block":
+    if op.startswith("conv") or op in ("residual_block", "stem"):
         return f"one Triton kernel a convolution, or cuDNN + Triton bn_act, layer by layer{where}"
     return f"Triton bn_act{where}"
 
@@ -241,7 +242,7 @@ def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: boo
     return y
 
 
-residual_block = inference.make(conv_bn_act, conv_bn_shortcut_act)
+residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
     lambda: importlib.import_module(".primitives.triton", __package__)
 )

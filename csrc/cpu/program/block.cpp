@@ -1,27 +1,20 @@
 #include "block.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <array>
-#include <list>
 #include <map>
 
 #include "../activation_pool.h"
-#include "program.h"
-#include "steps.h"
+#include "plans.h"
 
 namespace resnet_fast::cpu {
 
 namespace {
 
-constexpr int64_t kGroup = amx::kTileRows;  // images side by side in a tile
-constexpr int64_t kFull = 14;               // of them: no fewer are worth one
-constexpr int64_t kSmallPixels = 256;       // an image of no more is small: 16 images fill tiles better than 16 pixels
-constexpr int64_t kDirectChannels = 512;    // more, and 16 pixels of a tensor fall on too few sets of the first cache
-constexpr int64_t kMostValues = 1 << 30;    // of an image
-constexpr size_t kKept = 32;                // plans
+constexpr int64_t kSmallPixels = 256;     // an image of no more is small: 16 images fill tiles better than 16 pixels
+constexpr int64_t kDirectChannels = 512;  // more, and 16 pixels of a tensor fall on too few sets of the first cache
+constexpr int64_t kMostValues = 1 << 30;  // of an image
 
 bool channels_last(const at::Tensor& t) {
   return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast && t.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -55,23 +48,12 @@ struct Conv {
   }
 };
 
-// What a plan is made for, and found again by.
-struct Key {
+// The rest of what a program is laid out for.
+struct Layout {
   int planes;
   int64_t capacity, threads;
   bool downsample, residual;
-  std::vector<std::array<int64_t, 13>> convs;
-
-  bool operator==(const Key& other) const {
-    return planes == other.planes && capacity == other.capacity && threads == other.threads &&
-           downsample == other.downsample && residual == other.residual && convs == other.convs;
-  }
 };
-
-std::array<int64_t, 13> numbers(const Conv& c) {
-  return {c.in_channels, c.height, c.width, c.out_channels, c.channels, c.rows, c.columns,
-          c.stride, c.top, c.left, c.down, c.right, c.groups};
-}
 
 // Lays a block out as a Program. Large images go through the block one by one, each thread with its own; from where they
 // are small, 16 of them lie side by side and the threads share each convolution.
@@ -80,8 +62,8 @@ std::array<int64_t, 13> numbers(const Conv& c) {
 // through buffers.
 class Builder {
  public:
-  Builder(Program& program, const Key& key, const std::vector<Conv>& convs)
-      : program_(program), key_(key), convs_(convs), by_image_(key.capacity >= 2 * key.threads) {
+  Builder(Program& program, const Layout& layout, const std::vector<Conv>& convs)
+      : program_(program), layout_(layout), convs_(convs), by_image_(layout.capacity >= 2 * layout.threads) {
     for (const Conv& conv : convs_) {
       // Where images grow, a thread would come back to a buffer of its own after other images were in it.
       by_image_ = by_image_ && conv.out_height() <= conv.height && conv.out_width() <= conv.width;
@@ -92,32 +74,32 @@ class Builder {
 
   void build() {
     pack();
-    const size_t last = convs_.size() - 1 - (key_.downsample ? 1 : 0);
+    const size_t last = convs_.size() - 1 - (layout_.downsample ? 1 : 0);
     const Conv &first = convs_.front(), &final = convs_[last], &branch = convs_.back();
     const int64_t channels = first.in_channels, height = first.height, width = first.width;
     const int64_t out_channels = final.out_channels, out_height = final.out_height(), out_width = final.out_width();
-    const bool one_plane = key_.planes == 1;
+    const bool one_plane = layout_.planes == 1;
     const bool x_direct = one_plane && !small(height, width) && first.pointwise() && first.stride == 1 && channels <= kDirectChannels;
     const bool y_direct = one_plane && !small(out_height, out_width);
 
     const int64_t x_tensor = one_plane ? program_.tensor(Place::kX, channels, height, width) : -1;
     int64_t y = y_direct ? program_.tensor(Place::kY, out_channels, out_height, out_width) : -1;
-    const bool skips = key_.downsample && branch.pointwise() && branch.stride > 1;
-    if (key_.downsample && !y_direct) y = buffer(out_channels, out_height, out_width);
+    const bool skips = layout_.downsample && branch.pointwise() && branch.stride > 1;
+    if (layout_.downsample && !y_direct) y = buffer(out_channels, out_height, out_width);
     if (skips) {  // before x is read: a thread's own buffer is lost when another section begins
       Conv dense = branch;
       dense.height = branch.out_height(), dense.width = branch.out_width(), dense.stride = 1;
       add(convs_.size() - 1, dense, read(channels, dense.height, dense.width, Place::kX, branch.stride), y, -1, false);
     }
-    const bool branch_direct = !key_.downsample || skips || branch.pointwise();
+    const bool branch_direct = !layout_.downsample || skips || branch.pointwise();
     const int64_t x = x_direct && branch_direct ? x_tensor : read(channels, height, width, Place::kX, 1);
     int64_t shortcut = y;
-    if (key_.downsample) {
+    if (layout_.downsample) {
       if (!skips) add(convs_.size() - 1, branch, x, y, -1, false);
     } else if (y_direct) {
-      shortcut = key_.residual ? program_.tensor(Place::kResidual, out_channels, out_height, out_width) : x_tensor;
+      shortcut = layout_.residual ? program_.tensor(Place::kResidual, out_channels, out_height, out_width) : x_tensor;
     } else {
-      y = shortcut = key_.residual ? read(out_channels, out_height, out_width, Place::kResidual, 1) : x;
+      y = shortcut = layout_.residual ? read(out_channels, out_height, out_width, Place::kResidual, 1) : x;
     }
 
     int64_t value = x;
@@ -141,20 +123,17 @@ class Builder {
   static bool small(int64_t height, int64_t width) { return height * width <= kSmallPixels; }
 
   void pack() {
-    const PoolGuard pool;
     for (const Conv& conv : convs_) {
       const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector), steps = blocks * conv.rows * conv.columns;
-      const int64_t outputs = conv.out_channels / amx::kVector;
-      packed_.push_back({at::empty({outputs, steps, key_.planes, amx::kBlockValues}, at::kBFloat16),
-                         at::empty({conv.out_channels}, at::kFloat), at::empty({conv.out_channels}, at::kFloat)});
+      packed_.push_back(empty_packed(layout_.planes, conv.out_channels, steps));
     }
     program_.section(false);
-    program_.add(make_pack(key_.planes, key_.capacity, packed_));
+    program_.add(make_pack(layout_.planes, layout_.capacity, packed_));
   }
 
   int64_t buffer(int64_t channels, int64_t height, int64_t width) {
     const bool is_small = small(height, width);
-    const int64_t group = is_small && key_.capacity >= kGroup ? kGroup : 1;
+    const int64_t group = is_small && layout_.capacity >= kGroup ? kGroup : 1;
     const bool own = by_image_ && !is_small;
     return program_.buffer(channels, height, width, halos_[{height, width}], group, own, amx::kVector);
   }
@@ -162,7 +141,7 @@ class Builder {
   int64_t read(int64_t channels, int64_t height, int64_t width, Place from, int64_t stride) {
     const int64_t number = buffer(channels, height, width);
     enter({number});
-    program_.add(make_read(key_.planes, program_.at(number), from, stride));
+    program_.add(make_read(layout_.planes, program_.at(number), from, stride));
     return number;
   }
 
@@ -171,9 +150,9 @@ class Builder {
     const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector);
     const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
     const Packed& packed = packed_[layer];
-    const int64_t sharing = in_section_by_image_ ? 1 : key_.threads;
+    const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
     program_.add(make_conv(
-        key_.planes, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
+        layout_.planes, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
         packed.weight, packed.scale, packed.bias, conv.taps(), {conv.stride, blocks, outputs_per_group, relu}));
   }
 
@@ -186,57 +165,13 @@ class Builder {
   }
 
   Program& program_;
-  const Key& key_;
+  const Layout layout_;
   const std::vector<Conv>& convs_;
   bool by_image_;
   bool in_section_by_image_ = false;
   std::map<std::pair<int64_t, int64_t>, int64_t> halos_;
   std::vector<Packed> packed_;
 };
-
-struct Plan {
-  Key key;
-  std::unique_ptr<Program> program;
-};
-
-std::unique_ptr<Plan> make_plan(Key key, const std::vector<Conv>& convs) {
-  auto plan = std::make_unique<Plan>();
-  plan->program = std::make_unique<Program>(key.planes, key.capacity, key.threads);
-  Builder(*plan->program, key, convs).build();
-  plan->key = std::move(key);
-  return plan;
-}
-
-// Plans that nobody runs, the last used first. A caller takes one out, so that no two run the same.
-class Plans {
- public:
-  std::unique_ptr<Plan> take(const Key& key) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = std::find_if(idle_.begin(), idle_.end(), [&](const auto& plan) { return plan->key == key; });
-    if (found == idle_.end()) return nullptr;
-    std::unique_ptr<Plan> plan = std::move(*found);
-    idle_.erase(found);
-    return plan;
-  }
-
-  void put(std::unique_ptr<Plan> plan) {
-    std::unique_ptr<Plan> oldest;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_front(std::move(plan));
-    if (idle_.size() <= kKept) return;
-    oldest = std::move(idle_.back());
-    idle_.pop_back();
-  }
-
- private:
-  std::mutex mutex_;
-  std::list<std::unique_ptr<Plan>> idle_;
-};
-
-Plans& plans() {
-  static Plans* const plans = new Plans;  // never destroyed: other threads may run until the process ends
-  return *plans;
-}
 
 bool fits(const ResidualBlock& block) {
   const at::Tensor& x = block.x;
@@ -265,8 +200,6 @@ std::vector<Conv> convolutions(const ResidualBlock& block) {
   return convs;
 }
 
-at::Tensor vector(const at::Tensor& t) { return t.defined() ? t.to(at::kFloat).contiguous() : t; }
-
 }  // namespace
 
 std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
@@ -279,27 +212,21 @@ std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
   const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
   const at::Tensor y = at::empty({x.size(0), last.out_channels, last.out_height(), last.out_width()}, options);
   Live live;
-  for (const BlockLayer& l : block.layers) {
-    live.layers.push_back({l.conv_weight, vector(l.weight), vector(l.bias), vector(l.mean), vector(l.var), l.eps});
-  }
-  at::Tensor residual = block.residual;
-  if (residual.defined()) residual = residual.contiguous(at::MemoryFormat::ChannelsLast);
+  for (const BlockLayer& layer : block.layers) live.layers.push_back(live_layer(layer, layer.conv_weight));
+  if (block.residual.defined()) live.residual = block.residual.contiguous(at::MemoryFormat::ChannelsLast);
 
-  const int64_t batch = x.size(0), rest = batch % kGroup, whole = rest >= kFull ? batch : batch - rest;
-  for (int64_t first = 0; first < batch;) {
-    const int64_t images = first < whole ? whole : batch - whole;
-    Key key{x.scalar_type() == at::kFloat ? 3 : 1, images < kFull ? images : kGroup, at::get_num_threads(),
-            block.downsample, residual.defined(), {}};
-    for (const Conv& conv : convs) key.convs.push_back(numbers(conv));
-    std::unique_ptr<Plan> plan = plans().take(key);
-    if (plan == nullptr) plan = make_plan(std::move(key), convs);
-    if (residual.defined()) live.residual = residual.narrow(0, first, images);
-    plan->program->run_live(x.narrow(0, first, images), y.narrow(0, first, images), &live);
-    plans().put(std::move(plan));
-    if (!live.finite) return std::nullopt;
-    first += images;
+  const int planes = x.scalar_type() == at::kFloat ? 3 : 1;
+  const bool downsample = block.downsample, residual = live.residual.defined();
+  std::vector<int64_t> key = {downsample, residual};
+  for (const Conv& c : convs) {
+    key.insert(key.end(), {c.in_channels, c.height, c.width, c.out_channels, c.channels, c.rows, c.columns, c.stride,
+                           c.top, c.left, c.down, c.right, c.groups});
   }
-  return y;
+  const auto build = [&](Program& program, int64_t capacity, int64_t threads) {
+    Builder(program, {planes, capacity, threads, downsample, residual}, convs).build();
+  };
+  run_planned(key, planes, build, x, y, live);
+  return live.finite ? std::make_optional(y) : std::nullopt;
 }
 
 }  // namespace resnet_fast::cpu

@@ -1,6 +1,7 @@
 // The steps that deal with what a call brings besides its activations.
-#include <algorithm>
+#include <ATen/ops/empty.h>
 
+#include "../activation_pool.h"
 #include "steps.h"
 
 namespace resnet_fast::cpu {
@@ -50,6 +51,17 @@ class CheckStep : public Step {
 };
 
 }  // namespace
+
+LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
+  const auto vector = [](const at::Tensor& t) { return t.defined() ? t.to(at::kFloat).contiguous() : t; };
+  return {conv_weight, vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var), layer.eps};
+}
+
+Packed empty_packed(int planes, int64_t out_channels, int64_t steps) {
+  const PoolGuard pool;
+  return {at::empty({out_channels / amx::kVector, steps, planes, amx::kBlockValues}, at::kBFloat16),
+          at::empty({out_channels}, at::kFloat), at::empty({out_channels}, at::kFloat)};
+}
 
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers) {
   return std::make_unique<PackStep>(planes, capacity, std::move(layers));

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../amx/amx.h"
+#include "../residual_block.h"
 #include "program.h"
 
 namespace resnet_fast::cpu {
@@ -17,7 +18,9 @@ struct LiveLayer {
   double eps;
 };
 
-// What a call of a residual block brings besides x and y. residual: undefined for none, else as x.
+LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight);
+
+// What a call brings besides x and y. residual: undefined for none, else as x.
 struct Live {
   at::Tensor residual;
   std::vector<LiveLayer> layers;
@@ -63,6 +66,7 @@ std::unique_ptr<Step> make_conv(
 struct Packed {
   at::Tensor weight, scale, bias;
 };
+Packed empty_packed(int planes, int64_t out_channels, int64_t steps);
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);
 // Looks for values of y that are not finite.
 std::unique_ptr<Step> make_check();
