@@ -12,6 +12,7 @@
 #include "cpu/bn_train.h"
 #include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
+#include "cpu/residual_block.h"
 #ifdef WITH_CUDA
 #include "cuda/ops.h"
 #endif
@@ -44,6 +45,12 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "conv_epilogue(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor?[] norm, float eps, Tensor? residual, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool relu, str path) -> Tensor");
+  m.def(
+      "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample) -> Tensor");
+  m.def(
+      "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "SymInt[] geometry, float eps) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -78,6 +85,8 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act", &resnet_fast::cpu::conv_bn_act);
   m.impl("conv_bn_act_train", &resnet_fast::cpu::conv_bn_act_train);
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
+  m.impl("residual_block", &resnet_fast::cpu::residual_block);
+  m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .backends import inference
 
 _ops = torch.ops.resnet_fast
 
@@ -135,6 +136,60 @@ def _conv_bn_shortcut_act_backward(ctx, dy):
     return tuple(result)
 
 
+def _setup_residual_block(ctx, inputs, output):
+    x, residual, conv_weights, weights, biases, means, variances, *rest = inputs
+    ctx.save_for_backward(x, residual, *conv_weights, *weights, *biases, *means, *variances)
+    ctx.count, ctx.rest = len(conv_weights), rest
+
+
+def _residual_block_backward(ctx, dy):
+    """As `_conv_bn_shortcut_act_backward`: layer by layer, computed again."""
+    count, (*rest, backend) = ctx.count, ctx.rest
+
+    def block(x, residual, *columns):
+        columns = [list(columns[at : at + count]) for at in range(0, 5 * count, count)]
+        return _layer_by_layer(backend)[0](x, residual, *columns, *rest)
+
+    grads = _recomputed_grads(ctx, block, dy)
+    lists = (grads[at : at + count] for at in range(2, len(grads), count))
+    return *grads[:2], *lists, *(None,) * len(ctx.rest)
+
+
+def _setup_stem(ctx, inputs, output):
+    *tensors, geometry, eps, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.rest = geometry, eps, backend
+
+
+def _stem_backward(ctx, dy):
+    *rest, backend = ctx.rest
+    grads = _recomputed_grads(ctx, lambda *tensors: _layer_by_layer(backend)[1](*tensors, *rest), dy)
+    return *grads, *(None,) * len(ctx.rest)
+
+
+def _layer_by_layer(backend: str):
+    """residual_block and stem by differentiable ops."""
+    return inference.make(
+        lambda *args: _ops.conv_bn_act(*args, backend), lambda *args: _ops.conv_bn_shortcut_act(*args, backend)
+    )
+
+
+def _recomputed_grads(ctx, function, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of function(saved tensors) that are wanted, differentiable under create_graph=True."""
+    tensors, differentiable = list(ctx.saved_tensors), torch.is_grad_enabled()
+    wanted = [place for place in range(len(tensors)) if ctx.needs_input_grad[place]]
+    with torch.enable_grad():
+        if not differentiable:
+            for place in wanted:
+                tensors[place] = tensors[place].detach().requires_grad_()
+        inputs = [tensors[place] for place in wanted]
+        found = torch.autograd.grad(function(*tensors), inputs, dy, create_graph=differentiable)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for place, grad in zip(wanted, found, strict=True):
+        grads[place] = grad
+    return grads
+
+
 def _differentiable_grads(z_input, inputs, dy, y, weight, bias, mean, var, eps, relu, training, mask):
     """The gradients as a differentiable function of `inputs` and `dy`; the residual's gradient, dz, comes last."""
     dz = dy.masked_fill(y <= 0, 0.0) if relu else dy
@@ -162,6 +217,8 @@ for _name, _setup, _backward in (
     ("bn_act_train", _setup_bn_act_train, _bn_act_train_backward),
     ("conv_bn_act", _setup_conv_bn_act, _conv_bn_act_backward),
     ("conv_bn_shortcut_act", _setup_conv_bn_shortcut_act, _conv_bn_shortcut_act_backward),
+    ("residual_block", _setup_residual_block, _residual_block_backward),
+    ("stem", _setup_stem, _stem_backward),
     ("conv_bn_act_train", _setup_conv_bn_act_train, _conv_bn_act_train_backward),
 ):
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)

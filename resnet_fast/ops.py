@@ -30,6 +30,11 @@ _SCHEMAS = {
     "bool relu, str backend) -> Tensor",
     "conv_bn_act_train": "(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? weight, Tensor? bias, "
     f"Tensor? residual, {_CONV}, {_FORWARD}) -> (Tensor y, Tensor conv_out, Tensor mean, Tensor var)",
+    "residual_block": "(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
+    "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, str backend) "
+    "-> Tensor",
+    "stem": "(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+    "SymInt[] geometry, float eps, str backend) -> Tensor",
     "residual_block_train": "(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
     "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool[] batch_statistics, "
     "bool downsample, int[] stages, str group, str backend) -> (Tensor y, Tensor[] records)",
@@ -118,6 +123,22 @@ def conv_bn_act_backward_fake(
 
 
 @_fake
+def residual_block_fake(
+    x, residual, conv_weights, weights, biases, running_means, running_vars, geometry, eps, downsample, backend
+):
+    value = x
+    for number in range(len(conv_weights) - downsample):
+        value = _like(_conv(value, conv_weights[number].to(x.dtype), None, *_geometry(geometry, number)))
+    return value
+
+
+@_fake
+def stem_fake(x, conv_weight, weight, bias, running_mean, running_var, geometry, eps, backend):
+    conv_out = _conv(x.to(conv_weight.dtype), conv_weight, None, *_geometry(geometry, 0))
+    return _like(torch.nn.functional.max_pool2d(_like(conv_out), 3, 2, 1))
+
+
+@_fake
 def residual_block_train_fake(
     x, residual, conv_weights, weights, biases, running_means, running_vars,
     geometry, eps, batch_statistics, downsample, stages, group, backend,
@@ -125,10 +146,8 @@ def residual_block_train_fake(
     value, records = x, []
     for number, conv_weight in enumerate(conv_weights):
         is_branch = downsample and number == len(conv_weights) - 1
-        at = 7 * number
-        pairs = (geometry[at : at + 2], geometry[at + 2 : at + 4], geometry[at + 4 : at + 6])
         source = x if is_branch else value
-        conv_out = _conv(source, conv_weight, None, *pairs, geometry[at + 6])
+        conv_out = _conv(source, conv_weight, None, *_geometry(geometry, number))
         gram = stages[number] == GRAM
         records += _record(source, None if gram else conv_out, conv_weight, group, gram)
         if not is_branch:
@@ -167,6 +186,12 @@ def _record(x: Tensor, conv_out: Tensor | None, conv_weight: Tensor, group: str,
     wanted = (bool(group), gram, gram)
     rest = [mean.new_empty(size) if there else x.new_empty(0) for size, there in zip(sizes, wanted, strict=True)]
     return [x.new_empty(0) if conv_out is None else conv_out, mean, torch.empty_like(mean), *rest]
+
+
+def _geometry(geometry, number: int) -> tuple:
+    """stride, padding, dilation and groups of layer `number`: seven numbers."""
+    at = 7 * number
+    return geometry[at : at + 2], geometry[at + 2 : at + 4], geometry[at + 4 : at + 6], geometry[at + 6]
 
 
 def _like_other(tensor: Tensor, other: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""torchvision's ResNet with its stem fused in training: conv1, bn1, relu and maxpool as one autograd node.
+"""torchvision's ResNet with its stem fused: conv1, bn1, relu and maxpool as one op, in training one autograd node.
 
 The stem's activations are the largest of the network: stock training keeps the convolution's output, the ReLU's and the
 pooling's 8-byte indices for the backward pass, and this keeps the first of them.
@@ -19,6 +19,7 @@ from .layers import (
     has_batch_statistics,
     why_not_called,
     why_not_module,
+    why_not_normalised,
     why_not_stage,
 )
 
@@ -34,16 +35,17 @@ class FastResNet(ResNet):
         """Why the stem would run stock (for input `x`, if given); None where it is fused."""
         reason = why_not_stem(self)
         if reason is None and x is not None:
-            reason = why_not_called("stem_train", x, self.conv1, self.fast_backend)
+            op = "stem_train" if has_batch_statistics(self.bn1) else "stem"
+            reason = why_not_called(op, x, self.conv1, self.fast_backend) or why_not_normalised([self.bn1], x)
         return reason
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or not self.training or isinstance(x, torch.fx.Proxy):
+        if torch.jit.is_scripting() or isinstance(x, torch.fx.Proxy):
             return super()._forward_impl(x)
-        return self._forward_training(x)
+        return self._forward_fused(x)
 
     @torch.jit.unused
-    def _forward_training(self, x: Tensor) -> Tensor:
+    def _forward_fused(self, x: Tensor) -> Tensor:
         reason = self.why_stock_stem(x)
         if reason is not None:
             if not torch.compiler.is_compiling():
@@ -65,8 +67,6 @@ def why_not_stem(model: ResNet) -> str | None:
         return reason
     if model.conv1.bias is not None:
         return "conv1 has a bias"
-    if not has_batch_statistics(model.bn1):
-        return "bn1 has fixed statistics; the stem is fused for the batch's own"
     for name, usual in _POOL.items():
         value = getattr(model.maxpool, name)
         if value not in (usual, (usual, usual)):

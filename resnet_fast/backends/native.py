@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from .. import _log
-from . import train_ops
+from . import inference, train_ops
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _names: list[str] = []  # of the extension's ops that this package calls
@@ -179,6 +179,8 @@ conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
 conv_epilogue = _op("conv_epilogue")
+_cpu_residual_block = _op("residual_block")
+_cpu_stem = _op("stem")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:
@@ -188,6 +190,19 @@ def conv_bn_shortcut_act(*args) -> torch.Tensor:
     branch = (shortcut, conv_weight, conv_bias, weight, bias, mean, var)
     residual = conv_bn_act(*branch, None, stride, [0, 0], [1, 1], 1, shortcut_eps, False)
     return conv_bn_act(*tensors, residual, *geometry, eps, relu)
+
+
+_by_layer_residual_block, _by_layer_stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
+
+
+def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
+    """`ops.residual_block`: one call on the CPU, one op a convolution on CUDA."""
+    return (_cpu_residual_block if x.device.type == "cpu" else _by_layer_residual_block)(x, *args)
+
+
+def stem(x: torch.Tensor, *args) -> torch.Tensor:
+    """`ops.stem`, as `residual_block`."""
+    return (_cpu_stem if x.device.type == "cpu" else _by_layer_stem)(x, *args)
 
 
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(

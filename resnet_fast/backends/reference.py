@@ -9,7 +9,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import train_ops
+from . import inference, train_ops
 
 OpMask = list[bool]
 
@@ -225,6 +225,7 @@ def conv_bn_act_backward(
     return *dconv, dweight, dbias, dresidual
 
 
+residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
     lambda: importlib.import_module(".primitives.reference", __package__)
 )

@@ -21,7 +21,7 @@ from ..kernels import selection, tables
 from ..kernels.configs import group_shape
 from ..problems import KERNEL_DTYPES, Conv, ConvProblem
 from ..training import GRAM, LIBRARY
-from . import reference, train_ops
+from . import inference, reference, train_ops
 
 OLDEST_TRITON = (3, 6)
 """The kernels are compiled and tested with 3.6."""
@@ -32,6 +32,8 @@ _OPS = (
     "conv_bn_shortcut_act",
     "bn_act_backward",
     "conv_bn_act_backward",
+    "residual_block",
+    "stem",
     "residual_block_train",
     "residual_block_backward",
     "stem_train",
@@ -108,7 +110,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     where = " (interpreted)" if device_type == "cpu" else ""
     if op == "residual_block_train":
         return f"one Triton kernel a convolution with its statistics, or cuDNN + Triton passes, layer by layer{where}"
-    if op.startswith("conv"):
+    if op.startswith("conv") or op in ("residual_block", "stem"):
         return f"one Triton kernel a convolution, or cuDNN + Triton bn_act, layer by layer{where}"
     return f"Triton bn_act{where}"
 
@@ -240,6 +242,7 @@ def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: boo
     return y
 
 
+residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
     lambda: importlib.import_module(".primitives.triton", __package__)
 )

@@ -231,8 +231,11 @@ def learns_any(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def checked(x: Tensor, stage: ConvBn, name: str = "x") -> tuple[Tensor, ConvBn, tuple[int, ...]]:
-    """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape."""
+def checked(x: Tensor, stage: ConvBn, name: str = "x", casts: bool = True) -> tuple[Tensor, ConvBn, tuple[int, ...]]:
+    """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape.
+
+    casts: False where the op itself rounds what it is given to the dtype of its arithmetic.
+    """
     arguments.check_input(name, x)
     arguments.check_conv(name, x, stage.conv_weight, stage.conv_bias, stage.groups)
     dtype = conv_dtype(x)
@@ -242,7 +245,7 @@ def checked(x: Tensor, stage: ConvBn, name: str = "x") -> tuple[Tensor, ConvBn, 
             f"(convert one, or run under torch.autocast)"
         )
     stage = stage._replace(
-        conv_weight=cast(stage.conv_weight, dtype),
+        conv_weight=cast(stage.conv_weight, dtype) if casts else stage.conv_weight,
         conv_bias=cast(stage.conv_bias, dtype),
         stride=arguments.pair("stride", stage.stride, 1),
         padding=arguments.pair("padding", stage.padding, 0),
@@ -251,7 +254,7 @@ def checked(x: Tensor, stage: ConvBn, name: str = "x") -> tuple[Tensor, ConvBn, 
     vectors = (stage.running_mean, stage.running_var, stage.weight, stage.bias)
     arguments.check_batch_norm(dtype, x.device, stage.conv_weight.shape[0], *vectors, stage.training)
     shape = arguments.conv_shape(x, stage.conv_weight, stage.stride, stage.padding, stage.dilation)
-    return cast(x, dtype), stage, shape
+    return cast(x, dtype) if casts else x, stage, shape
 
 
 def needs_plain_pytorch(x: Tensor) -> bool:

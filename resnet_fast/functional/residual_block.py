@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments, autograd_training, dispatch, training  # noqa: F401  (autograd_training registers formulas)
-from ..context import cast
+from ..context import cast, conv_dtype
 from ..training import RECORD
 from .conv_bn_act import (
     ConvBn,
@@ -65,10 +65,11 @@ def residual_block(
     residual = None if downsample else shortcut
     learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
     has_bias = any(layer.conv_bias is not None for layer in layers)
-    if needs_plain_pytorch(x) or has_bias or not (learns or any(layer.training for layer in layers)):
+    trains = learns or any(layer.training for layer in layers)
+    if needs_plain_pytorch(x) or has_bias:
         return _layer_by_layer(x, main, shortcut, backend)
 
-    x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
+    x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None, trains)
     for layer, shape in zip(layers, shapes, strict=True):
         arguments.check_batch(shape, layer.training and not group)
     out_shape = shapes[len(main) - 1]
@@ -77,14 +78,19 @@ def residual_block(
     if not downsample:
         arguments.check_residual(x if residual is None else residual, out_shape, x.device)
         residual = cast(residual, x.dtype)
+    numbers = [number for layer in layers for number in _geometry(layer)]
+    epsilons = [layer.eps for layer in layers]
+    if not trains:
+        backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
+        return _ops.residual_block(x, residual, *_columns(x, layers), numbers, epsilons, downsample, backend)
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
     stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
     y, records = _ops.residual_block_train(
         x,
         residual,
         *_columns(x, layers),
-        [number for layer in layers for number in _geometry(layer)],
-        [layer.eps for layer in layers],
+        numbers,
+        epsilons,
         [layer.training for layer in layers],
         downsample,
         stages,
@@ -97,25 +103,32 @@ def residual_block(
 
 
 def stem(x: Tensor, layer: ConvBn, *, group: str = "", backend: str = "auto") -> Tensor:
-    """max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1), with the batch's own statistics.
+    """max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1).
 
-    One autograd node, which saves x and the convolution's output and neither activation nor pooling indices.
+    With the batch's own statistics one autograd node, which saves x and the convolution's output and neither activation
+    nor pooling indices; one op too with running ones where nothing is learnt.
 
     Args:
-        x: (N, C, H, W), as `conv_bn_act`'s. layer: the convolution and its batch norm; the running statistics are
-        updated. group, backend: as `residual_block`.
+        x: (N, C, H, W), as `conv_bn_act`'s. layer: the convolution and its batch norm. group, backend: as
+        `residual_block`.
 
     Returns:
         y: (N, K, P, Q), pooled, in the convolution's output dtype and memory format.
 
     Raises:
-        As `residual_block`; and ValueError where `layer.training` is False or the convolution has a bias.
+        As `residual_block`; and ValueError where the convolution has a bias.
     """
-    if not layer.training or layer.conv_bias is not None:
-        raise ValueError("layer must have batch statistics (training=True) and no conv_bias")
+    if layer.conv_bias is not None:
+        raise ValueError("layer must have no conv_bias")
     _check_group(x, group)
-    if needs_plain_pytorch(x):
+    if needs_plain_pytorch(x) or (not layer.training and learns_any(x, *layer.tensors)):
         return F.max_pool2d(apply_layer(x, layer, None, "relu", backend), 3, 2, 1)
+    if not layer.training:
+        x, layer, _ = checked(x, layer, casts=False)
+        dtype = conv_dtype(x)
+        backend = dispatch.select("stem", x.device.type, dtype, backend)
+        vectors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+        return _ops.stem(x, cast(layer.conv_weight, dtype), *vectors, _geometry(layer), layer.eps, backend)
     x, layer, shape = checked(x, layer)
     arguments.check_batch(shape, not group)
     backend = dispatch.select("stem_train", x.device.type, x.dtype, backend)
@@ -143,17 +156,21 @@ def _layer_by_layer(x: Tensor, main: Sequence[ConvBn], shortcut: ConvBn | Tensor
     return apply_layer(value, last, apply_layer(x, shortcut, None, None, backend), "relu", backend)
 
 
-def _checked_chain(x: Tensor, main: Sequence[ConvBn], branch: ConvBn | None):
-    """x as the first convolution takes it, all layers validated, `branch` last, and their outputs' shapes."""
-    value, layers, shapes = x, [], []
+def _checked_chain(x: Tensor, main: Sequence[ConvBn], branch: ConvBn | None, trains: bool):
+    """x as the first convolution takes it, all layers validated, `branch` last, and their outputs' shapes.
+
+    Weights are cast only in training: in inference the op does so.
+    """
+    arguments.check_input("x", x)
+    x = value = cast(x, conv_dtype(x))
+    layers, shapes = [], []
     for layer in main:
-        value, layer, shape = checked(value, layer)
-        x = x if layers else value
+        _, layer, shape = checked(value, layer, casts=trains)
         layers.append(layer)
         shapes.append(shape)
         value = value.new_empty(()).expand(shape)  # its shape and dtype are all that is looked at
     if branch is not None:
-        _, branch, shape = checked(x, branch)
+        _, branch, shape = checked(x, branch, casts=trains)
         layers.append(branch)
         shapes.append(shape)
     return x, layers, shapes

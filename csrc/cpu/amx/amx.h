@@ -24,9 +24,11 @@ bool usable();
 void configure_tiles();
 void release_tiles();
 
-// Where 16 rows are read and written, in values from the image's first pixel. Bit i of `rows`: row i is written.
+// Where 16 rows are read, one step after the other, and where each is written, in values from the image's first pixel.
+// Bit i of `rows`: row i is written.
 struct Tile {
-  int64_t x, y;
+  int64_t x;
+  int32_t y[kTileRows];
   uint32_t rows;
 };
 
@@ -40,15 +42,16 @@ struct ConvArgs {
   int64_t steps;                    // taps * blocks
   int64_t chunk;                    // steps that are summed up in one go
   const uint16_t* weight;           // [output block][step][plane][2][16][16][2]
+  const float* scale;               // null for 1
   const float* bias;
   const uint16_t* residual;         // strided as y, or null
   uint16_t* y;
-  int64_t y_row, y_plane, y_block;
+  int64_t y_plane, y_block;
   bool relu;                        // keeps NaN
   bool pixels_first;                // pixels stay in the first cache level while weights pass, else the other way round
 };
 
-// y = act(conv(x) + bias + residual) for the tiles [0, tiles) and the output blocks [begin, end).
+// y = act(scale * conv(x) + bias + residual) for the tiles [0, tiles) and the output blocks [begin, end).
 void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch);
 
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
@@ -94,7 +97,8 @@ struct RowsArgs {
   void* tensor;
   int64_t tensor_row;
 };
-void unpack_rows(const RowsArgs& args);
+// Returns false where values of three planes are not finite: they may be NaN for what would have been an infinity.
+bool unpack_rows(const RowsArgs& args);
 struct PackRowsArgs {
   int planes;
   bool float32;
@@ -105,5 +109,27 @@ struct PackRowsArgs {
   int64_t plane, block, row;
 };
 void pack_rows(const PackRowsArgs& args);
+
+// A block of 32 output channels of a convolution's weights as conv() takes them, its scale and bias. Steps in values.
+struct WeightArgs {
+  int planes;
+  const void* weight;
+  bool float32;  // else bfloat16
+  int64_t output_step, channel_step, row_step, column_step;
+  int64_t channels, rows, columns;  // of an output channel. Less than 32 channels are those of one of the block's groups
+  uint16_t* packed;                 // [channels / 32][rows][columns][planes][2][16][16][2]
+};
+void pack_weights(const WeightArgs& args);
+
+// scale = weight / sqrt(var + eps), bias = norm_bias - mean * scale; weight and norm_bias may be null.
+struct NormArgs {
+  const float *weight, *norm_bias, *mean, *var;
+  float eps;
+  int64_t channels;
+  float *scale, *bias;
+};
+void fold_norm(const NormArgs& args);
+
+bool all_finite(const uint16_t* values, int64_t count);
 
 }  // namespace resnet_fast::cpu::amx

@@ -182,27 +182,33 @@ class Kernel {
   }
 
   void finish_part(const Tile& tile, const float* sums, int64_t begin, int64_t end) const {
-    const int64_t y_row = args_.y_row, y_plane = args_.y_plane, first = tile.y + waiting_.block * args_.y_block;
+    const int64_t y_plane = args_.y_plane, first = waiting_.block * args_.y_block;
     uint16_t* const y = args_.y + first;
     const uint16_t* const r = residual ? args_.residual + first : nullptr;
     const float* bias = args_.bias + waiting_.block * kVector;
-    const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
+    const float* scale = args_.scale == nullptr ? nullptr : args_.scale + waiting_.block * kVector;
+    const __m512 one = _mm512_set1_ps(1.0f), bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
+    const __m512 scale0 = scale == nullptr ? one : _mm512_loadu_ps(scale);
+    const __m512 scale1 = scale == nullptr ? one : _mm512_loadu_ps(scale + 16);
+    const auto finish_row = [&](int64_t row) {
+      const int64_t at = tile.y[row];
+      finish(sums + row * kVector, y + at, residual ? r + at : nullptr, y_plane, scale0, scale1, bias0, bias1);
+    };
     const uint32_t wanted = tile.rows;
     if (wanted == 0xffff) {
-      for (int64_t row = begin; row < end; ++row) {
-        finish(sums + row * kVector, y + row * y_row, residual ? r + row * y_row : nullptr, y_plane, bias0, bias1);
-      }
+      for (int64_t row = begin; row < end; ++row) finish_row(row);
     } else {
       for (int64_t row = begin; row < end; ++row) {
-        if (wanted >> row & 1) finish(sums + row * kVector, y + row * y_row, residual ? r + row * y_row : nullptr, y_plane, bias0, bias1);
+        if (wanted >> row & 1) finish_row(row);
       }
     }
   }
 
   static void finish(
-      const float* sums, uint16_t* y, const uint16_t* r, int64_t plane, __m512 bias0, __m512 bias1) {
-    __m512 first = _mm512_add_ps(_mm512_load_ps(sums), bias0);
-    __m512 second = _mm512_add_ps(_mm512_load_ps(sums + 16), bias1);
+      const float* sums, uint16_t* y, const uint16_t* r, int64_t plane, __m512 scale0, __m512 scale1, __m512 bias0,
+      __m512 bias1) {
+    __m512 first = _mm512_fmadd_ps(_mm512_load_ps(sums), scale0, bias0);
+    __m512 second = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), scale1, bias1);
     if constexpr (residual) {
       first = _mm512_add_ps(first, load<planes>(r, plane));
       second = _mm512_add_ps(second, load<planes>(r + 16, plane));

@@ -90,12 +90,15 @@ void pack_image_rows(const ImageArgs& args) {
 }
 
 template <int planes>
-void unpack(const RowsArgs& args) {
+bool unpack(const RowsArgs& args) {
+  const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+  __mmask16 finite = 0xffff;
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t channel = 0; channel < args.channels; channel += 16) {
       const uint16_t* from = args.blocked + row * args.row + channel / kVector * args.block + channel % kVector;
       const __m512 value = load<planes>(from, args.plane);
       const __mmask16 mask = lanes(args.channels - channel);
+      if constexpr (planes == 3) finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(value), infinity, _CMP_LT_OQ);
       const int64_t at = row * args.tensor_row + channel;
       if (args.float32) {
         _mm512_mask_storeu_ps(static_cast<float*>(args.tensor) + at, mask, value);
@@ -104,6 +107,7 @@ void unpack(const RowsArgs& args) {
       }
     }
   }
+  return finite == 0xffff;
 }
 
 template <int planes>
@@ -122,7 +126,7 @@ void pack(const PackRowsArgs& args) {
 
 void pack_image(const ImageArgs& args) { args.planes == 3 ? pack_image_rows<3>(args) : pack_image_rows<1>(args); }
 
-void unpack_rows(const RowsArgs& args) { args.planes == 3 ? unpack<3>(args) : unpack<1>(args); }
+bool unpack_rows(const RowsArgs& args) { return args.planes == 3 ? unpack<3>(args) : unpack<1>(args); }
 
 void pack_rows(const PackRowsArgs& args) { args.planes == 3 ? pack<3>(args) : pack<1>(args); }
 

@@ -34,7 +34,7 @@ Program::~Program() = default;
 int64_t Program::buffer(
     int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector) {
   auto b = std::make_unique<Buffer>();
-  *b = {channels, height, width, halo, group, vector, own, 0, 0, 0, 0, 0, 0, {}};
+  *b = {channels, height, width, halo, group, vector, own, 0, 0, 0, 0, 0, 0, {}, Place::kStorage};
   b->pixel = vector * group;
   b->row = (width + halo) * b->pixel;  // a row's right halo is the next one's left
   b->plane = (height + 2 * halo) * b->row + halo * b->pixel;
@@ -46,6 +46,14 @@ int64_t Program::buffer(
   const int64_t slack = 2 * (amx::kTileRows + halo) * b->pixel + 2 * halo * b->row;
   const PoolGuard pool;
   b->storage = at::zeros({units * b->unit + slack}, at::kBFloat16);
+  buffers_.push_back(std::move(b));
+  return static_cast<int64_t>(buffers_.size()) - 1;
+}
+
+int64_t Program::tensor(Place place, int64_t channels, int64_t height, int64_t width) {
+  auto b = std::make_unique<Buffer>();
+  const int64_t row = width * channels;
+  *b = {channels, height, width, 0, 1, amx::kVector, false, channels, row, 0, amx::kVector, height * row, 0, {}, place};
   buffers_.push_back(std::move(b));
   return static_cast<int64_t>(buffers_.size()) - 1;
 }
@@ -70,7 +78,7 @@ void Program::conv(
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
   const int64_t sharing = !sections_.empty() && sections_.back().by_image ? 1 : threads_;
-  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual), weight, bias, taps, shape));
+  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual), weight, {}, bias, taps, shape));
 }
 
 void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }
@@ -81,11 +89,13 @@ void Program::average_pool(int64_t x, int64_t y) { add(make_average_pool(planes_
 
 void Program::write(int64_t x) { add(make_write(planes_, at(x))); }
 
-void Program::run(const at::Tensor& x, const at::Tensor& y) {
+void Program::run(const at::Tensor& x, const at::Tensor& y) { run_live(x, y, nullptr); }
+
+void Program::run_live(const at::Tensor& x, const at::Tensor& y, Live* live) {
   const std::lock_guard<std::mutex> lock(turn_);
   const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
   for (int64_t first = 0; first < x.size(0); first += capacity_) {
-    run_chunk(x, y, first, std::min(capacity_, x.size(0) - first), threads, nullptr);
+    run_chunk(x, y, live, first, std::min(capacity_, x.size(0) - first), threads, nullptr);
   }
 }
 
@@ -98,14 +108,14 @@ std::vector<StepTime> Program::timed_run(const at::Tensor& x, const at::Tensor& 
   }
   std::vector<double> seconds(times.size() * threads, 0.0);
   for (int64_t first = 0; first < x.size(0); first += capacity_) {
-    run_chunk(x, y, first, std::min(capacity_, x.size(0) - first), threads, &seconds);
+    run_chunk(x, y, nullptr, first, std::min(capacity_, x.size(0) - first), threads, &seconds);
   }
   for (size_t i = 0; i < seconds.size(); ++i) times[i % times.size()].seconds += seconds[i] / threads;
   return times;
 }
 
 void Program::run_chunk(
-    const at::Tensor& x, const at::Tensor& y, int64_t first, int64_t images, int64_t threads,
+    const at::Tensor& x, const at::Tensor& y, Live* live, int64_t first, int64_t images, int64_t threads,
     std::vector<double>* seconds) {
   int64_t steps = 0;
   for (const Section& section : sections_) steps += static_cast<int64_t>(section.steps.size());
@@ -127,7 +137,7 @@ void Program::run_chunk(
     for (const Section& section : sections_) {
       if (section.by_image) {
         for (int64_t image; (image = next[counter]++) < images;) {
-          const Run run{x, y, first, images, thread, image, scratch};
+          const Run run{x, y, first, images, thread, image, scratch, live};
           int64_t step_number = number;
           for (const auto& step : section.steps) {
             timed(step_number++, [&] {
@@ -144,7 +154,7 @@ void Program::run_chunk(
         timed(number++, [&] {
           const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
           for (int64_t item; (item = next[counter]++) < all;) {
-            step->run({x, y, first, images, thread, item / step->items, scratch}, item % step->items);
+            step->run({x, y, first, images, thread, item / step->items, scratch, live}, item % step->items);
           }
 #pragma omp barrier
         });

@@ -16,6 +16,9 @@
 
 namespace resnet_fast::cpu {
 
+// Where a buffer is: in storage of its own, or one of the tensors of a call, bfloat16 in channels_last.
+enum class Place { kStorage, kX, kResidual, kY };
+
 // Activations, zero where there is halo. group: images side by side in a tile, 1 or 16. own: one for each thread, of one
 // image. Vectors hold 32 channels, or 4 in the packed image of a stem.
 struct Buffer {
@@ -23,6 +26,7 @@ struct Buffer {
   bool own;
   int64_t pixel, row, plane, block, unit, origin;  // steps in values; `unit` is an image, or a group of them
   at::Tensor storage;
+  Place place = Place::kStorage;
 };
 
 struct StepTime {
@@ -31,6 +35,7 @@ struct StepTime {
 };
 
 class Step;
+struct Live;
 
 class Program {
  public:
@@ -41,7 +46,11 @@ class Program {
   // Returns its number. group and own as above; vector 4 makes it an image's.
   int64_t buffer(
       int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector);
+  // One of the call's tensors as a buffer. Only for convolutions, and with one plane.
+  int64_t tensor(Place place, int64_t channels, int64_t height, int64_t width);
+  const Buffer& at(int64_t buffer) const;
   void section(bool by_image);
+  void add(std::unique_ptr<Step> step);
 
   // Of the input, an image (vector 4) or a channels_last tensor, into buffer y.
   void read(int64_t y);
@@ -59,6 +68,8 @@ class Program {
 
   // y = program(x), images in the first dimension; float32 or bfloat16 each.
   void run(const at::Tensor& x, const at::Tensor& y);
+  // Of a residual block that brings more than its input.
+  void run_live(const at::Tensor& x, const at::Tensor& y, Live* live);
   std::vector<StepTime> timed_run(const at::Tensor& x, const at::Tensor& y);
 
  private:
@@ -66,10 +77,8 @@ class Program {
     bool by_image;
     std::vector<std::unique_ptr<Step>> steps;
   };
-  void add(std::unique_ptr<Step> step);
-  void run_chunk(const at::Tensor& x, const at::Tensor& y, int64_t first, int64_t images, int64_t threads,
+  void run_chunk(const at::Tensor& x, const at::Tensor& y, Live* live, int64_t first, int64_t images, int64_t threads,
                  std::vector<double>* seconds);
-  const Buffer& at(int64_t buffer) const;
 
   int planes_;
   int64_t capacity_, threads_;

@@ -11,9 +11,14 @@ int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 uint16_t* values(const at::Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
 
+const at::Tensor& tensor_at(Place place, const Run& run) {
+  return place == Place::kX ? run.x : place == Place::kY ? run.y : run.live->residual;
+}
+
 // Where the first pixel of an image is; with a step over groups, that of the group's first image.
 uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group) {
   const int64_t image = run.unit * step_group;
+  if (buffer.place != Place::kStorage) return values(tensor_at(buffer.place, run)) + (run.first + image) * buffer.unit;
   const int64_t unit = buffer.own ? run.thread : image / buffer.group;
   const int64_t row = step_group == 1 && buffer.group > 1 ? image % buffer.group * buffer.vector : 0;
   return values(buffer.storage) + unit * buffer.unit + buffer.origin + row;
@@ -25,13 +30,15 @@ char* image_of(const at::Tensor& t, const Run& run) {
 
 class ReadStep : public Step {
  public:
-  ReadStep(int planes, const Buffer& y) : Step("read", 1, div_up(y.height, kRows)), planes_(planes), y_(y) {}
+  ReadStep(int planes, const Buffer& y, Place from, int64_t stride)
+      : Step("read", 1, div_up(y.height, kRows)), planes_(planes), y_(y), from_(from), stride_(stride) {}
 
   void run(const Run& run, int64_t item) const override {
-    const at::Tensor& x = run.x;
+    const at::Tensor& x = tensor_at(from_, run);
     const bool float32 = x.scalar_type() == at::kFloat;
     const int64_t first = item * kRows, rows = std::min(kRows, y_.height - first);
-    const char* from = image_of(x, run) + first * x.stride(2) * x.element_size();
+    const int64_t row_bytes = stride_ * x.stride(2) * x.element_size();
+    const char* from = image_of(x, run) + first * row_bytes;
     uint16_t* y = pixels(y_, run, 1) + first * y_.row;
     if (y_.vector != amx::kVector) {
       amx::pack_image({planes_, from, float32, y_.channels, rows, y_.width, x.stride(1), x.stride(2), x.stride(3), y,
@@ -39,7 +46,7 @@ class ReadStep : public Step {
       return;
     }
     for (int64_t row = 0; row < rows; ++row) {
-      amx::pack_rows({planes_, float32, y_.channels, y_.width, from + row * x.stride(2) * x.element_size(), x.stride(3),
+      amx::pack_rows({planes_, float32, y_.channels, y_.width, from + row * row_bytes, stride_ * x.stride(3),
                       y + row * y_.row, y_.plane, y_.block, y_.pixel});
     }
   }
@@ -49,6 +56,8 @@ class ReadStep : public Step {
 
   int planes_;
   const Buffer& y_;
+  Place from_;
+  int64_t stride_;
 };
 
 // Every stride-th pixel of every stride-th row, for a strided 1x1 convolution, which reads them in tiles without gaps.
@@ -78,19 +87,24 @@ class SkipStep : public Step {
 
 class WriteStep : public Step {
  public:
-  WriteStep(int planes, const Buffer& x) : Step("write", 1, 1), planes_(planes), x_(x) {}
+  WriteStep(int planes, const Buffer& x) : Step("write", 1, div_up(x.height, kRows)), planes_(planes), x_(x) {}
 
-  void run(const Run& run, int64_t) const override {
+  void run(const Run& run, int64_t item) const override {
     const at::Tensor& y = run.y;
+    const int64_t begin = item * kRows, end = std::min(begin + kRows, x_.height);
     const uint16_t* x = pixels(x_, run, 1);
-    for (int64_t row = 0; row < x_.height; ++row) {
+    bool finite = true;
+    for (int64_t row = begin; row < end; ++row) {
       char* to = image_of(y, run) + row * y.stride(2) * y.element_size();
-      amx::unpack_rows({planes_, y.scalar_type() == at::kFloat, y.size(1), x_.width, x + row * x_.row, x_.plane,
-                        x_.block, x_.pixel, to, y.stride(3)});
+      finite &= amx::unpack_rows({planes_, y.scalar_type() == at::kFloat, y.size(1), x_.width, x + row * x_.row,
+                                  x_.plane, x_.block, x_.pixel, to, y.stride(3)});
     }
+    if (!finite && run.live != nullptr) run.live->finite = false;
   }
 
  private:
+  static constexpr int64_t kRows = 8;  // of an item
+
   int planes_;
   const Buffer& x_;
 };
@@ -130,13 +144,14 @@ class ConvStep : public Step {
  public:
   ConvStep(
       int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-      const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
-      const ConvShape& shape)
+      const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+      const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
       : Step(name, std::min(x.group, y.group), 0),
         x_(x),
         y_(y),
         residual_(residual),
         weight_(weight),
+        scale_(scale),
         bias_(bias),
         output_blocks_(div_up(y.channels, amx::kVector)) {
     for (int64_t block = 0; block < shape.blocks; ++block) {
@@ -153,8 +168,8 @@ class ConvStep : public Step {
     args_.blocks = shape.blocks;
     args_.outputs_per_group = shape.outputs_per_group;
     args_.weight = values(weight);
+    args_.scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr;
     args_.bias = bias.const_data_ptr<float>();
-    args_.y_row = group == 1 ? y.pixel : y.vector;
     args_.y_plane = y.plane;
     args_.y_block = y.block;
     args_.relu = shape.relu;
@@ -178,32 +193,44 @@ class ConvStep : public Step {
     if (group > 1) {  // a pixel of 16 images
       for (int64_t row = 0; row < y_.height; ++row) {
         for (int64_t column = 0; column < y_.width; ++column) {
-          tiles_.push_back({row * stride * x_.row + column * stride * x_.pixel, row * y_.row + column * y_.pixel, 0xffff});
+          amx::Tile tile{row * stride * x_.row + column * stride * x_.pixel, {}, 0xffff};
+          for (int64_t i = 0; i < amx::kTileRows; ++i) tile.y[i] = y_at(row, column) + i * y_.vector;
+          tiles_.push_back(tile);
         }
       }
       return;
     }
-    const int64_t pitch = y_.row / y_.pixel;
-    // Where rows are as far apart here as there, tiles run on from one into the next, over the halo between them.
-    if (stride == 1 && x_.halo == y_.halo && x_.width == y_.width && x_.height == y_.height) {
-      const int64_t pixels = (y_.height - 1) * pitch + y_.width;
-      for (int64_t pixel = 0; pixel < pixels; pixel += amx::kTileRows) {
-        uint32_t rows = 0;
+    // Without stride, tiles run on from one row of x into the next, over the halo between them.
+    if (stride == 1) {
+      const int64_t pitch = x_.row / x_.pixel, pixels = (y_.height - 1) * pitch + y_.width;
+      // Behind a tensor there is nothing to be read: its last tile begins earlier.
+      const int64_t last = x_.place == Place::kStorage ? pixels : pixels - amx::kTileRows;
+      for (int64_t done = 0; done < pixels; done += amx::kTileRows) {
+        const int64_t first = std::min(done, last);
+        amx::Tile tile{first * x_.pixel, {}, 0};
         for (int64_t i = 0; i < amx::kTileRows; ++i) {
-          if (pixel + i < pixels && (pixel + i) % pitch < y_.width) rows |= 1u << i;
+          const int64_t pixel = first + i, row = pixel / pitch, column = pixel % pitch;
+          if (pixel < done || pixel >= pixels || column >= y_.width) continue;
+          tile.y[i] = y_at(row, column);
+          tile.rows |= 1u << i;
         }
-        tiles_.push_back({pixel * x_.pixel, pixel * y_.pixel, rows});
+        tiles_.push_back(tile);
       }
       return;
     }
     for (int64_t row = 0; row < y_.height; ++row) {
       for (int64_t column = 0; column < y_.width; column += amx::kTileRows) {
-        const int64_t left = std::min(amx::kTileRows, y_.width - column);
-        const uint32_t rows = left == amx::kTileRows ? 0xffff : (1u << left) - 1;
-        tiles_.push_back({row * stride * x_.row + column * stride * x_.pixel, row * y_.row + column * y_.pixel, rows});
+        amx::Tile tile{row * stride * x_.row + column * stride * x_.pixel, {}, 0};
+        for (int64_t i = 0; i < std::min(amx::kTileRows, y_.width - column); ++i) {
+          tile.y[i] = y_at(row, column + i);
+          tile.rows |= 1u << i;
+        }
+        tiles_.push_back(tile);
       }
     }
   }
+
+  int32_t y_at(int64_t row, int64_t column) const { return static_cast<int32_t>(row * y_.row + column * y_.pixel); }
 
   // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into the
   // second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
@@ -243,7 +270,7 @@ class ConvStep : public Step {
 
   const Buffer &x_, &y_;
   const Buffer* residual_;
-  at::Tensor weight_, bias_;
+  at::Tensor weight_, scale_, bias_;
   int64_t output_blocks_;
   std::vector<int64_t> offsets_;
   std::vector<amx::Tile> tiles_;
@@ -253,7 +280,9 @@ class ConvStep : public Step {
 
 }  // namespace
 
-std::unique_ptr<Step> make_read(int planes, const Buffer& y) { return std::make_unique<ReadStep>(planes, y); }
+std::unique_ptr<Step> make_read(int planes, const Buffer& y, Place from, int64_t stride) {
+  return std::make_unique<ReadStep>(planes, y, from, stride);
+}
 
 std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride) {
   return std::make_unique<SkipStep>(planes, x, y, stride);
@@ -271,9 +300,9 @@ std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffe
 
 std::unique_ptr<Step> make_conv(
     int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
-    const ConvShape& shape) {
-  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, weight, bias, taps, shape);
+    const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+    const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape) {
+  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, weight, scale, bias, taps, shape);
 }
 
 }  // namespace resnet_fast::cpu

@@ -1,20 +1,38 @@
 // The kinds of steps a Program is made of: each knows its buffers, and cuts its work for one unit into items.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "../amx/amx.h"
+#include "../residual_block.h"
 #include "program.h"
 
 namespace resnet_fast::cpu {
+
+// A convolution and its batch norm as a call brings them; vectors are contiguous float32, or undefined.
+struct LiveLayer {
+  at::Tensor conv_weight, weight, bias, mean, var;
+  double eps;
+};
+
+LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight);
+
+// What a call brings besides x and y. residual: undefined for none, else as x.
+struct Live {
+  at::Tensor residual;
+  std::vector<LiveLayer> layers;
+  std::atomic<bool> finite{true};  // whether every value of y is, where that was looked at
+};
 
 // One call: its tensors, the chunk of images, and who runs what. `unit` is an image, or a group of them.
 struct Run {
   const at::Tensor &x, &y;
   int64_t first, images, thread, unit;
   float* scratch;
+  Live* live;
 };
 
 class Step {
@@ -34,14 +52,24 @@ struct ConvShape {
   bool relu;
 };
 
-std::unique_ptr<Step> make_read(int planes, const Buffer& y);
+// From a tensor of the call into y: every stride-th pixel of every stride-th row.
+std::unique_ptr<Step> make_read(int planes, const Buffer& y, Place from = Place::kX, int64_t stride = 1);
 std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride);
 std::unique_ptr<Step> make_write(int planes, const Buffer& x);
 std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_conv(
     int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const at::Tensor& weight, const at::Tensor& bias, const std::vector<std::vector<int64_t>>& taps,
-    const ConvShape& shape);
+    const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
+    const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape);
+
+// What the call brings for one layer, into a convolution's weight, scale and bias.
+struct Packed {
+  at::Tensor weight, scale, bias;
+};
+Packed empty_packed(int planes, int64_t out_channels, int64_t steps);
+std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);
+// Looks for values of y that are not finite.
+std::unique_ptr<Step> make_check();
 
 }  // namespace resnet_fast::cpu

@@ -1,0 +1,136 @@
+// A call's own weights and batch norm, as conv() takes them.
+#include "amx.h"
+#include "vectors.h"
+
+namespace resnet_fast::cpu::amx {
+namespace {
+
+inline __m512i interleave(__m512i a, __m512i b, bool high) {
+  return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
+}
+
+// 16 rows of 16 32-bit values become columns.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = interleave(t[i], t[i + 2], false);
+    r[i + 1] = interleave(t[i], t[i + 2], true);
+    r[i + 2] = interleave(t[i + 1], t[i + 3], false);
+    r[i + 3] = interleave(t[i + 1], t[i + 3], true);
+  }
+  // r[4 i + j], lane k: column 4 k + j of rows 4 i to 4 i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// Up to 32 channels of one output channel and tap, of which channel `at` is first; those outside of `wanted` are zero.
+class Channels {
+ public:
+  explicit Channels(const WeightArgs& args) : args_(args) {
+    for (int lane = 0; lane < 16; ++lane) steps_[lane] = static_cast<int32_t>(lane * args.channel_step);
+  }
+
+  __m512 floats(int64_t at, uint32_t wanted, int64_t half) const {
+    const auto mask = static_cast<__mmask16>(wanted >> (16 * half));
+    const float* weight = static_cast<const float*>(args_.weight) + at + 16 * half * args_.channel_step;
+    if (args_.channel_step == 1) return _mm512_maskz_loadu_ps(mask, weight);
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_load_si512(steps_), weight, 4);
+  }
+
+  __m512i bfloat16s(int64_t at, uint32_t wanted) const {
+    const uint16_t* weight = static_cast<const uint16_t*>(args_.weight) + at;
+    if (args_.channel_step == 1) return _mm512_maskz_loadu_epi16(wanted, weight);
+    alignas(64) uint16_t values[kVector] = {};
+    for (int64_t i = 0; i < kVector; ++i) {
+      if (wanted >> i & 1) values[i] = weight[i * args_.channel_step];
+    }
+    return _mm512_load_si512(values);
+  }
+
+ private:
+  const WeightArgs& args_;
+  alignas(64) int32_t steps_[16];
+};
+
+inline __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+template <int planes>
+void pack(const WeightArgs& args) {
+  const Channels channels(args);
+  const int64_t blocks = args.channels < kVector ? 1 : args.channels / kVector;
+  uint16_t* packed = args.packed;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t column = 0; column < args.columns; ++column, packed += planes * kBlockValues) {
+        const int64_t tap = row * args.row_step + column * args.column_step + block * kVector * args.channel_step;
+        for (int64_t half = 0; half < 2; ++half) {
+          __m512i rows[planes][16];
+          for (int64_t i = 0; i < 16; ++i) {
+            const int64_t output = 16 * half + i;
+            int64_t at = tap + output * args.output_step;
+            uint32_t wanted = 0xffffffff;
+            if (args.channels < kVector) {
+              const int64_t first = output / args.channels * args.channels;
+              at -= first * args.channel_step;
+              wanted = ((1u << args.channels) - 1) << first;
+            }
+            if (!args.float32) {
+              rows[0][i] = channels.bfloat16s(at, wanted);
+              continue;
+            }
+            const __m512 low = channels.floats(at, wanted, 0), high = channels.floats(at, wanted, 1);
+            if constexpr (planes == 1) {
+              rows[0][i] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+            } else {
+              alignas(64) uint16_t split[3][kVector];
+              store<3>(split[0], kVector, low);
+              store<3>(split[0] + 16, kVector, high);
+              for (int plane = 0; plane < planes; ++plane) rows[plane][i] = _mm512_load_si512(split[plane]);
+            }
+          }
+          for (int plane = 0; plane < planes; ++plane) {
+            transpose(rows[plane]);
+            uint16_t* to = packed + plane * kBlockValues + half * kBlockValues / 2;
+            for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + 32 * i, rows[plane][i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void pack_weights(const WeightArgs& args) { args.planes == 3 ? pack<3>(args) : pack<1>(args); }
+
+void fold_norm(const NormArgs& args) {
+  for (int64_t c = 0; c < args.channels; ++c) {
+    const float rstd = 1.0f / __builtin_sqrtf(args.var[c] + args.eps);
+    args.scale[c] = args.weight == nullptr ? rstd : rstd * args.weight[c];
+    args.bias[c] = (args.norm_bias == nullptr ? 0.0f : args.norm_bias[c]) - args.mean[c] * args.scale[c];
+  }
+}
+
+bool all_finite(const uint16_t* values, int64_t count) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 infinite = 0;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 mask = count - i >= 32 ? 0xffffffff : (1u << (count - i)) - 1;
+    const __m512i x = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, values + i), exponent);
+    infinite |= _mm512_cmpeq_epi16_mask(x, exponent);
+  }
+  return infinite == 0;
+}
+
+}  // namespace resnet_fast::cpu::amx

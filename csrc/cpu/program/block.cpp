@@ -1,0 +1,232 @@
+#include "block.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <map>
+
+#include "../activation_pool.h"
+#include "plans.h"
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+constexpr int64_t kSmallPixels = 256;     // an image of no more is small: 16 images fill tiles better than 16 pixels
+constexpr int64_t kDirectChannels = 512;  // more, and 16 pixels of a tensor fall on too few sets of the first cache
+constexpr int64_t kMostValues = 1 << 30;  // of an image
+
+bool channels_last(const at::Tensor& t) {
+  return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// A convolution with the image it reads.
+struct Conv {
+  int64_t in_channels, height, width;
+  int64_t out_channels, channels, rows, columns;  // channels: of a group
+  int64_t stride, top, left, down, right, groups;
+
+  int64_t out_height() const { return (height + 2 * top - down * (rows - 1) - 1) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * left - right * (columns - 1) - 1) / stride + 1; }
+  bool pointwise() const { return rows == 1 && columns == 1 && top == 0 && left == 0 && groups == 1; }
+  bool narrow() const { return channels < amx::kVector; }
+
+  bool fits() const {
+    const int64_t outputs = out_channels / groups;
+    const bool whole = channels % amx::kVector == 0 && outputs % amx::kVector == 0;
+    const bool inside = channels > 0 && channels == outputs && amx::kVector % channels == 0;
+    const bool sizes = in_channels * height * width < kMostValues && out_channels * out_height() * out_width() < kMostValues;
+    return (whole || inside) && in_channels % amx::kVector == 0 && out_channels % amx::kVector == 0 && sizes;
+  }
+
+  std::vector<std::vector<int64_t>> taps() const {
+    std::vector<std::vector<int64_t>> taps;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t s = 0; s < columns; ++s) taps.push_back({r * down - top, s * right - left});
+    }
+    return taps;
+  }
+};
+
+// The rest of what a program is laid out for.
+struct Layout {
+  int planes;
+  int64_t capacity, threads;
+  bool downsample, residual;
+};
+
+// Lays a block out as a Program. Large images go through the block one by one, each thread with its own; from where they
+// are small, 16 of them lie side by side and the threads share each convolution.
+//
+// bfloat16 tensors of large images are read and written where they are, by convolutions whose tiles can; others pass
+// through buffers.
+class Builder {
+ public:
+  Builder(Program& program, const Layout& layout, const std::vector<Conv>& convs)
+      : program_(program), layout_(layout), convs_(convs), by_image_(layout.capacity >= 2 * layout.threads) {
+    for (const Conv& conv : convs_) {
+      // Where images grow, a thread would come back to a buffer of its own after other images were in it.
+      by_image_ = by_image_ && conv.out_height() <= conv.height && conv.out_width() <= conv.width;
+      int64_t& halo = halos_[{conv.height, conv.width}];
+      halo = std::max({halo, conv.top, conv.left});
+    }
+  }
+
+  void build() {
+    pack();
+    const size_t last = convs_.size() - 1 - (layout_.downsample ? 1 : 0);
+    const Conv &first = convs_.front(), &final = convs_[last], &branch = convs_.back();
+    const int64_t channels = first.in_channels, height = first.height, width = first.width;
+    const int64_t out_channels = final.out_channels, out_height = final.out_height(), out_width = final.out_width();
+    const bool one_plane = layout_.planes == 1;
+    const bool x_direct = one_plane && !small(height, width) && first.pointwise() && first.stride == 1 && channels <= kDirectChannels;
+    const bool y_direct = one_plane && !small(out_height, out_width);
+
+    const int64_t x_tensor = one_plane ? program_.tensor(Place::kX, channels, height, width) : -1;
+    int64_t y = y_direct ? program_.tensor(Place::kY, out_channels, out_height, out_width) : -1;
+    const bool skips = layout_.downsample && branch.pointwise() && branch.stride > 1;
+    if (layout_.downsample && !y_direct) y = buffer(out_channels, out_height, out_width);
+    if (skips) {  // before x is read: a thread's own buffer is lost when another section begins
+      Conv dense = branch;
+      dense.height = branch.out_height(), dense.width = branch.out_width(), dense.stride = 1;
+      add(convs_.size() - 1, dense, read(channels, dense.height, dense.width, Place::kX, branch.stride), y, -1, false);
+    }
+    const bool branch_direct = !layout_.downsample || skips || branch.pointwise();
+    const int64_t x = x_direct && branch_direct ? x_tensor : read(channels, height, width, Place::kX, 1);
+    int64_t shortcut = y;
+    if (layout_.downsample) {
+      if (!skips) add(convs_.size() - 1, branch, x, y, -1, false);
+    } else if (y_direct) {
+      shortcut = layout_.residual ? program_.tensor(Place::kResidual, out_channels, out_height, out_width) : x_tensor;
+    } else {
+      y = shortcut = layout_.residual ? read(out_channels, out_height, out_width, Place::kResidual, 1) : x;
+    }
+
+    int64_t value = x;
+    for (size_t i = 0; i < last; ++i) {
+      const Conv& conv = convs_[i];
+      const int64_t out = buffer(conv.out_channels, conv.out_height(), conv.out_width());
+      add(i, conv, value, out, -1, true);
+      value = out;
+    }
+    add(last, final, value, y, shortcut, true);
+    if (!y_direct) {
+      enter({y});
+      program_.write(y);
+    } else if (std::any_of(convs_.begin(), convs_.end(), [](const Conv& conv) { return conv.narrow(); })) {
+      // Between narrow groups stand weights of zero, and Inf times zero is NaN.
+      program_.add(make_check());
+    }
+  }
+
+ private:
+  static bool small(int64_t height, int64_t width) { return height * width <= kSmallPixels; }
+
+  void pack() {
+    for (const Conv& conv : convs_) {
+      const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector), steps = blocks * conv.rows * conv.columns;
+      packed_.push_back(empty_packed(layout_.planes, conv.out_channels, steps));
+    }
+    program_.section(false);
+    program_.add(make_pack(layout_.planes, layout_.capacity, packed_));
+  }
+
+  int64_t buffer(int64_t channels, int64_t height, int64_t width) {
+    const bool is_small = small(height, width);
+    const int64_t group = is_small && layout_.capacity >= kGroup ? kGroup : 1;
+    const bool own = by_image_ && !is_small;
+    return program_.buffer(channels, height, width, halos_[{height, width}], group, own, amx::kVector);
+  }
+
+  int64_t read(int64_t channels, int64_t height, int64_t width, Place from, int64_t stride) {
+    const int64_t number = buffer(channels, height, width);
+    enter({number});
+    program_.add(make_read(layout_.planes, program_.at(number), from, stride));
+    return number;
+  }
+
+  void add(size_t layer, const Conv& conv, int64_t x, int64_t y, int64_t residual, bool relu) {
+    enter({x, y});
+    const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector);
+    const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
+    const Packed& packed = packed_[layer];
+    const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
+    program_.add(make_conv(
+        layout_.planes, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
+        packed.weight, packed.scale, packed.bias, conv.taps(), {conv.stride, blocks, outputs_per_group, relu}));
+  }
+
+  // A new section of the program where steps with these buffers cannot be in the present one.
+  void enter(std::initializer_list<int64_t> buffers) {
+    const bool by_image =
+        std::any_of(buffers.begin(), buffers.end(), [&](int64_t number) { return program_.at(number).own; });
+    if (by_image != in_section_by_image_) program_.section(by_image);
+    in_section_by_image_ = by_image;
+  }
+
+  Program& program_;
+  const Layout layout_;
+  const std::vector<Conv>& convs_;
+  bool by_image_;
+  bool in_section_by_image_ = false;
+  std::map<std::pair<int64_t, int64_t>, int64_t> halos_;
+  std::vector<Packed> packed_;
+};
+
+bool fits(const ResidualBlock& block) {
+  const at::Tensor& x = block.x;
+  const auto dtype = x.scalar_type();
+  if (!amx::usable() || (dtype != at::kBFloat16 && dtype != at::kFloat)) return false;
+  if (!channels_last(x) || x.numel() == 0 || x.size(2) * x.size(3) == 1) return false;
+  return std::all_of(block.layers.begin(), block.layers.end(), [&](const BlockLayer& layer) {
+    const auto weight = layer.conv_weight.scalar_type();
+    return (weight == at::kFloat || weight == dtype) && layer.stride[0] == layer.stride[1];
+  });
+}
+
+std::vector<Conv> convolutions(const ResidualBlock& block) {
+  std::vector<Conv> convs;
+  int64_t channels = block.x.size(1), height = block.x.size(2), width = block.x.size(3);
+  for (size_t i = 0; i < block.layers.size(); ++i) {
+    const BlockLayer& layer = block.layers[i];
+    if (block.downsample && i + 1 == block.layers.size()) {
+      channels = block.x.size(1), height = block.x.size(2), width = block.x.size(3);
+    }
+    const auto weight = layer.conv_weight.sizes();
+    convs.push_back({channels, height, width, weight[0], weight[1], weight[2], weight[3], layer.stride[0],
+                     layer.padding[0], layer.padding[1], layer.dilation[0], layer.dilation[1], layer.groups});
+    channels = weight[0], height = convs.back().out_height(), width = convs.back().out_width();
+  }
+  return convs;
+}
+
+}  // namespace
+
+std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
+  if (!fits(block)) return std::nullopt;
+  const std::vector<Conv> convs = convolutions(block);
+  if (!std::all_of(convs.begin(), convs.end(), [](const Conv& conv) { return conv.fits(); })) return std::nullopt;
+
+  const at::Tensor& x = block.x;
+  const Conv& last = convs[convs.size() - 1 - (block.downsample ? 1 : 0)];
+  const auto options = x.options().memory_format(at::MemoryFormat::ChannelsLast);
+  const at::Tensor y = at::empty({x.size(0), last.out_channels, last.out_height(), last.out_width()}, options);
+  Live live;
+  for (const BlockLayer& layer : block.layers) live.layers.push_back(live_layer(layer, layer.conv_weight));
+  if (block.residual.defined()) live.residual = block.residual.contiguous(at::MemoryFormat::ChannelsLast);
+
+  const int planes = x.scalar_type() == at::kFloat ? 3 : 1;
+  const bool downsample = block.downsample, residual = live.residual.defined();
+  std::vector<int64_t> key = {downsample, residual};
+  for (const Conv& c : convs) {
+    key.insert(key.end(), {c.in_channels, c.height, c.width, c.out_channels, c.channels, c.rows, c.columns, c.stride,
+                           c.top, c.left, c.down, c.right, c.groups});
+  }
+  const auto build = [&](Program& program, int64_t capacity, int64_t threads) {
+    Builder(program, {planes, capacity, threads, downsample, residual}, convs).build();
+  };
+  run_planned(key, planes, build, x, y, live);
+  return live.finite ? std::make_optional(y) : std::nullopt;
+}
+
+}  // namespace resnet_fast::cpu

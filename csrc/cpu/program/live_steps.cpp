@@ -1,0 +1,72 @@
+// The steps that deal with what a call brings besides its activations.
+#include <ATen/ops/empty.h>
+
+#include "../activation_pool.h"
+#include "steps.h"
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+// Once a call, not once a chunk of images. An item is a block of 32 output channels.
+class PackStep : public Step {
+ public:
+  PackStep(int planes, int64_t capacity, std::vector<Packed> layers)
+      : Step("pack", capacity, 0), planes_(planes), layers_(std::move(layers)) {
+    for (const Packed& layer : layers_) items += layer.weight.size(0);
+  }
+
+  void run(const Run& run, int64_t item) const override {
+    if (run.first > 0) return;
+    size_t number = 0;
+    for (; item >= layers_[number].weight.size(0); ++number) item -= layers_[number].weight.size(0);
+    const Packed& packed = layers_[number];
+    const LiveLayer& layer = run.live->layers[number];
+    const at::Tensor& weight = layer.conv_weight;
+    const int64_t first = item * amx::kVector, bytes = first * weight.stride(0) * weight.element_size();
+    amx::pack_weights({planes_, static_cast<const char*>(weight.const_data_ptr()) + bytes,
+                       weight.scalar_type() == at::kFloat, weight.stride(0), weight.stride(1), weight.stride(2),
+                       weight.stride(3), weight.size(1), weight.size(2), weight.size(3),
+                       static_cast<uint16_t*>(packed.weight.mutable_data_ptr()) + item * packed.weight.stride(0)});
+    const auto vector = [first](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() + first : nullptr; };
+    amx::fold_norm({vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var),
+                    static_cast<float>(layer.eps), amx::kVector, packed.scale.mutable_data_ptr<float>() + first,
+                    packed.bias.mutable_data_ptr<float>() + first});
+  }
+
+ private:
+  int planes_;
+  std::vector<Packed> layers_;
+};
+
+class CheckStep : public Step {
+ public:
+  CheckStep() : Step("check", 1, 1) {}
+
+  void run(const Run& run, int64_t) const override {
+    const int64_t values = run.y.stride(0);
+    const auto* y = static_cast<const uint16_t*>(run.y.const_data_ptr()) + (run.first + run.unit) * values;
+    if (!amx::all_finite(y, values)) run.live->finite = false;
+  }
+};
+
+}  // namespace
+
+LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
+  const auto vector = [](const at::Tensor& t) { return t.defined() ? t.to(at::kFloat).contiguous() : t; };
+  return {conv_weight, vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var), layer.eps};
+}
+
+Packed empty_packed(int planes, int64_t out_channels, int64_t steps) {
+  const PoolGuard pool;
+  return {at::empty({out_channels / amx::kVector, steps, planes, amx::kBlockValues}, at::kBFloat16),
+          at::empty({out_channels}, at::kFloat), at::empty({out_channels}, at::kFloat)};
+}
+
+std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers) {
+  return std::make_unique<PackStep>(planes, capacity, std::move(layers));
+}
+
+std::unique_ptr<Step> make_check() { return std::make_unique<CheckStep>(); }
+
+}  // namespace resnet_fast::cpu

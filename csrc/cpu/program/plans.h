@@ -1,0 +1,23 @@
+// Programs for calls that bring their own weights: kept by what they were built for, with their buffers and no more.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "program.h"
+#include "steps.h"
+
+namespace resnet_fast::cpu {
+
+constexpr int64_t kGroup = amx::kTileRows;  // images side by side in a tile
+
+// Lays out a new program for so many images at a time and at most so many threads.
+using Build = std::function<void(Program& program, int64_t capacity, int64_t threads)>;
+
+// y = program(x), by a program that nobody else runs meanwhile: one that was built for this key, or a new one.
+void run_planned(
+    const std::vector<int64_t>& key, int planes, const Build& build, const at::Tensor& x, const at::Tensor& y,
+    Live& live);
+
+}  // namespace resnet_fast::cpu

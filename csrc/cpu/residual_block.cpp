@@ -1,0 +1,74 @@
+#include "residual_block.h"
+
+#include <ATen/ops/max_pool2d.h>
+
+#include "conv_bn_act.h"
+#include "guards.h"
+#ifdef WITH_AMX
+#include "program/block.h"
+#endif
+
+namespace resnet_fast::cpu {
+
+namespace {
+
+at::Tensor or_undefined(const at::Tensor& t) { return t.numel() == 0 ? at::Tensor() : t; }
+
+std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
+
+at::Tensor apply(const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
+  return conv_bn_act(
+      x, layer.conv_weight.to(x.scalar_type()), std::nullopt, optional(layer.weight), optional(layer.bias), layer.mean,
+      layer.var, optional(residual), layer.stride, layer.padding, layer.dilation, layer.groups, layer.eps, relu);
+}
+
+BlockLayer make_layer(
+    const at::Tensor& conv_weight, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+    const at::Tensor& var, at::IntArrayRef geometry, double eps) {
+  return {conv_weight, weight, bias, mean, var, geometry.slice(0, 2), geometry.slice(2, 2), geometry.slice(4, 2),
+          geometry[6], eps};
+}
+
+at::Tensor layer_by_layer(const ResidualBlock& block) {
+  const size_t last = block.layers.size() - 1 - (block.downsample ? 1 : 0);
+  at::Tensor value = block.x;
+  for (size_t i = 0; i < last; ++i) value = apply(block.layers[i], value, {}, true);
+  const at::Tensor shortcut = block.downsample           ? apply(block.layers.back(), block.x, {}, false)
+                              : block.residual.defined() ? block.residual
+                                                         : block.x;
+  return apply(block.layers[last], value, shortcut, true);
+}
+
+}  // namespace
+
+at::Tensor residual_block(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
+    at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
+    at::ArrayRef<double> eps, bool downsample) {
+  const OpGuard guard;
+  ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
+  for (size_t i = 0; i < conv_weights.size(); ++i) {
+    block.layers.push_back(make_layer(conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]),
+                                      running_means[i], running_vars[i], geometry.slice(7 * i, 7), eps[i]));
+  }
+#ifdef WITH_AMX
+  if (auto y = amx_residual_block(block)) return *y;
+#endif
+  return layer_by_layer(block);
+}
+
+at::Tensor stem(
+    const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
+    double eps) {
+  const OpGuard guard;
+  const at::Tensor none;
+  const BlockLayer layer =
+      make_layer(conv_weight, weight.value_or(none), bias.value_or(none), mean, var, geometry, eps);
+#ifdef WITH_AMX
+  if (auto y = amx_stem(x, layer)) return *y;
+#endif
+  return at::max_pool2d(apply(layer, x.to(conv_weight.scalar_type()), {}, true), {3, 3}, {2, 2}, {1, 1});
+}
+
+}  // namespace resnet_fast::cpu

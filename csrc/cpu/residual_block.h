@@ -1,0 +1,39 @@
+// Inference of a whole residual block, y = relu(F(x) + shortcut), and of the stem before the first.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace resnet_fast::cpu {
+
+// A convolution and its batch norm; a vector that is absent is undefined.
+struct BlockLayer {
+  at::Tensor conv_weight, weight, bias, mean, var;
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+  double eps;
+};
+
+// layers: in order, the downsample's last. residual: undefined where x or the downsample is the shortcut.
+struct ResidualBlock {
+  const at::Tensor& x;
+  at::Tensor residual;
+  std::vector<BlockLayer> layers;
+  bool downsample;
+};
+
+// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones.
+at::Tensor residual_block(
+    const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
+    at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
+    at::ArrayRef<double> eps, bool downsample);
+
+// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to.
+at::Tensor stem(
+    const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
+    double eps);
+
+}  // namespace resnet_fast::cpu
