@@ -119,7 +119,7 @@ class Campaign:
     def execute(self, unit: Unit, limit: float) -> runner.Outcome:
         args = list(unit.args)
         if unit.writes:
-            args += ["--output", str(store.path_of(self.out, self.state, unit.phase).resolve())]
+            args += ["--output", str(store.path_of(self.out, self.state, unit.file).resolve())]
         if unit.stoppable:
             args += ["--budget", f"{limit:.0f}"]
         if unit.phase in ("networks", "training", "profile"):
@@ -128,9 +128,9 @@ class Campaign:
         limit += _MARGIN_S if unit.stoppable else 0.0
         outcome = runner.run(unit.module, args, self.variables(), limit, self.log)
         if unit.writes:
-            store.stamp(store.path_of(self.out, self.state, unit.phase), self.commit)
+            store.stamp(store.path_of(self.out, self.state, unit.file), self.commit)
         elif outcome.rows:
-            store.put(self.out, self.state, unit.phase, unit.name, outcome.rows)
+            store.put(self.out, self.state, unit.file, unit.name, outcome.rows)
         return outcome
 
     def share_table(self) -> None:

@@ -59,11 +59,11 @@ def test_the_rehearsal_runs_every_phase(rehearsal):
 @pytest.mark.slow
 def test_every_file_says_what_it_was_made_on(rehearsal):
     folder, _ = rehearsal
-    phases = ("ceilings", "layers", "networks", "profile", "tests", "training")
+    phases = ("ceilings", "layers", "networks", "profile", "tests")
     assert sorted(path.name for path in folder.glob("*.json")) == sorted(
         ["campaign.json", *(f"rehearsal-{phase}.json" for phase in phases)]
     )
-    assert len(list(folder.iterdir())) <= 9  # as many as come back from a lent machine
+    assert len(list(folder.iterdir())) <= 8  # as many as come back from a lent machine
     for path in folder.glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
         assert environment["versions"]["torch"]
@@ -74,15 +74,16 @@ def test_every_file_says_what_it_was_made_on(rehearsal):
 @pytest.mark.slow
 def test_rows_are_verified_and_timed(rehearsal):
     folder, _ = rehearsal
-    rows = json.loads((folder / "rehearsal-networks.json").read_text())["rows"]
+    found = json.loads((folder / "rehearsal-networks.json").read_text())["rows"]
+    rows = [row for row in found if row["unit"].startswith("networks/")]
     names = {row["contender"] for row in rows}
     assert {"eager_channels_last", "fast", "frozen_conv", "frozen_tail", "frozen_graph", "compile_default"} <= names
     assert all(row["match"] and row["median_ms"] > 0 and row["ratio"] > 0 for row in rows)
     assert all(row["unit"].endswith("resnet_tiny-float32-b1") for row in rows)
-    rows = json.loads((folder / "rehearsal-training.json").read_text())["rows"]
-    curves = [row for row in rows if row["unit"] == "training/convergence"]
+    curves = [row for row in found if row["unit"] == "training/convergence"]
+    assert {row["curve"] for row in curves} > {"stock", "stage 1", "stage 4"}
     assert all(row["distance"] <= row["allowed"] for row in curves)
-    training = [row for row in rows if row not in curves]
+    training = [row for row in found if row["unit"].startswith("training/") and row not in curves]
     names = {row["contender"] for row in training}
     stages = {f"fast_stage{stage}" for stage in (2, 4)}
     assert names == {"eager_channels_last", "compile_default", "fast"} | stages

@@ -1,7 +1,8 @@
 """The results: one file a phase, DIR/<device>-<phase>.json, named and made so that it can be committed as it is.
 
 {"schema", "device", "environment": {"versions", "commit", ...}, "rows": [...]}, a row being what a unit reported and
-"unit", its name. The layers' file is a tuned table and the profile's is `resnet-fast profile`'s own.
+"unit", its name; training's are in the networks' file. The layers' file is a tuned table and the profile's is
+`resnet-fast profile`'s own.
 """
 
 import json

@@ -58,6 +58,11 @@ class Unit:
     def phase(self) -> str:
         return self.name.split("/")[0]
 
+    @property
+    def file(self) -> str:
+        """The phase whose file has its results: networks' in training are with those in inference."""
+        return "networks" if self.phase == "training" else self.phase
+
 
 def of_phase(phase: str, settings: Settings) -> list[Unit]:
     """The units of a phase, the most wanted first."""
