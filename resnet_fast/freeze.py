@@ -200,11 +200,10 @@ def _kernel(frozen: FrozenBlock) -> str:
     if weight.device.type == "cpu":
         return "folded conv2d"
     if dispatch.requested(frozen.convs[0].backend) == "native":
-        reason = dispatch.why_not("native", "conv_epilogue", weight.device.type, weight.dtype)
-        return (
-            f"none: native: {reason}"
-            if reason
-            else dispatch.load("native").kernel("conv_epilogue", weight.device.type, weight.dtype)
-        )
-    reason = dispatch.why_not_auto("triton", "conv_bn_act", weight.device.type, weight.dtype)
-    return f"folded conv2d: {reason}" if reason else "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"
+        call = ("conv_epilogue", weight.device.type, weight.dtype)
+        reason = dispatch.why_not("native", *call)
+        return f"none: {reason}" if reason else dispatch.load("native").kernel(*call)
+    call = ("conv_bn_act", weight.device.type, weight.dtype)
+    if dispatch.why_not_auto("triton", *call) is None:
+        return "Triton kernels or cuDNN, layer by layer (resnet-fast profile)"
+    return f"folded conv2d: {dispatch.why_not_fused(*call)}"

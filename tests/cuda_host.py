@@ -34,15 +34,20 @@ class Image(ctypes.Structure):
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
     """tests/csrc/<name>.cpp, compiled once a process; skips where there is no compiler or the sources are not there."""
+    return compiled(name, ROOT / "csrc")
+
+
+def compiled(name: str, sources: Path) -> ctypes.CDLL:
+    """`library` with other sources than this tree's."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
-    source = ROOT / "tests" / "csrc" / f"{name}.cpp"
-    if not (ROOT / "csrc").is_dir():
+    if not sources.is_dir():
         pytest.skip("csrc/ is not beside the tests")
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{path}" for path in (sources, *include_paths())]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / f"{name}.so"
+        source = ROOT / "tests" / "csrc" / f"{name}.cpp"
         subprocess.run([*compiler, *_FLAGS, *includes, str(source), "-o", str(target)], check=True, timeout=300)
         return ctypes.CDLL(str(target))
 
