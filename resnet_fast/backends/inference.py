@@ -1,4 +1,4 @@
-"""`ops.residual_block` and `ops.stem` as backends without kernels of their own for them run them: one op a convolution."""
+"""`ops.residual_block` and `ops.stem` for backends without kernels of their own for them: one op a convolution."""
 
 from collections.abc import Callable
 
