@@ -150,7 +150,8 @@ def _residual_block_backward(ctx, dy):
         columns = [list(columns[at : at + count]) for at in range(0, 5 * count, count)]
         return _layer_by_layer(backend)[0](x, residual, *columns, *rest)
 
-    grads = _recomputed_grads(ctx, block, dy)
+    needed = [*ctx.needs_input_grad[:2], *(flag for column in ctx.needs_input_grad[2:7] for flag in column)]
+    grads = _recomputed_grads(block, ctx.saved_tensors, needed, dy)
     lists = (grads[at : at + count] for at in range(2, len(grads), count))
     return *grads[:2], *lists, *(None,) * len(ctx.rest)
 
@@ -163,7 +164,9 @@ def _setup_stem(ctx, inputs, output):
 
 def _stem_backward(ctx, dy):
     *rest, backend = ctx.rest
-    grads = _recomputed_grads(ctx, lambda *tensors: _layer_by_layer(backend)[1](*tensors, *rest), dy)
+    grads = _recomputed_grads(
+        lambda *tensors: _layer_by_layer(backend)[1](*tensors, *rest), ctx.saved_tensors, ctx.needs_input_grad, dy
+    )
     return *grads, *(None,) * len(ctx.rest)
 
 
@@ -174,10 +177,10 @@ def _layer_by_layer(backend: str):
     )
 
 
-def _recomputed_grads(ctx, function, dy: Tensor) -> list[Tensor | None]:
-    """The gradients of function(saved tensors) that are wanted, differentiable under create_graph=True."""
-    tensors, differentiable = list(ctx.saved_tensors), torch.is_grad_enabled()
-    wanted = [place for place in range(len(tensors)) if ctx.needs_input_grad[place]]
+def _recomputed_grads(function, saved, needed, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of function(*saved) that are needed, differentiable under create_graph=True."""
+    tensors, differentiable = list(saved), torch.is_grad_enabled()
+    wanted = [place for place in range(len(tensors)) if needed[place]]
     with torch.enable_grad():
         if not differentiable:
             for place in wanted:

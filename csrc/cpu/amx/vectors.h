@@ -31,18 +31,24 @@ inline __m512 load(const uint16_t* values, int64_t plane) {
   return sum;
 }
 
+// What is not finite has no remainder: Inf - Inf would make NaN of an Inf.
+template <int planes>
+inline void split(__m512 value, __m256i (&parts)[planes]) {
+  parts[0] = narrow(value);
+  if constexpr (planes == 3) {
+    const __m512 high = widen(parts[0]);
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(high), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, value, high);
+    parts[1] = narrow(rest);
+    parts[2] = narrow(_mm512_sub_ps(rest, widen(parts[1])));
+  }
+}
+
 template <int planes>
 inline void store(uint16_t* values, int64_t plane, __m512 value) {
-  const __m256i high = narrow(value);
-  store_half(values, high);
-  if constexpr (planes == 3) {
-    // What is not finite has no remainder: Inf - Inf would make NaN of an Inf.
-    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(widen(high)), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
-    const __m512 rest = _mm512_maskz_sub_ps(finite, value, widen(high));
-    const __m256i middle = narrow(rest);
-    store_half(values + plane, middle);
-    store_half(values + 2 * plane, narrow(_mm512_sub_ps(rest, widen(middle))));
-  }
+  __m256i parts[planes];
+  split<planes>(value, parts);
+  for (int64_t i = 0; i < planes; ++i) store_half(values + i * plane, parts[i]);
 }
 
 // relu that keeps NaN: max returns its second operand where one is NaN.

@@ -37,6 +37,8 @@ inline void transpose(__m512i (&r)[16]) {
 // Up to 32 channels of one output channel and tap, of which channel `at` is first; those outside of `wanted` are zero.
 class Channels {
  public:
+  static constexpr int64_t kAhead = 128;  // weights that are fetched early, of 16 rows at once
+
   explicit Channels(const WeightArgs& args) : args_(args) {
     for (int lane = 0; lane < 16; ++lane) steps_[lane] = static_cast<int32_t>(lane * args.channel_step);
   }
@@ -44,7 +46,10 @@ class Channels {
   __m512 floats(int64_t at, uint32_t wanted, int64_t half) const {
     const auto mask = static_cast<__mmask16>(wanted >> (16 * half));
     const float* weight = static_cast<const float*>(args_.weight) + at + 16 * half * args_.channel_step;
-    if (args_.channel_step == 1) return _mm512_maskz_loadu_ps(mask, weight);
+    if (args_.channel_step == 1) {
+      _mm_prefetch(reinterpret_cast<const char*>(weight + kAhead), _MM_HINT_T0);
+      return _mm512_maskz_loadu_ps(mask, weight);
+    }
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_load_si512(steps_), weight, 4);
   }
 
@@ -65,46 +70,54 @@ class Channels {
 
 inline __m512i join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
+// 16 output channels by 32 input channels of a tap: half a block.
+template <int planes>
+void pack_half(const WeightArgs& args, const Channels& channels, int64_t half, int64_t tap, uint16_t* packed) {
+  __m512i rows[planes][16];
+  for (int64_t i = 0; i < 16; ++i) {
+    const int64_t output = 16 * half + i;
+    int64_t at = tap + output * args.output_step;
+    uint32_t wanted = 0xffffffff;
+    if (args.channels < kVector) {
+      const int64_t first = output / args.channels * args.channels;
+      at -= first * args.channel_step;
+      wanted = ((1u << args.channels) - 1) << first;
+    }
+    if (!args.float32) {
+      rows[0][i] = channels.bfloat16s(at, wanted);
+      continue;
+    }
+    const __m512 low = channels.floats(at, wanted, 0), high = channels.floats(at, wanted, 1);
+    __m256i low_parts[planes], high_parts[planes];
+    split<planes>(low, low_parts);
+    split<planes>(high, high_parts);
+    for (int plane = 0; plane < planes; ++plane) rows[plane][i] = join(low_parts[plane], high_parts[plane]);
+  }
+  for (int plane = 0; plane < planes; ++plane) {
+    transpose(rows[plane]);
+    uint16_t* to = packed + plane * kBlockValues + half * kBlockValues / 2;
+    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + 32 * i, rows[plane][i]);
+  }
+}
+
 template <int planes>
 void pack(const WeightArgs& args) {
   const Channels channels(args);
-  const int64_t blocks = args.channels < kVector ? 1 : args.channels / kVector;
-  uint16_t* packed = args.packed;
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t row = 0; row < args.rows; ++row) {
-      for (int64_t column = 0; column < args.columns; ++column, packed += planes * kBlockValues) {
-        const int64_t tap = row * args.row_step + column * args.column_step + block * kVector * args.channel_step;
-        for (int64_t half = 0; half < 2; ++half) {
-          __m512i rows[planes][16];
-          for (int64_t i = 0; i < 16; ++i) {
-            const int64_t output = 16 * half + i;
-            int64_t at = tap + output * args.output_step;
-            uint32_t wanted = 0xffffffff;
-            if (args.channels < kVector) {
-              const int64_t first = output / args.channels * args.channels;
-              at -= first * args.channel_step;
-              wanted = ((1u << args.channels) - 1) << first;
-            }
-            if (!args.float32) {
-              rows[0][i] = channels.bfloat16s(at, wanted);
-              continue;
-            }
-            const __m512 low = channels.floats(at, wanted, 0), high = channels.floats(at, wanted, 1);
-            if constexpr (planes == 1) {
-              rows[0][i] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-            } else {
-              alignas(64) uint16_t split[3][kVector];
-              store<3>(split[0], kVector, low);
-              store<3>(split[0] + 16, kVector, high);
-              for (int plane = 0; plane < planes; ++plane) rows[plane][i] = _mm512_load_si512(split[plane]);
-            }
-          }
-          for (int plane = 0; plane < planes; ++plane) {
-            transpose(rows[plane]);
-            uint16_t* to = packed + plane * kBlockValues + half * kBlockValues / 2;
-            for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + 32 * i, rows[plane][i]);
-          }
-        }
+  const int64_t blocks = args.channels < kVector ? 1 : args.channels / kVector, taps = args.rows * args.columns;
+  const auto pack_step = [&](int64_t block, int64_t tap, int64_t half) {
+    const int64_t at = tap / args.columns * args.row_step + tap % args.columns * args.column_step;
+    pack_half<planes>(args, channels, half, at + block * kVector * args.channel_step,
+                      args.packed + (block * taps + tap) * planes * kBlockValues);
+  };
+  // In the order of memory, whose lines then come before they are asked for.
+  for (int64_t half = 0; half < 2; ++half) {
+    if (args.channel_step == 1) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t block = 0; block < blocks; ++block) pack_step(block, tap, half);
+      }
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t tap = 0; tap < taps; ++tap) pack_step(block, tap, half);
       }
     }
   }

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kSmallPixels = 256;     // an image of no more is small: 16 images fill tiles better than 16 pixels
 constexpr int64_t kDirectChannels = 512;  // more, and 16 pixels of a tensor fall on too few sets of the first cache
+constexpr int64_t kSecondCacheBytes = 3 << 18;  // of 2 MiB, for pixels
 constexpr int64_t kMostValues = 1 << 30;  // of an image
 
 bool channels_last(const at::Tensor& t) {
@@ -29,6 +30,7 @@ struct Conv {
   int64_t out_height() const { return (height + 2 * top - down * (rows - 1) - 1) / stride + 1; }
   int64_t out_width() const { return (width + 2 * left - right * (columns - 1) - 1) / stride + 1; }
   bool pointwise() const { return rows == 1 && columns == 1 && top == 0 && left == 0 && groups == 1; }
+  int64_t blocks() const { return narrow() ? 1 : channels / amx::kVector; }
   bool narrow() const { return channels < amx::kVector; }
 
   bool fits() const {
@@ -52,6 +54,7 @@ struct Conv {
 struct Layout {
   int planes;
   int64_t capacity, threads;
+  bool all;  // images of a call are no more than the capacity
   bool downsample, residual;
 };
 
@@ -123,12 +126,24 @@ class Builder {
   static bool small(int64_t height, int64_t width) { return height * width <= kSmallPixels; }
 
   void pack() {
+    std::vector<Packed> before;
     for (const Conv& conv : convs_) {
-      const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector), steps = blocks * conv.rows * conv.columns;
-      packed_.push_back(empty_packed(layout_.planes, conv.out_channels, steps));
+      const int64_t steps = conv.blocks() * conv.rows * conv.columns, layer = static_cast<int64_t>(packed_.size());
+      packed_.push_back(empty_packed(layer, layout_.planes, conv.out_channels, steps, by_item(conv) ? layout_.threads : 0));
+      if (!by_item(conv)) before.push_back(packed_.back());
     }
     program_.section(false);
-    program_.add(make_pack(layout_.planes, layout_.capacity, packed_));
+    if (!before.empty()) program_.add(make_pack(layout_.planes, layout_.capacity, before));
+  }
+
+  // Whether an output block's weights are used in one item: all images are in one unit, and their pixels stay in the
+  // second cache level while the weights pass.
+  bool by_item(const Conv& conv) const {
+    const bool grouped = small(conv.out_height(), conv.out_width()) && small(conv.height, conv.width);
+    const int64_t images = layout_.capacity;
+    const bool one_unit = layout_.all && (images == 1 || (images == kGroup && grouped));
+    const int64_t bytes = 2 * layout_.planes * images * conv.in_channels * conv.height * conv.width;
+    return one_unit && bytes <= kSecondCacheBytes && conv.out_channels / amx::kVector >= layout_.threads;
   }
 
   int64_t buffer(int64_t channels, int64_t height, int64_t width) {
@@ -147,13 +162,11 @@ class Builder {
 
   void add(size_t layer, const Conv& conv, int64_t x, int64_t y, int64_t residual, bool relu) {
     enter({x, y});
-    const int64_t blocks = std::max<int64_t>(1, conv.channels / amx::kVector);
     const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
-    const Packed& packed = packed_[layer];
     const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
     program_.add(make_conv(
         layout_.planes, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
-        packed.weight, packed.scale, packed.bias, conv.taps(), {conv.stride, blocks, outputs_per_group, relu}));
+        packed_[layer], conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
   }
 
   // A new section of the program where steps with these buffers cannot be in the present one.
@@ -222,8 +235,8 @@ std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
     key.insert(key.end(), {c.in_channels, c.height, c.width, c.out_channels, c.channels, c.rows, c.columns, c.stride,
                            c.top, c.left, c.down, c.right, c.groups});
   }
-  const auto build = [&](Program& program, int64_t capacity, int64_t threads) {
-    Builder(program, {planes, capacity, threads, downsample, residual}, convs).build();
+  const auto build = [&](Program& program, int64_t capacity, int64_t threads, bool all) {
+    Builder(program, {planes, capacity, threads, all, downsample, residual}, convs).build();
   };
   run_planned(key, planes, build, x, y, live);
   return live.finite ? std::make_optional(y) : std::nullopt;

@@ -13,25 +13,16 @@ class PackStep : public Step {
  public:
   PackStep(int planes, int64_t capacity, std::vector<Packed> layers)
       : Step("pack", capacity, 0), planes_(planes), layers_(std::move(layers)) {
-    for (const Packed& layer : layers_) items += layer.weight.size(0);
+    for (const Packed& packed : layers_) items += packed.weight.size(0);
   }
 
   void run(const Run& run, int64_t item) const override {
     if (run.first > 0) return;
     size_t number = 0;
     for (; item >= layers_[number].weight.size(0); ++number) item -= layers_[number].weight.size(0);
-    const Packed& packed = layers_[number];
-    const LiveLayer& layer = run.live->layers[number];
-    const at::Tensor& weight = layer.conv_weight;
-    const int64_t first = item * amx::kVector, bytes = first * weight.stride(0) * weight.element_size();
-    amx::pack_weights({planes_, static_cast<const char*>(weight.const_data_ptr()) + bytes,
-                       weight.scalar_type() == at::kFloat, weight.stride(0), weight.stride(1), weight.stride(2),
-                       weight.stride(3), weight.size(1), weight.size(2), weight.size(3),
-                       static_cast<uint16_t*>(packed.weight.mutable_data_ptr()) + item * packed.weight.stride(0)});
-    const auto vector = [first](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() + first : nullptr; };
-    amx::fold_norm({vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var),
-                    static_cast<float>(layer.eps), amx::kVector, packed.scale.mutable_data_ptr<float>() + first,
-                    packed.bias.mutable_data_ptr<float>() + first});
+    const at::Tensor& weight = layers_[number].weight;
+    auto* values = static_cast<uint16_t*>(weight.mutable_data_ptr());
+    pack_block(planes_, layers_[number], *run.live, item, values + item * weight.stride(0));
   }
 
  private:
@@ -57,10 +48,24 @@ LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
   return {conv_weight, vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var), layer.eps};
 }
 
-Packed empty_packed(int planes, int64_t out_channels, int64_t steps) {
+Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads) {
   const PoolGuard pool;
-  return {at::empty({out_channels / amx::kVector, steps, planes, amx::kBlockValues}, at::kBFloat16),
+  const int64_t blocks = by_item_threads > 0 ? by_item_threads : out_channels / amx::kVector;
+  return {layer, by_item_threads > 0, at::empty({blocks, steps, planes, amx::kBlockValues}, at::kBFloat16),
           at::empty({out_channels}, at::kFloat), at::empty({out_channels}, at::kFloat)};
+}
+
+void pack_block(int planes, const Packed& packed, const Live& live, int64_t block, uint16_t* to) {
+  const LiveLayer& layer = live.layers[packed.layer];
+  const at::Tensor& weight = layer.conv_weight;
+  const int64_t first = block * amx::kVector, bytes = first * weight.stride(0) * weight.element_size();
+  amx::pack_weights({planes, static_cast<const char*>(weight.const_data_ptr()) + bytes,
+                     weight.scalar_type() == at::kFloat, weight.stride(0), weight.stride(1), weight.stride(2),
+                     weight.stride(3), weight.size(1), weight.size(2), weight.size(3), to});
+  const auto vector = [first](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() + first : nullptr; };
+  amx::fold_norm({vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var),
+                  static_cast<float>(layer.eps), amx::kVector, packed.scale.mutable_data_ptr<float>() + first,
+                  packed.bias.mutable_data_ptr<float>() + first});
 }
 
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers) {

@@ -59,11 +59,11 @@ void run_planned(
   for (int64_t first = 0; first < batch;) {
     const int64_t images = first < whole ? whole : batch - whole, capacity = images < kFull ? images : kGroup;
     Key own = key;
-    own.insert(own.end(), {planes, capacity, threads});
+    own.insert(own.end(), {planes, capacity, threads, images <= capacity});
     std::unique_ptr<Program> program = plans().take(own);
     if (program == nullptr) {
       program = std::make_unique<Program>(planes, capacity, threads);
-      build(*program, capacity, threads);
+      build(*program, capacity, threads, images <= capacity);
     }
     if (residual.defined()) live.residual = residual.narrow(0, first, images);
     program->run_live(x.narrow(0, first, images), y.narrow(0, first, images), &live);

@@ -12,8 +12,8 @@ namespace resnet_fast::cpu {
 
 constexpr int64_t kGroup = amx::kTileRows;  // images side by side in a tile
 
-// Lays out a new program for so many images at a time and at most so many threads.
-using Build = std::function<void(Program& program, int64_t capacity, int64_t threads)>;
+// Lays out a new program for so many images at a time, which are all or not, and at most so many threads.
+using Build = std::function<void(Program& program, int64_t capacity, int64_t threads, bool all)>;
 
 // y = program(x), by a program that nobody else runs meanwhile: one that was built for this key, or a new one.
 void run_planned(

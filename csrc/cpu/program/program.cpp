@@ -78,7 +78,8 @@ void Program::conv(
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
   const int64_t sharing = !sections_.empty() && sections_.back().by_image ? 1 : threads_;
-  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual), weight, {}, bias, taps, shape));
+  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
+                {0, false, weight, {}, bias}, taps, shape));
 }
 
 void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }

@@ -46,11 +46,11 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer)
   live.layers.push_back(live_layer(layer, widened(weight)));
 
   const int planes = weight.scalar_type() == at::kFloat ? 3 : 1;
-  const auto build = [&](Program& program, int64_t capacity, int64_t threads) {
+  const auto build = [&](Program& program, int64_t capacity, int64_t threads, bool) {
     const bool own = capacity >= 2 * threads;
     std::vector<std::vector<int64_t>> taps;
     for (int64_t row = 0; row < rows; ++row) taps.push_back({row - top, -left});
-    const Packed packed = empty_packed(planes, channels, rows);
+    const Packed packed = empty_packed(0, planes, channels, rows);
     program.section(false);
     program.add(make_pack(planes, capacity, {packed}));
     program.section(own);
@@ -58,8 +58,8 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer)
         program.buffer(x.size(1), x.size(2), x.size(3), std::max(top, left), 1, own, kImageVector);
     const int64_t conv = program.buffer(channels, height, width, 1, 1, own, amx::kVector);
     program.read(image);
-    program.add(make_conv(planes, own ? 1 : threads, "conv", program.at(image), program.at(conv), nullptr, packed.weight,
-                          packed.scale, packed.bias, taps, {stride, 1, channels / amx::kVector, true}));
+    program.add(make_conv(planes, own ? 1 : threads, "conv", program.at(image), program.at(conv), nullptr, packed, taps,
+                          {stride, 1, channels / amx::kVector, true}));
     if (planes == 1) {
       program.max_pool(conv, program.tensor(Place::kY, channels, pooled_height, pooled_width));
       program.add(make_check());  // the kernel is widened by weights of zero, and Inf times zero is NaN

@@ -144,15 +144,12 @@ class ConvStep : public Step {
  public:
   ConvStep(
       int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-      const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
-      const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
+      const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
       : Step(name, std::min(x.group, y.group), 0),
         x_(x),
         y_(y),
         residual_(residual),
-        weight_(weight),
-        scale_(scale),
-        bias_(bias),
+        packed_(packed),
         output_blocks_(div_up(y.channels, amx::kVector)) {
     for (int64_t block = 0; block < shape.blocks; ++block) {
       for (const auto& tap : taps) offsets_.push_back(block * x.block + tap[0] * x.row + tap[1] * x.pixel);
@@ -167,14 +164,20 @@ class ConvStep : public Step {
     args_.chunk = planes == 1 && taps.size() == 1 ? kChunk : args_.steps;
     args_.blocks = shape.blocks;
     args_.outputs_per_group = shape.outputs_per_group;
-    args_.weight = values(weight);
-    args_.scale = scale.defined() ? scale.const_data_ptr<float>() : nullptr;
-    args_.bias = bias.const_data_ptr<float>();
+    args_.weight = values(packed.weight);
+    args_.scale = packed.scale.defined() ? packed.scale.const_data_ptr<float>() : nullptr;
+    args_.bias = packed.bias.const_data_ptr<float>();
     args_.y_plane = y.plane;
     args_.y_block = y.block;
     args_.relu = shape.relu;
     place_tiles(shape.stride);
-    cut(threads, shape.stride);
+    if (packed.by_item) {
+      tile_step_ = static_cast<int64_t>(tiles_.size());
+      block_step_ = 1;
+      block_cuts_ = items = output_blocks_;
+    } else {
+      cut(threads, shape.stride);
+    }
   }
 
   void run(const Run& run, int64_t item) const override {
@@ -184,6 +187,12 @@ class ConvStep : public Step {
     args.residual = residual_ == nullptr ? nullptr : pixels(*residual_, run, group);
     const int64_t first_tile = item / block_cuts_ * tile_step_, first_block = item % block_cuts_ * block_step_;
     const int64_t tiles = std::min(tile_step_, static_cast<int64_t>(tiles_.size()) - first_tile);
+    if (packed_.by_item) {
+      const int64_t block_values = args.steps * args.planes * amx::kBlockValues;
+      uint16_t* weight = values(packed_.weight) + run.thread * block_values;
+      pack_block(args.planes, packed_, *run.live, first_block, weight);
+      args.weight = weight - first_block * block_values;
+    }
     amx::conv(args, tiles_.data() + first_tile, tiles, first_block, std::min(first_block + block_step_, output_blocks_),
               run.scratch);
   }
@@ -242,6 +251,9 @@ class ConvStep : public Step {
     const double block_bytes = args_.steps * args_.planes * amx::kBlockValues * 2.0;
     const double product_bytes = kProductBytes * pairs * output_blocks_ * args_.steps;
     double best = std::numeric_limits<double>::infinity();
+    tile_step_ = 2, block_step_ = 1, block_cuts_ = output_blocks_;  // where nothing fits
+    args_.pixels_first = true;
+    items = pairs * output_blocks_;
     for (int64_t tile_step = pairs; tile_step > 0; tile_step = tile_step == 1 ? 0 : div_up(tile_step, 2)) {
       for (int64_t block_step = output_blocks_; block_step > 0; block_step = block_step == 1 ? 0 : div_up(block_step, 2)) {
         const int64_t tile_parts = div_up(pairs, tile_step), block_parts = div_up(output_blocks_, block_step);
@@ -270,7 +282,7 @@ class ConvStep : public Step {
 
   const Buffer &x_, &y_;
   const Buffer* residual_;
-  at::Tensor weight_, scale_, bias_;
+  Packed packed_;
   int64_t output_blocks_;
   std::vector<int64_t> offsets_;
   std::vector<amx::Tile> tiles_;
@@ -300,9 +312,8 @@ std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffe
 
 std::unique_ptr<Step> make_conv(
     int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
-    const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape) {
-  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, weight, scale, bias, taps, shape);
+    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape) {
+  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, packed, taps, shape);
 }
 
 }  // namespace resnet_fast::cpu

@@ -52,6 +52,17 @@ struct ConvShape {
   bool relu;
 };
 
+// What a call brings for one layer, as conv() takes it. by_item: the convolution's items pack what they need for
+// themselves, one output block at a time, so that it never leaves their thread's second cache level; else a step before it
+// packs everything.
+struct Packed {
+  int64_t layer;
+  bool by_item;
+  at::Tensor weight, scale, bias;  // weight: of every output block, or of one for each thread
+};
+Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads = 0);
+void pack_block(int planes, const Packed& packed, const Live& live, int64_t block, uint16_t* weight);
+
 // From a tensor of the call into y: every stride-th pixel of every stride-th row.
 std::unique_ptr<Step> make_read(int planes, const Buffer& y, Place from = Place::kX, int64_t stride = 1);
 std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride);
@@ -60,14 +71,8 @@ std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_conv(
     int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& bias,
-    const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape);
+    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape);
 
-// What the call brings for one layer, into a convolution's weight, scale and bias.
-struct Packed {
-  at::Tensor weight, scale, bias;
-};
-Packed empty_packed(int planes, int64_t out_channels, int64_t steps);
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);
 // Looks for values of y that are not finite.
 std::unique_ptr<Step> make_check();
