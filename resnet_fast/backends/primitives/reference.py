@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import Geometry, Norm, Shortcut
 
+_SLABS = 16  # of pixels in a sum of products
 _SHIFT_PIXELS = 64  # of the first image; their mean is near enough to the mean for sums of squares not to cancel
 
 
@@ -48,7 +49,7 @@ def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Te
     shift = rows[:_SHIFT_PIXELS].mean(0)
     rows = rows - shift
     mean = rows.mean(0)
-    return mean + shift, rows.t() @ rows / rows.shape[0] - torch.outer(mean, mean)
+    return mean + shift, _product(rows, rows) / rows.shape[0] - torch.outer(mean, mean)
 
 
 def conv_join(
@@ -126,7 +127,7 @@ def conv_backward(
 def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
     """sum of dz (outer) (act(x) - mean) over the pixels of a 1x1, (K, C), and sum(dz), (K,)."""
     dz_rows = _rows(dz)
-    return dz_rows.t() @ (_rows(_activated(x, x_norm), geometry) - mean), dz_rows.sum(0)
+    return _product(dz_rows, _rows(_activated(x, x_norm), geometry) - mean), dz_rows.sum(0)
 
 
 def gram_dgrad(
@@ -177,6 +178,12 @@ def _rows(image: Tensor, geometry: Geometry | None = None) -> Tensor:
     if geometry is not None:
         image = image[:, :, :: geometry.stride[0], :: geometry.stride[1]]
     return _wide(image).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left.t() @ right, slab by slab: in one run over all pixels a float32 sum loses more than batch_norm's own."""
+    slabs = zip(left.chunk(_SLABS), right.chunk(_SLABS), strict=True)
+    return torch.stack([some.t() @ others for some, others in slabs]).sum(0)
 
 
 def _conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
