@@ -1,7 +1,7 @@
 """Unit: the native kernels under one tool of compute-sanitizer, on the quick GPU tests (test_native_* of test_gpu.py).
 
-Only our own kernels are watched: with cuDNN's it would take hours. Tensors are not taken from PyTorch's cache, in which an
-access beyond one is an access to another; a CUDA graph cannot be captured so.
+Only our own kernels are watched: with cuDNN's it would take hours. Tensors are not taken from PyTorch's cache, in which
+an access beyond one is an access to another; a CUDA graph cannot be captured so.
 """
 
 import os
