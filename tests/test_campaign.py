@@ -14,7 +14,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu_campaign.py"
 sys.path.append(str(SCRIPT.parent))  # behind tests/, which has a conftest too
 
 import gpu_campaign  # noqa: E402
-from campaign import gpu_tests, layers, runner, store, units  # noqa: E402
+from campaign import gpu_tests, layers, runner, sanitizer, store, units  # noqa: E402
 from campaign.runner import Outcome  # noqa: E402
 from campaign.state import CRASHED, DONE, PARTIAL, SKIPPED, TIMED_OUT, WRONG, State  # noqa: E402
 from campaign.units import Settings, Unit  # noqa: E402
@@ -391,6 +391,38 @@ code = 0
 def test_tune_that_refuses_is_a_crash(monkeypatch, tmp_path):
     report, table = tune(monkeypatch, tmp_path, "code = 2")
     assert (report["status"], table["runs"]) == (CRASHED, 1)
+
+
+PASSED = "9 passed, 2 skipped, 30 deselected in 61.20s (0:01:01)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "status", "word"),
+    [
+        (0, PASSED + "========= ERROR SUMMARY: 0 errors\n", DONE, ""),
+        (86, PASSED + "========= ERROR SUMMARY: 3 errors\n", WRONG, "memcheck: 3 errors"),
+        (86, PASSED + "========= RACECHECK SUMMARY: 1 hazard displayed\n", WRONG, "1 hazard displayed"),
+        (1, "1 failed, 8 passed in 3.10s\n========= ERROR SUMMARY: 0 errors\n", WRONG, "exit code 1"),
+        (5, "30 deselected in 0.10s\n", WRONG, "no test ran"),
+    ],
+)
+def test_what_compute_sanitizer_says_is_judged(code, said, status, word):
+    found, reason, row = sanitizer.judged("memcheck", code, said)
+    assert found == status
+    assert word in reason
+    assert row["tool"] == "memcheck"
+    if said.startswith(PASSED):
+        assert (row["passed"], row["failed"], row["skipped"]) == (9, 0, 2)
+
+
+def test_compute_sanitizer_watches_our_kernels_only():
+    command = sanitizer.watched("/cuda/bin/compute-sanitizer", "racecheck")
+    assert command[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "racecheck"]
+    assert command[command.index("--kernel-name") + 1] == "kernel_substring=resnet_fast"
+    kernels = (ROOT / "csrc" / "cuda").glob("*.cu")
+    assert all("namespace resnet_fast::cuda" in path.read_text() for path in kernels)
+    names = {unit.name for unit in units.of_phase("tests", Settings())}
+    assert {f"tests/sanitizer-{tool}" for tool in sanitizer.TOOLS} <= names
 
 
 def test_units_ask_for_everything_once_ours_first():

@@ -224,7 +224,9 @@ Tensor run_mma(const Call& c) {
 
 Tensor run_auto(const Call& c) {
   if (why_not_cudnn(c).empty()) return run_cudnn_or_separate(c);
-  if (!why_not_mma(c).empty()) return run_separate(c);
+  // Of one pixel x may be dense in channels_last and yet not be taken for it; then the output follows what it is taken for.
+  const bool channels_last = c.x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  if (!channels_last || !why_not_mma(c).empty()) return run_separate(c);
   return terms_of(c) <= (capability_major(c.x) >= 9 ? kMmaTermsHopper : kMmaTerms) ? run_mma(c) : run_separate(c);
 }
 
