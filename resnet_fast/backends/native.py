@@ -11,7 +11,11 @@ from types import ModuleType
 import torch
 
 from .. import _log
+from ..training import LIBRARY, PROLOGUE
 from . import train_ops
+
+TILE_DTYPES = (torch.float32, torch.bfloat16)
+"""Of the convolutions that a CPU with AMX trains with."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_OPS = ("bn_act", "bn_act_train", "bn_act_backward")
@@ -90,7 +94,13 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
     """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    return 1, None
+    tiles = device_type == "cpu" and dtype in TILE_DTYPES and has_tiles()
+    return (PROLOGUE if tiles else LIBRARY), None
+
+
+def has_tiles() -> bool:
+    """Whether training's convolutions may be AMX tile products here."""
+    return load() is not None and _module.amx_usable()
 
 
 def _fail(reason: str) -> None:

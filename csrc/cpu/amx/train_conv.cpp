@@ -1,0 +1,252 @@
+// Implicit GEMM: two tiles of positions by 32 output channels, summed up over taps and input channels in four tiles.
+// A tap is an offset into the packed pixels; which pixel a row becomes is in a table, so padding, strides and the
+// gradient's parities are the host's affair.
+#include "train_vectors.h"
+
+namespace resnet_fast::cpu::amx::train {
+namespace {
+
+constexpr int64_t kFlush = 512;  // bounds the rounding of the moments' float sums
+
+// Tiles 0 to 3 are sums, 4 and 5 pixels, 6 and 7 weights.
+inline void load_pixels(const uint16_t* a0, const uint16_t* a1) {
+  _tile_loadd(4, a0, 64);
+  _tile_loadd(5, a1, 64);
+}
+inline void load_weight(const uint16_t* weight) {
+  _tile_loadd(6, weight, 64);
+  _tile_loadd(7, weight + kBlockValues / 2, 64);
+}
+inline void multiply() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int planes>
+inline void step(const uint16_t* a0, const uint16_t* a1, int64_t plane, const uint16_t* weight) {
+  if constexpr (planes == 1) {
+    _tile_loadd(6, weight, 64);
+    _tile_loadd(4, a0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weight + kBlockValues / 2, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a1, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  } else {  // planes (i, j), i + j <= 2, the smallest products first
+    load_weight(weight);
+    load_pixels(a0 + 2 * plane, a1 + 2 * plane);
+    multiply();
+    load_pixels(a0 + plane, a1 + plane);
+    multiply();
+    load_weight(weight + kBlockValues);
+    multiply();
+    load_pixels(a0, a1);
+    multiply();
+    load_weight(weight + 2 * kBlockValues);
+    multiply();
+    load_weight(weight);
+    multiply();
+  }
+}
+
+// A row of 32 output channels, as it was stored.
+template <int planes>
+inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at) {
+  if constexpr (planes == 1) {
+    if (add != nullptr) {
+      const auto* row = static_cast<const uint16_t*>(add) + at;
+      a = _mm512_add_ps(a, load(row));
+      b = _mm512_add_ps(b, load(row + 16));
+    }
+    const __m512i stored = narrow(a, b);
+    _mm512_storeu_si512(static_cast<uint16_t*>(y) + at, stored);
+    a = low_half(stored);
+    b = high_half(stored);
+  } else {
+    if (add != nullptr) {
+      const auto* row = static_cast<const float*>(add) + at;
+      a = _mm512_add_ps(a, load(row));
+      b = _mm512_add_ps(b, load(row + 16));
+    }
+    auto* row = static_cast<float*>(y) + at;
+    _mm512_storeu_ps(row, a);
+    _mm512_storeu_ps(row + 16, b);
+  }
+}
+
+inline __m512 finite_or_zero(__m512 v) {
+  const __mmask16 special = _mm512_fpclass_ps_mask(v, 0x99);  // NaN, infinity
+  return _mm512_mask_mov_ps(v, special, _mm512_setzero_ps());
+}
+
+// The rows of two tiles: sums [32][32]. whole: every row is a pixel.
+template <int planes, bool moments, bool whole>
+inline void store_rows(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, const float* sums) {
+  void* y = static_cast<char*>(args.y) + output * kBlock * (planes == 1 ? 2 : 4);
+  const void* add = args.add == nullptr ? nullptr : static_cast<const char*>(args.add) + output * kBlock * (planes == 1 ? 2 : 4);
+  Moments* m = nullptr;
+  int64_t count = 0;
+  __m512 shift0, shift1, sum0, sum1, square0, square1;
+  if constexpr (moments) {
+    m = args.moments + output;
+    shift0 = load(m->shift), shift1 = load(m->shift + 16);
+    sum0 = load(m->sum), sum1 = load(m->sum + 16);
+    square0 = load(m->square), square1 = load(m->square + 16);
+  }
+  for (int64_t i = 0; i < (whole ? 32 : rows); ++i) {
+    if (!whole && pixel[i] < 0) continue;
+    __m512 a = load(sums + i * 32), b = load(sums + i * 32 + 16);
+    store_row<planes>(a, b, y, add, pixel[i] * args.y_channels);
+    if constexpr (moments) {
+      a = _mm512_sub_ps(a, shift0);
+      b = _mm512_sub_ps(b, shift1);
+      sum0 = _mm512_add_ps(sum0, a);
+      sum1 = _mm512_add_ps(sum1, b);
+      square0 = _mm512_fmadd_ps(a, a, square0);
+      square1 = _mm512_fmadd_ps(b, b, square1);
+      ++count;
+    }
+  }
+  if constexpr (moments) {
+    _mm512_storeu_ps(m->sum, sum0), _mm512_storeu_ps(m->sum + 16, sum1);
+    _mm512_storeu_ps(m->square, square0), _mm512_storeu_ps(m->square + 16, square1);
+    m->rows += count;
+    m->pending += count;
+    if (m->pending >= kFlush) flush(*m);
+  }
+}
+
+// The first row that is a pixel, as a shift that keeps squares from cancelling.
+inline void set_shift(Moments& m, const int32_t* pixel, const float* sums) {
+  int64_t i = 0;
+  while (pixel[i] < 0) ++i;
+  _mm512_storeu_ps(m.shift, finite_or_zero(load(sums + i * 32)));
+  _mm512_storeu_ps(m.shift + 16, finite_or_zero(load(sums + i * 32 + 16)));
+}
+
+template <int planes>
+inline void store(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, bool whole, const float* sums) {
+  if (args.moments == nullptr) {
+    whole ? store_rows<planes, false, true>(args, output, pixel, rows, sums)
+          : store_rows<planes, false, false>(args, output, pixel, rows, sums);
+    return;
+  }
+  if (args.moments[output].rows == 0) set_shift(args.moments[output], pixel, sums);
+  whole ? store_rows<planes, true, true>(args, output, pixel, rows, sums)
+        : store_rows<planes, true, false>(args, output, pixel, rows, sums);
+}
+
+template <int planes>
+void conv_tiles(const ConvArgs& args) {
+  alignas(64) float sums[32 * 32];
+  for (int64_t tile = 0; tile < args.tiles; tile += 2) {
+    const int64_t other = tile + 1 < args.tiles ? tile + 1 : tile;
+    const int64_t rows = other > tile ? 32 : 16;
+    const int32_t* pixel = args.pixel + tile * 16;
+    bool whole = rows == 32, any = false;
+    for (int64_t i = 0; i < rows; ++i) whole &= pixel[i] >= 0, any |= pixel[i] >= 0;
+    if (!any) continue;
+    const uint16_t* weight = args.weight;
+    for (int64_t output = 0; output < args.outputs; ++output) {
+      const uint16_t* x0 = args.x + args.tile[tile] * kBlock;
+      const uint16_t* x1 = args.x + args.tile[other] * kBlock;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t b = 0; b < args.blocks; ++b, x0 += args.x_block, x1 += args.x_block) {
+        for (int64_t t = 0; t < args.n_taps; ++t, weight += planes * kBlockValues) {
+          const int64_t offset = args.taps[t] * kBlock;
+          step<planes>(x0 + offset, x1 + offset, args.x_plane, weight);
+        }
+      }
+      _tile_stored(0, sums, 128);
+      _tile_stored(1, sums + 16, 128);
+      _tile_stored(2, sums + 16 * 32, 128);
+      _tile_stored(3, sums + 16 * 32 + 16, 128);
+      store<planes>(args, output, pixel, rows, whole, sums);
+    }
+  }
+}
+
+// Tiles 0 to 3 are sums [output channel][input channel], 4 and 5 gradients, 6 and 7 pixels.
+template <int planes>
+void wgrad(const WgradArgs& args) {
+  const int64_t tiles = args.positions / 32;
+  const int64_t dy_half = tiles * planes * 512;
+  const int64_t x_plane = args.x_positions * kBlock, x_half = planes * x_plane;
+  const int64_t x_step = (args.compact ? 16 : 32) * kBlock;
+  const int64_t bytes = args.row * 4;
+  for (int64_t t = 0; t < args.n_taps; ++t) {
+    float* out = args.dweight + t * args.tap;
+    float* lower = out + 16 * args.row;
+    if (args.add) {
+      _tile_loadd(0, out, bytes);
+      _tile_loadd(1, out + 16, bytes);
+      _tile_loadd(2, lower, bytes);
+      _tile_loadd(3, lower + 16, bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    const uint16_t* a = args.dy;
+    const uint16_t* b = args.x + args.taps[t] * kBlock;
+    for (int64_t tile = 0; tile < tiles; ++tile, a += planes * 512, b += x_step) {
+      if constexpr (planes == 1) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + x_half, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + dy_half, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      } else {
+        const auto gradients = [&](int64_t i) { load_pixels(a + i * 512, a + dy_half + i * 512); };
+        const auto pixels = [&](int64_t j) {
+          _tile_loadd(6, b + j * x_plane, 64);
+          _tile_loadd(7, b + x_half + j * x_plane, 64);
+        };
+        pixels(0);
+        gradients(2);
+        multiply();
+        gradients(1);
+        multiply();
+        pixels(1);
+        multiply();
+        gradients(0);
+        multiply();
+        pixels(2);
+        multiply();
+        pixels(0);
+        multiply();
+      }
+    }
+    _tile_stored(0, out, bytes);
+    _tile_stored(1, out + 16, bytes);
+    _tile_stored(2, lower, bytes);
+    _tile_stored(3, lower + 16, bytes);
+  }
+}
+
+}  // namespace
+
+void flush(Moments& m) {
+  for (int i = 0; i < kBlock; ++i) {
+    m.sums[i] += m.sum[i];
+    m.squares[i] += m.square[i];
+    m.sum[i] = m.square[i] = 0;
+  }
+  m.pending = 0;
+}
+
+void conv(int planes, const ConvArgs& args) { planes == 1 ? conv_tiles<1>(args) : conv_tiles<3>(args); }
+
+void wgrad_block(int planes, const WgradArgs& args) { planes == 1 ? wgrad<1>(args) : wgrad<3>(args); }
+
+}  // namespace resnet_fast::cpu::amx::train
