@@ -84,7 +84,7 @@ std::vector<Chunk> Grid::chunks(int64_t position_bytes, int64_t budget, bool fil
     };
     together = 1;
     for (int64_t n = 2; n <= most; ++n) {
-      if (waste(n) < waste(together)) together = n;
+      if (waste(n) <= waste(together)) together = n;  // more pixels for every weight
     }
   }
   for (int64_t image = 0; image < images; image += together) {

@@ -25,8 +25,12 @@ namespace {
 using amx::train::kBlock;
 using amx::train::kBlockValues;
 
-constexpr int64_t kChunkBytes = 1024 * 1024;   // of a chunk's packed pixels and output: with weights, within 2 MB
+// Of 2 MB of second-level cache:
+constexpr int64_t kChunkBytes = 1400 * 1024;   // a chunk's packed pixels, used for every tap and output block
+constexpr int64_t kColumnBytes = 1024 * 1024;  // a 1x1's packed pixels and output
+constexpr int64_t kGradientBytes = 1024 * 1024;  // a chunk's packed gradients and pixels
 constexpr int64_t kWeightBytes = 384 * 1024;   // of the output blocks that are multiplied with a tile in turn
+constexpr size_t kStreamBytes = 8 << 20;  // of an output that is written past the caches
 constexpr int64_t kPartialBytes = 32 << 20;    // of the groups' partial weight gradients
 constexpr int64_t kMostGroups = 8;
 
@@ -45,6 +49,7 @@ struct Shape {
   Grid forward() const { return grid(forward_axis(down), forward_axis(right)); }
   Grid gradient() const { return grid(gradient_axis(down), gradient_axis(right)); }
   int64_t taps() const { return kernel_rows * kernel_columns; }
+  int64_t pixels() const { return images * down.out_size * right.out_size; }
 };
 
 Shape shape_of(
@@ -76,9 +81,11 @@ Shape shape_of(
   return s;
 }
 
-// Packed and written, of a position.
-int64_t chunk_bytes(int64_t channels, int64_t out_channels, int planes) {
-  return channels * 2 * planes + out_channels * (planes == 1 ? 2 : 4);
+// What a chunk keeps in the second cache level: its packed pixels; where they serve one product only, the output too.
+std::vector<Chunk> conv_chunks(const Grid& grid, int64_t channels, int64_t out_channels, int planes) {
+  const int64_t packed = channels * 2 * planes, written = out_channels * (planes == 1 ? 2 : 4);
+  if (grid.is_column()) return grid.chunks(packed + written, kColumnBytes, false);
+  return grid.chunks(packed, kChunkBytes, true);
 }
 
 int planes_of(const Tensor& x) { return x.scalar_type() == at::kFloat ? 3 : 1; }
@@ -254,10 +261,18 @@ void multiply(
   for_tile_items(static_cast<int64_t>(chunks.size()) * parts, [&](int64_t i) {
     const Chunk& chunk = chunks[i / parts];
     const int64_t begin = i % parts * weight.outputs() / parts, end = (i % parts + 1) * weight.outputs() / parts;
-    const std::vector<int32_t> source = grid.source(chunk);
-    const auto positions = static_cast<int64_t>(source.size());
-    uint16_t* packed = scratch.mine();
-    largest.see(amx::train::pack_pixels(planes, pending.pixels(x, source), packed, block_values(positions)));
+    // One plane of whole tiles of pixels with nothing pending is read where it is: no zeros meet what is not finite.
+    const bool direct = planes == 1 && grid.is_column() && !pending.columns.has_value() && chunk.rows % 16 == 0;
+    const uint16_t* packed = scratch.mine();
+    int64_t positions = 0;
+    if (direct) {
+      packed = static_cast<const uint16_t*>(x.const_data_ptr()) + chunk.row * x.size(1);
+    } else {
+      const std::vector<int32_t> source = grid.source(chunk);
+      positions = static_cast<int64_t>(source.size());
+      largest.see(
+          amx::train::pack_pixels(planes, pending.pixels(x, source), scratch.mine(), block_values(positions)));
+    }
     for (int64_t number = 0; number < grid.classes(); ++number) {
       const Grid::Tiles tiles = grid.tiles(chunk, number);
       const std::vector<int32_t> taps = grid.taps(chunk, number);
@@ -267,8 +282,9 @@ void multiply(
         args.outputs = std::min(step, end - output);
         std::vector<amx::train::Moments> sums(moments == nullptr ? 0 : args.outputs);
         args.x = packed;
+        args.x_row = direct ? x.size(1) : kBlock;
         args.x_plane = positions * kBlock;
-        args.x_block = block_values(positions);
+        args.x_block = direct ? kBlock : block_values(positions);
         args.blocks = weight.blocks();
         args.taps = taps.data();
         args.n_taps = static_cast<int64_t>(taps.size());
@@ -280,6 +296,7 @@ void multiply(
         args.y = static_cast<char*>(y.mutable_data_ptr()) + offset;
         args.add = add == nullptr ? nullptr : static_cast<const char*>(add->const_data_ptr()) + offset;
         args.y_channels = out_channels;
+        args.stream = y.nbytes() >= kStreamBytes;
         args.moments = moments == nullptr ? nullptr : sums.data();
         amx::train::conv(planes, args);
         for (size_t n = 0; n < sums.size(); ++n) {
@@ -300,10 +317,12 @@ Tensor weight_gradient(
   const bool compact = taps == 1;
   const int64_t k_step = std::min<int64_t>(K, planes == 1 ? 1024 : 512), c_step = std::min<int64_t>(C, planes == 1 ? 256 : 128);
   const std::vector<Chunk> chunks =
-      grid.chunks((k_step + c_step * (compact ? 1 : 2)) * 2 * planes, kChunkBytes, false);
+      grid.chunks((k_step + c_step * (compact ? 1 : 2)) * 2 * planes, kGradientBytes, false);
   const auto n_chunks = static_cast<int64_t>(chunks.size());
-  const int64_t groups =
-      std::min(n_chunks, std::clamp<int64_t>(kPartialBytes / (size * 4), 2, kMostGroups));
+  // Groups cost a pass over the gradient each; without them threads share the output channels, and all pack x.
+  const int64_t groups = K * taps * 2 > shape.pixels()
+      ? 1
+      : std::min(n_chunks, std::clamp<int64_t>(kPartialBytes / (size * 4), 1, kMostGroups));
   const Tensor partial = at::empty({groups, size}, at::kFloat);
 
   int64_t most = 0, most_x = 0;
@@ -344,14 +363,12 @@ Tensor weight_gradient(
           args.taps = offsets.data();
           args.n_taps = taps;
           args.compact = compact;
-          args.row = taps * C;
-          args.tap = C;
           args.add = number > first;
           for (int64_t from = c; from < c_stop; from += kBlock) {
             args.x = packed_x + (from - c) * 2 * args.x_positions * planes;
             for (int64_t to = k; to < k_stop; to += kBlock) {
               args.dy = packed_dy + (to - k) * positions * planes;
-              args.dweight = dweight + to * taps * C + from;
+              args.dweight = dweight + to * taps * C + from * taps * kBlock;
               amx::train::wgrad_block(planes, args);
             }
           }
@@ -362,22 +379,14 @@ Tensor weight_gradient(
 
   const Tensor out = at::empty(
       {K, C, shape.kernel_rows, shape.kernel_columns}, conv_weight.options(), at::MemoryFormat::ChannelsLast);
-  const auto merge = [&](auto* to) {
-    using scalar_t = std::remove_pointer_t<decltype(to)>;
-    const float* from = partial.const_data_ptr<float>();
-    at::parallel_for(0, size, 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float sum = from[i];
-        for (int64_t group = 1; group < groups; ++group) sum += from[group * size + i];
-        to[i] = static_cast<scalar_t>(sum);
-      }
-    });
-  };
-  if (planes == 1) {
-    merge(out.mutable_data_ptr<at::BFloat16>());
-  } else {
-    merge(out.mutable_data_ptr<float>());
-  }
+  const int64_t item = static_cast<int64_t>(out.element_size()), block = kBlock * taps * C;
+  at::parallel_for(0, K / kBlock, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* from = partial.const_data_ptr<float>() + i * block;
+      void* to = static_cast<char*>(out.mutable_data_ptr()) + i * block * item;
+      amx::train::merge_gradients(planes, {from, groups, size, C, taps, to});
+    }
+  });
   return out;
 }
 
@@ -400,7 +409,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_train(
   const PackedWeight weight(conv_weight, grid, planes, false, largest);
   const Tensor conv_out =
       at::empty({x.size(0), shape.out_channels, height, width}, x.options(), at::MemoryFormat::ChannelsLast);
-  const std::vector<Chunk> chunks = grid.chunks(chunk_bytes(shape.channels, shape.out_channels, planes), kChunkBytes, true);
+  const std::vector<Chunk> chunks = conv_chunks(grid, shape.channels, shape.out_channels, planes);
   ChunkMoments moments(static_cast<int64_t>(chunks.size()), statistics ? shape.out_channels : 0);
   multiply(
       grid, x, Pending(shape.channels, x_norm, x_eps), weight, conv_out, nullptr, statistics ? &moments : nullptr,
@@ -438,7 +447,7 @@ std::tuple<Tensor, Tensor> conv_train_backward(
     const Grid grid = shape.gradient();
     const PackedWeight weight(conv_weight, grid, planes, true, largest);
     dx = at::empty_like(x);
-    const std::vector<Chunk> chunks = grid.chunks(chunk_bytes(shape.out_channels, shape.channels, planes), kChunkBytes, true);
+    const std::vector<Chunk> chunks = conv_chunks(grid, shape.out_channels, shape.channels, planes);
     multiply(
         grid, dy, Pending(shape.out_channels, NormTensors(), 0), weight, dx, added.defined() ? &added : nullptr, nullptr, chunks,
         largest);

@@ -59,8 +59,8 @@ struct Moments {
 };
 
 struct ConvArgs {
-  const uint16_t* x;     // pack_pixels'
-  int64_t x_plane, x_block;
+  const uint16_t* x;     // pack_pixels', or of one plane the pixels themselves
+  int64_t x_row, x_plane, x_block;  // steps in values
   int64_t blocks;        // of input channels
   const int32_t* taps;   // positions from a tile's first to the tap's
   int64_t n_taps;
@@ -72,6 +72,7 @@ struct ConvArgs {
   void* y;               // from the first output block; bfloat16 for one plane, else float32
   const void* add;       // as y, or null
   int64_t y_channels;
+  bool stream;           // y, 64-byte aligned, past the caches
   Moments* moments;      // of every output block, or null
 };
 
@@ -89,10 +90,17 @@ struct WgradArgs {
   const int32_t* taps;
   int64_t n_taps;
   bool compact;
-  float* dweight;      // (32, taps, 32) of (K, taps, C)
-  int64_t row, tap;    // steps in values
+  float* dweight;      // [tap][32 output channels][32]
   bool add;            // to dweight
 };
 void wgrad_block(int planes, const WgradArgs& args);
+
+// (32, taps, C) of a weight's gradient from groups of [C / 32][tap][32][32], `step` apart, added up in order.
+struct MergeArgs {
+  const float* from;
+  int64_t groups, step, channels, taps;
+  void* to;  // bfloat16 for one plane, else float32
+};
+void merge_gradients(int planes, const MergeArgs& args);
 
 }  // namespace resnet_fast::cpu::amx::train

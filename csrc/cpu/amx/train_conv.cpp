@@ -25,14 +25,14 @@ inline void multiply() {
 }
 
 template <int planes>
-inline void step(const uint16_t* a0, const uint16_t* a1, int64_t plane, const uint16_t* weight) {
+inline void step(const uint16_t* a0, const uint16_t* a1, int64_t bytes, int64_t plane, const uint16_t* weight) {
   if constexpr (planes == 1) {
     _tile_loadd(6, weight, 64);
-    _tile_loadd(4, a0, 64);
+    _tile_loadd(4, a0, bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, weight + kBlockValues / 2, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a1, 64);
+    _tile_loadd(5, a1, bytes);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   } else {  // planes (i, j), i + j <= 2, the smallest products first
@@ -52,8 +52,8 @@ inline void step(const uint16_t* a0, const uint16_t* a1, int64_t plane, const ui
   }
 }
 
-// A row of 32 output channels, as it was stored.
-template <int planes>
+// A row of 32 output channels, left in a and b as it was stored. stream: past the caches, which y does not fit in.
+template <int planes, bool stream = false>
 inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at) {
   if constexpr (planes == 1) {
     if (add != nullptr) {
@@ -62,7 +62,8 @@ inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at
       b = _mm512_add_ps(b, load(row + 16));
     }
     const __m512i stored = narrow(a, b);
-    _mm512_storeu_si512(static_cast<uint16_t*>(y) + at, stored);
+    auto* row = reinterpret_cast<__m512i*>(static_cast<uint16_t*>(y) + at);
+    stream ? _mm512_stream_si512(row, stored) : _mm512_storeu_si512(row, stored);
     a = low_half(stored);
     b = high_half(stored);
   } else {
@@ -72,8 +73,8 @@ inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at
       b = _mm512_add_ps(b, load(row + 16));
     }
     auto* row = static_cast<float*>(y) + at;
-    _mm512_storeu_ps(row, a);
-    _mm512_storeu_ps(row + 16, b);
+    stream ? _mm512_stream_ps(row, a) : _mm512_storeu_ps(row, a);
+    stream ? _mm512_stream_ps(row + 16, b) : _mm512_storeu_ps(row + 16, b);
   }
 }
 
@@ -83,7 +84,7 @@ inline __m512 finite_or_zero(__m512 v) {
 }
 
 // The rows of two tiles: sums [32][32]. whole: every row is a pixel.
-template <int planes, bool moments, bool whole>
+template <int planes, bool stream, bool moments, bool whole>
 inline void store_rows(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, const float* sums) {
   void* y = static_cast<char*>(args.y) + output * kBlock * (planes == 1 ? 2 : 4);
   const void* add = args.add == nullptr ? nullptr : static_cast<const char*>(args.add) + output * kBlock * (planes == 1 ? 2 : 4);
@@ -99,7 +100,7 @@ inline void store_rows(const ConvArgs& args, int64_t output, const int32_t* pixe
   for (int64_t i = 0; i < (whole ? 32 : rows); ++i) {
     if (!whole && pixel[i] < 0) continue;
     __m512 a = load(sums + i * 32), b = load(sums + i * 32 + 16);
-    store_row<planes>(a, b, y, add, pixel[i] * args.y_channels);
+    store_row<planes, stream>(a, b, y, add, pixel[i] * args.y_channels);
     if constexpr (moments) {
       a = _mm512_sub_ps(a, shift0);
       b = _mm512_sub_ps(b, shift1);
@@ -127,19 +128,19 @@ inline void set_shift(Moments& m, const int32_t* pixel, const float* sums) {
   _mm512_storeu_ps(m.shift + 16, finite_or_zero(load(sums + i * 32 + 16)));
 }
 
-template <int planes>
+template <int planes, bool stream>
 inline void store(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, bool whole, const float* sums) {
   if (args.moments == nullptr) {
-    whole ? store_rows<planes, false, true>(args, output, pixel, rows, sums)
-          : store_rows<planes, false, false>(args, output, pixel, rows, sums);
+    whole ? store_rows<planes, stream, false, true>(args, output, pixel, rows, sums)
+          : store_rows<planes, stream, false, false>(args, output, pixel, rows, sums);
     return;
   }
   if (args.moments[output].rows == 0) set_shift(args.moments[output], pixel, sums);
-  whole ? store_rows<planes, true, true>(args, output, pixel, rows, sums)
-        : store_rows<planes, true, false>(args, output, pixel, rows, sums);
+  whole ? store_rows<planes, stream, true, true>(args, output, pixel, rows, sums)
+        : store_rows<planes, stream, true, false>(args, output, pixel, rows, sums);
 }
 
-template <int planes>
+template <int planes, bool stream>
 void conv_tiles(const ConvArgs& args) {
   alignas(64) float sums[32 * 32];
   for (int64_t tile = 0; tile < args.tiles; tile += 2) {
@@ -151,23 +152,23 @@ void conv_tiles(const ConvArgs& args) {
     if (!any) continue;
     const uint16_t* weight = args.weight;
     for (int64_t output = 0; output < args.outputs; ++output) {
-      const uint16_t* x0 = args.x + args.tile[tile] * kBlock;
-      const uint16_t* x1 = args.x + args.tile[other] * kBlock;
+      const uint16_t* x0 = args.x + args.tile[tile] * args.x_row;
+      const uint16_t* x1 = args.x + args.tile[other] * args.x_row;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t b = 0; b < args.blocks; ++b, x0 += args.x_block, x1 += args.x_block) {
         for (int64_t t = 0; t < args.n_taps; ++t, weight += planes * kBlockValues) {
-          const int64_t offset = args.taps[t] * kBlock;
-          step<planes>(x0 + offset, x1 + offset, args.x_plane, weight);
+          const int64_t offset = args.taps[t] * args.x_row;
+          step<planes>(x0 + offset, x1 + offset, args.x_row * 2, args.x_plane, weight);
         }
       }
       _tile_stored(0, sums, 128);
       _tile_stored(1, sums + 16, 128);
       _tile_stored(2, sums + 16 * 32, 128);
       _tile_stored(3, sums + 16 * 32 + 16, 128);
-      store<planes>(args, output, pixel, rows, whole, sums);
+      store<planes, stream>(args, output, pixel, rows, whole, sums);
     }
   }
 }
@@ -179,15 +180,14 @@ void wgrad(const WgradArgs& args) {
   const int64_t dy_half = tiles * planes * 512;
   const int64_t x_plane = args.x_positions * kBlock, x_half = planes * x_plane;
   const int64_t x_step = (args.compact ? 16 : 32) * kBlock;
-  const int64_t bytes = args.row * 4;
   for (int64_t t = 0; t < args.n_taps; ++t) {
-    float* out = args.dweight + t * args.tap;
-    float* lower = out + 16 * args.row;
+    float* out = args.dweight + t * kBlockValues;
+    float* lower = out + kBlockValues / 2;
     if (args.add) {
-      _tile_loadd(0, out, bytes);
-      _tile_loadd(1, out + 16, bytes);
-      _tile_loadd(2, lower, bytes);
-      _tile_loadd(3, lower + 16, bytes);
+      _tile_loadd(0, out, 128);
+      _tile_loadd(1, out + 16, 128);
+      _tile_loadd(2, lower, 128);
+      _tile_loadd(3, lower + 16, 128);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -227,10 +227,27 @@ void wgrad(const WgradArgs& args) {
         multiply();
       }
     }
-    _tile_stored(0, out, bytes);
-    _tile_stored(1, out + 16, bytes);
-    _tile_stored(2, lower, bytes);
-    _tile_stored(3, lower + 16, bytes);
+    _tile_stored(0, out, 128);
+    _tile_stored(1, out + 16, 128);
+    _tile_stored(2, lower, 128);
+    _tile_stored(3, lower + 16, 128);
+  }
+}
+
+template <int planes>
+void merge(const MergeArgs& args) {
+  for (int64_t k = 0; k < kBlock; ++k) {
+    for (int64_t t = 0; t < args.taps; ++t) {
+      for (int64_t c = 0; c < args.channels; c += kBlock) {
+        const float* from = args.from + (c / kBlock * args.taps + t) * kBlockValues + k * kBlock;
+        __m512 a = load(from), b = load(from + 16);
+        for (int64_t group = 1; group < args.groups; ++group) {
+          a = _mm512_add_ps(a, load(from + group * args.step));
+          b = _mm512_add_ps(b, load(from + group * args.step + 16));
+        }
+        store_row<planes>(a, b, args.to, nullptr, (k * args.taps + t) * args.channels + c);
+      }
+    }
   }
 }
 
@@ -245,7 +262,16 @@ void flush(Moments& m) {
   m.pending = 0;
 }
 
-void conv(int planes, const ConvArgs& args) { planes == 1 ? conv_tiles<1>(args) : conv_tiles<3>(args); }
+void conv(int planes, const ConvArgs& args) {
+  if (!args.stream) {
+    planes == 1 ? conv_tiles<1, false>(args) : conv_tiles<3, false>(args);
+    return;
+  }
+  planes == 1 ? conv_tiles<1, true>(args) : conv_tiles<3, true>(args);
+  _mm_sfence();
+}
+
+void merge_gradients(int planes, const MergeArgs& args) { planes == 1 ? merge<1>(args) : merge<3>(args); }
 
 void wgrad_block(int planes, const WgradArgs& args) { planes == 1 ? wgrad<1>(args) : wgrad<3>(args); }
 
