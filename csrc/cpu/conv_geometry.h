@@ -1,8 +1,8 @@
 // Where a convolution's products find their pixels: tables for the kernels of amx/train.h. They depend on shapes only.
 //
-// The convolution and its input gradient are one thing here: output (S i + a) sums up, over the taps of its residue a,
-// source (step (i + shift) + residue + base). For the convolution S is 1 and step its stride; for the gradient the other
-// way round. Images, or rows of one, are worked through chunk by chunk, each packed once as
+// The convolution and its input gradient are one thing here: output (S i + a) sums up, over the taps of its residue
+// a, source (step (i + shift) + residue + base). For the convolution S is 1 and step its stride; for the gradient the
+// other way round. Images, or rows of one, are worked through chunk by chunk, each packed once as
 // [residues][row][column][image][channels], so that a tap is an offset and padding is zeros.
 #pragma once
 

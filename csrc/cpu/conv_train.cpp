@@ -26,7 +26,7 @@ using amx::train::kBlock;
 using amx::train::kBlockValues;
 
 // Of 2 MB of second-level cache:
-constexpr int64_t kChunkBytes = 1400 * 1024;   // a chunk's packed pixels, used for every tap and output block
+constexpr int64_t kChunkBytes = 1024 * 1024;   // a chunk's packed pixels, used for every tap and output block
 constexpr int64_t kColumnBytes = 1024 * 1024;  // a 1x1's packed pixels and output
 constexpr int64_t kGradientBytes = 1024 * 1024;  // a chunk's packed gradients and pixels
 constexpr int64_t kWeightBytes = 384 * 1024;   // of the output blocks that are multiplied with a tile in turn
@@ -315,7 +315,8 @@ Tensor weight_gradient(
   const int planes = planes_of(x);
   const int64_t K = shape.out_channels, C = shape.channels, taps = shape.taps(), size = K * C * taps;
   const bool compact = taps == 1;
-  const int64_t k_step = std::min<int64_t>(K, planes == 1 ? 1024 : 512), c_step = std::min<int64_t>(C, planes == 1 ? 256 : 128);
+  const int64_t k_step = std::min<int64_t>(K, planes == 1 ? 1024 : 512);
+  const int64_t c_step = std::min<int64_t>(C, planes == 1 ? 256 : 128);
   const std::vector<Chunk> chunks =
       grid.chunks((k_step + c_step * (compact ? 1 : 2)) * 2 * planes, kGradientBytes, false);
   const auto n_chunks = static_cast<int64_t>(chunks.size());
@@ -449,8 +450,8 @@ std::tuple<Tensor, Tensor> conv_train_backward(
     dx = at::empty_like(x);
     const std::vector<Chunk> chunks = conv_chunks(grid, shape.out_channels, shape.channels, planes);
     multiply(
-        grid, dy, Pending(shape.out_channels, NormTensors(), 0), weight, dx, added.defined() ? &added : nullptr, nullptr, chunks,
-        largest);
+        grid, dy, Pending(shape.out_channels, NormTensors(), 0), weight, dx, added.defined() ? &added : nullptr, nullptr,
+        chunks, largest);
   }
   if (wants_dweight) {
     dweight = weight_gradient(shape, dy, x, Pending(shape.channels, x_norm, x_eps), conv_weight, largest);

@@ -88,7 +88,8 @@ def why_not_auto(device_type: str) -> str | None:
 def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Short name of what runs, for reports."""
     where = "CUDA" if device_type == "cuda" else (build_info() or {}).get("cpu_capability", "CPU")
-    conv = "oneDNN conv + " if not op.startswith("bn") else ""
+    tiles = op == "residual_block_train" and dtype in TILE_DTYPES and has_tiles()
+    conv = "" if op.startswith("bn") else "AMX conv + " if tiles else "oneDNN conv + "
     return f"{conv}fused bn_act ({where})"
 
 

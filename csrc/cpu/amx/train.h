@@ -4,9 +4,9 @@
 // both are usable. Activations are channels_last; C and K are multiples of 32.
 //
 // A product takes its operands packed: a value as `planes` bfloat16 numbers whose sum it is. One plane for bfloat16.
-// Three for float32, exact: high = bf16(v), middle = bf16(v - high), low = v - high - middle; the six products of planes
-// i and j with i + j <= 2, summed up in float32, are as good as float32's own (Henry et al. 2019, arXiv:1904.06376). That
-// holds for finite values, so packing returns the largest magnitude it has seen.
+// Three for float32, exact: high = bf16(v), middle = bf16(v - high), low = v - high - middle; the six products of
+// planes i and j with i + j <= 2, summed up in float32, are as good as float32's own (Henry et al. 2019,
+// arXiv:1904.06376). That holds for finite values, so packing returns the largest magnitude it has seen.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@
 namespace resnet_fast::cpu::amx::train {
 namespace {
 
-constexpr int64_t kFlush = 512;  // bounds the rounding of the moments' float sums
+constexpr int64_t kFlush = 32;  // rows; bounds the rounding of the moments' float sums
 
 // Tiles 0 to 3 are sums, 4 and 5 pixels, 6 and 7 weights.
 inline void load_pixels(const uint16_t* a0, const uint16_t* a1) {
@@ -83,24 +83,32 @@ inline __m512 finite_or_zero(__m512 v) {
   return _mm512_mask_mov_ps(v, special, _mm512_setzero_ps());
 }
 
-// The rows of two tiles: sums [32][32]. whole: every row is a pixel.
+// What two tiles summed up, [32][32], on its way to y.
+struct Sums {
+  alignas(64) float values[32 * 32];
+  int64_t output, rows, stored = 0;
+  const int32_t* pixel;
+  bool whole;  // all 32 rows are pixels
+};
+
 template <int planes, bool stream, bool moments, bool whole>
-inline void store_rows(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, const float* sums) {
-  void* y = static_cast<char*>(args.y) + output * kBlock * (planes == 1 ? 2 : 4);
-  const void* add = args.add == nullptr ? nullptr : static_cast<const char*>(args.add) + output * kBlock * (planes == 1 ? 2 : 4);
+inline void store_rows(const ConvArgs& args, const Sums& sums, int64_t begin, int64_t end) {
+  const int64_t offset = sums.output * kBlock * (planes == 1 ? 2 : 4);
+  void* y = static_cast<char*>(args.y) + offset;
+  const void* add = args.add == nullptr ? nullptr : static_cast<const char*>(args.add) + offset;
   Moments* m = nullptr;
   int64_t count = 0;
   __m512 shift0, shift1, sum0, sum1, square0, square1;
   if constexpr (moments) {
-    m = args.moments + output;
+    m = args.moments + sums.output;
     shift0 = load(m->shift), shift1 = load(m->shift + 16);
     sum0 = load(m->sum), sum1 = load(m->sum + 16);
     square0 = load(m->square), square1 = load(m->square + 16);
   }
-  for (int64_t i = 0; i < (whole ? 32 : rows); ++i) {
-    if (!whole && pixel[i] < 0) continue;
-    __m512 a = load(sums + i * 32), b = load(sums + i * 32 + 16);
-    store_row<planes, stream>(a, b, y, add, pixel[i] * args.y_channels);
+  for (int64_t i = begin; i < end; ++i) {
+    if (!whole && sums.pixel[i] < 0) continue;
+    __m512 a = load(sums.values + i * 32), b = load(sums.values + i * 32 + 16);
+    store_row<planes, stream>(a, b, y, add, sums.pixel[i] * args.y_channels);
     if constexpr (moments) {
       a = _mm512_sub_ps(a, shift0);
       b = _mm512_sub_ps(b, shift1);
@@ -120,29 +128,40 @@ inline void store_rows(const ConvArgs& args, int64_t output, const int32_t* pixe
   }
 }
 
-// The first row that is a pixel, as a shift that keeps squares from cancelling.
-inline void set_shift(Moments& m, const int32_t* pixel, const float* sums) {
-  int64_t i = 0;
-  while (pixel[i] < 0) ++i;
-  _mm512_storeu_ps(m.shift, finite_or_zero(load(sums + i * 32)));
-  _mm512_storeu_ps(m.shift + 16, finite_or_zero(load(sums + i * 32 + 16)));
-}
-
-template <int planes, bool stream>
-inline void store(const ConvArgs& args, int64_t output, const int32_t* pixel, int64_t rows, bool whole, const float* sums) {
-  if (args.moments == nullptr) {
-    whole ? store_rows<planes, stream, false, true>(args, output, pixel, rows, sums)
-          : store_rows<planes, stream, false, false>(args, output, pixel, rows, sums);
-    return;
+// The mean of the first rows, as a shift that keeps sums small and squares from cancelling.
+inline void set_shift(Moments& m, const Sums& sums) {
+  __m512 a = _mm512_setzero_ps(), b = a, count = a;
+  for (int64_t i = 0; i < sums.rows; ++i) {
+    if (sums.pixel[i] < 0) continue;
+    a = _mm512_add_ps(a, load(sums.values + i * 32));
+    b = _mm512_add_ps(b, load(sums.values + i * 32 + 16));
+    count = _mm512_add_ps(count, _mm512_set1_ps(1));
   }
-  if (args.moments[output].rows == 0) set_shift(args.moments[output], pixel, sums);
-  whole ? store_rows<planes, stream, true, true>(args, output, pixel, rows, sums)
-        : store_rows<planes, stream, true, false>(args, output, pixel, rows, sums);
+  _mm512_storeu_ps(m.shift, finite_or_zero(_mm512_div_ps(a, count)));
+  _mm512_storeu_ps(m.shift + 16, finite_or_zero(_mm512_div_ps(b, count)));
 }
 
-template <int planes, bool stream>
+// The rows before `end` that are not yet stored.
+template <int planes, bool stream, bool moments>
+inline void store_until(const ConvArgs& args, Sums& sums, int64_t end) {
+  end = end < sums.rows ? end : sums.rows;
+  if (sums.stored >= end) return;
+  if constexpr (moments) {
+    if (sums.stored == 0 && args.moments[sums.output].rows == 0) set_shift(args.moments[sums.output], sums);
+  }
+  sums.whole ? store_rows<planes, stream, moments, true>(args, sums, sums.stored, end)
+             : store_rows<planes, stream, moments, false>(args, sums, sums.stored, end);
+  sums.stored = end;
+}
+
+// The rows of one product are stored while the next is being multiplied: the two run on different units.
+template <int planes, bool stream, bool moments>
 void conv_tiles(const ConvArgs& args) {
-  alignas(64) float sums[32 * 32];
+  Sums buffers[2];
+  Sums *now = &buffers[0], *before = &buffers[1];
+  before->rows = 0;
+  const int64_t steps = args.blocks * args.n_taps, interval = steps >= 8 ? steps / 8 : 1;
+  const int64_t rows_a_time = steps >= 8 ? 4 : 32 / (steps > 4 ? 4 : steps > 0 ? steps : 1);
   for (int64_t tile = 0; tile < args.tiles; tile += 2) {
     const int64_t other = tile + 1 < args.tiles ? tile + 1 : tile;
     const int64_t rows = other > tile ? 32 : 16;
@@ -158,19 +177,30 @@ void conv_tiles(const ConvArgs& args) {
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
+      int64_t wait = interval, stored = 0;
       for (int64_t b = 0; b < args.blocks; ++b, x0 += args.x_block, x1 += args.x_block) {
         for (int64_t t = 0; t < args.n_taps; ++t, weight += planes * kBlockValues) {
           const int64_t offset = args.taps[t] * args.x_row;
           step<planes>(x0 + offset, x1 + offset, args.x_row * 2, args.x_plane, weight);
+          if (--wait == 0) {
+            wait = interval;
+            stored += rows_a_time;
+            store_until<planes, stream, moments>(args, *before, stored);
+          }
         }
       }
-      _tile_stored(0, sums, 128);
-      _tile_stored(1, sums + 16, 128);
-      _tile_stored(2, sums + 16 * 32, 128);
-      _tile_stored(3, sums + 16 * 32 + 16, 128);
-      store<planes, stream>(args, output, pixel, rows, whole, sums);
+      store_until<planes, stream, moments>(args, *before, 32);
+      now->output = output, now->rows = rows, now->stored = 0, now->pixel = pixel, now->whole = whole;
+      _tile_stored(0, now->values, 128);
+      _tile_stored(1, now->values + 16, 128);
+      _tile_stored(2, now->values + 16 * 32, 128);
+      _tile_stored(3, now->values + 16 * 32 + 16, 128);
+      Sums* const free = before;
+      before = now;
+      now = free;
     }
   }
+  store_until<planes, stream, moments>(args, *before, 32);
 }
 
 // Tiles 0 to 3 are sums [output channel][input channel], 4 and 5 gradients, 6 and 7 pixels.
@@ -263,11 +293,15 @@ void flush(Moments& m) {
 }
 
 void conv(int planes, const ConvArgs& args) {
+  const auto run = [&]<bool stream, bool moments>() {
+    planes == 1 ? conv_tiles<1, stream, moments>(args) : conv_tiles<3, stream, moments>(args);
+  };
+  const bool moments = args.moments != nullptr;
   if (!args.stream) {
-    planes == 1 ? conv_tiles<1, false>(args) : conv_tiles<3, false>(args);
+    moments ? run.template operator()<false, true>() : run.template operator()<false, false>();
     return;
   }
-  planes == 1 ? conv_tiles<1, true>(args) : conv_tiles<3, true>(args);
+  moments ? run.template operator()<true, true>() : run.template operator()<true, false>();
   _mm_sfence();
 }
 

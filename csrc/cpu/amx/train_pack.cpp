@@ -89,6 +89,11 @@ uint32_t transposed(const Pixels& from, int64_t begin, int64_t end, uint16_t* to
   for (int64_t first = 0; first < from.positions; first += 32, to += planes * 512) {
     uint16_t* out = to;
     for (int64_t channel = begin; channel < end; channel += 16, out += step) {
+      if (channel % 32 == 0) {  // a column of lines is no pattern that the hardware foresees
+        for (int i = 0; i < 32; ++i) {
+          if (const auto* next = read.pixel(first + 32 + i)) __builtin_prefetch(next + channel);
+        }
+      }
       __m512i rows[planes][16];
       for (int i = 0; i < 16; ++i) {
         __m512 a = read(read.pixel(first + i), channel), b = read(read.pixel(first + 16 + i), channel);
@@ -111,7 +116,9 @@ uint32_t weight(const WeightArgs& args, int64_t output, uint16_t* to) {
   Largest largest;
   for (int64_t block = 0; block < sums; block += kBlock) {
     for (int64_t tap = 0; tap < args.n_taps; ++tap, to += planes * kBlockValues) {
-      const auto value = [&](int64_t k, int64_t c) { return data + (k * args.taps + args.tap[tap]) * args.channels + c; };
+      const auto value = [&](int64_t k, int64_t c) {
+        return data + (k * args.taps + args.tap[tap]) * args.channels + c;
+      };
       for (int half = 0; half < 2; ++half) {
         const int64_t out = output * kBlock + 16 * half;
         uint16_t* tile = to + 512 * half;
@@ -151,10 +158,11 @@ uint32_t pack_pixels(int planes, const Pixels& from, uint16_t* to, int64_t block
 }
 
 uint32_t pack_pairs(int planes, const Pixels& from, int64_t begin, int64_t end, bool compact, uint16_t* to) {
-  if (planes == 1) {
-    return from.mean ? pairs_of<1, true>(from, begin, end, compact, to) : pairs_of<1, false>(from, begin, end, compact, to);
-  }
-  return from.mean ? pairs_of<3, true>(from, begin, end, compact, to) : pairs_of<3, false>(from, begin, end, compact, to);
+  const auto run = [&]<bool norm>() {
+    return planes == 1 ? pairs_of<1, norm>(from, begin, end, compact, to)
+                       : pairs_of<3, norm>(from, begin, end, compact, to);
+  };
+  return from.mean != nullptr ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 uint32_t pack_transposed(int planes, const Pixels& from, int64_t begin, int64_t end, uint16_t* to) {

@@ -10,8 +10,9 @@ namespace resnet_fast::cpu::amx::train {
 inline __m512 widen(__m256i bfloats) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16));
 }
+// maskz, because GCC 12 warns of its own header without.
 inline __m512 low_half(__m512i bfloats) { return widen(_mm512_castsi512_si256(bfloats)); }
-inline __m512 high_half(__m512i bfloats) { return widen(_mm512_extracti64x4_epi64(bfloats, 1)); }
+inline __m512 high_half(__m512i bfloats) { return widen(_mm512_maskz_extracti64x4_epi64(0xff, bfloats, 1)); }
 
 // a in the lower half.
 inline __m512i narrow(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
