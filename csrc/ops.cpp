@@ -4,14 +4,15 @@
 // channels_last or contiguous memory format, which the outputs follow; per-channel tensors are (C,). SymInt in a schema
 // matches the public ops; kernels take plain integers.
 //
-// The last ten are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
-// and bias, empty for none; the ones of 1x1 convolutions take x in channels_last.
+// The last twelve are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
+// and bias, empty for none; those of convolutions take x in channels_last.
 #include <torch/library.h>
 
 #include "cpu/bn_act.h"
 #include "cpu/bn_train.h"
 #include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
+#include "cpu/conv_train.h"
 #include "cpu/residual_block.h"
 #ifdef WITH_CUDA
 #include "cuda/ops.h"
@@ -76,6 +77,13 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "gram_dgrad(Tensor dz, Tensor x, Tensor?[] x_norm, float x_eps, int[2] stride, Tensor dz_matrix, "
       "Tensor x_matrix, Tensor mean, Tensor constant, Tensor? add) -> Tensor");
+  m.def(
+      "conv_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool statistics) -> (Tensor conv_out, Tensor mean, Tensor var)");
+  m.def(
+      "conv_train_backward(Tensor dconv_out, Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, "
+      "int[2] stride, int[2] padding, int[2] dilation, Tensor? add, bool[2] output_mask) "
+      "-> (Tensor dx, Tensor dconv_weight)");
 }
 
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
@@ -97,6 +105,8 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("gram", &resnet_fast::cpu::gram);
   m.impl("outer", &resnet_fast::cpu::outer);
   m.impl("gram_dgrad", &resnet_fast::cpu::gram_dgrad);
+  m.impl("conv_train", &resnet_fast::cpu::conv_train);
+  m.impl("conv_train_backward", &resnet_fast::cpu::conv_train_backward);
 }
 
 #ifdef WITH_CUDA

@@ -214,7 +214,8 @@ print("right")
 def operands(dtype, weight_dtype=torch.float32):
     """The op's arguments for a bottleneck with a downsample."""
     block = lively(Bottleneck(64, 32, 2, downsample(64, 128, 2))).eval()
-    layers = [conv_bn(*stage) for stage in ((block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3))]
+    stages = (block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)
+    layers = [conv_bn(*stage) for stage in stages]
     layers.append(conv_bn(*block.downsample))
     names = ("conv_weight", "weight", "bias", "running_mean", "running_var")
     columns = [[getattr(layer, name).detach().clone() for layer in layers] for name in names]

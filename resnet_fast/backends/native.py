@@ -12,7 +12,13 @@ from types import ModuleType
 import torch
 
 from .. import _log
+from ..training import LIBRARY, PROLOGUE
 from . import inference, train_ops
+
+TILE_DTYPES = (torch.float32, torch.bfloat16)
+"""Of the convolutions that a CPU with AMX computes itself."""
+
+_TILED = ("residual_block", "residual_block_train")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _names: list[str] = []  # of the extension's ops that this package calls
@@ -120,13 +126,20 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         halves = dtype in (torch.float16, torch.bfloat16) and op in ("conv_bn_act", "conv_bn_shortcut_act")
         conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
-    conv = "oneDNN conv + " if not op.startswith("bn") else ""
+    tiles = op in _TILED and dtype in TILE_DTYPES and has_tiles()
+    conv = "" if op.startswith("bn") else "AMX conv + " if tiles else "oneDNN conv + "
     return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 
 
 def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
     """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    return 1, None
+    tiles = device_type == "cpu" and dtype in TILE_DTYPES and has_tiles()
+    return (PROLOGUE if tiles else LIBRARY), None
+
+
+def has_tiles() -> bool:
+    """Whether training's convolutions may be AMX tile products here."""
+    return load() is not None and _module.amx_usable()
 
 
 def _fail(reason: str) -> None:

@@ -1,4 +1,7 @@
-"""The primitives: the C++ extension's passes, PyTorch's (oneDNN's, cuDNN's) convolutions, on CPUs 1x1s slab by slab.
+"""The primitives: the C++ extension's passes and convolutions, or PyTorch's convolutions (oneDNN's, cuDNN's).
+
+Where a CPU has AMX, convolutions in channels_last, of bfloat16 or float32, without groups and of 32 channels or a
+multiple are the extension's tile products, forward and backward, with the norm before them and their statistics inside.
 
 A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that does not leave the cache between
 its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products few CPUs have
@@ -25,12 +28,17 @@ _conv1x1_join = native._op("conv1x1_join")
 _gram = native._op("gram")
 _outer = native._op("outer")
 _gram_dgrad = native._op("gram_dgrad")
+_conv_train = native._op("conv_train")
+_conv_train_backward = native._op("conv_train_backward")
 
 
 def conv(
     x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, stage: int, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`reference.conv`."""
+    if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
+        conv_out, mean, var = _conv_train(x, *_norm(x_norm), conv_weight, *geometry[:3], statistics)
+        return conv_out, *((mean, var) if statistics else (None, None))
     if stage >= EPILOGUE and geometry.stride == [1, 1] and _is_product(x, conv_weight, geometry):
         conv_out, mean, var = _conv1x1_train(x, *_norm(x_norm), conv_weight, statistics)
         return conv_out, *((mean, var) if statistics else (None, None))
@@ -110,6 +118,11 @@ def conv_backward(
     add: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reference.conv_backward`."""
+    if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
+        wants = [wants_dx, wants_dweight]
+        norm = _norm(x_norm)
+        grads = _conv_train_backward(dconv_out, x, *norm, conv_weight, *geometry[:3], add, wants)
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
     activated = _activated(x, x_norm) if wants_dweight else x
     with pooled():
         return reference.conv_backward(
@@ -175,6 +188,12 @@ def _is_rows(x: Tensor) -> bool:
     suggested = torch._prims_common.suggest_memory_format(x)
     dense = suggested == wanted and x.is_contiguous(memory_format=wanted)
     return dense and x.device.type == "cpu" and x.numel() > 0
+
+
+def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+    out_channels, channels = conv_weight.shape[:2]
+    fits = geometry.groups == 1 and out_channels % 32 == 0 and channels % 32 == 0
+    return fits and x.dtype in native.TILE_DTYPES and _is_rows(x) and native.has_tiles()
 
 
 def _is_product(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
