@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kSlabBytes = 768 * 1024;  // of a slab's input and output
 constexpr int64_t kMinSlab = 256;           // rows; fewer, and packing the weight for the product shows
 constexpr int64_t kMaxSlab = 1024;
+// Rows that are summed over: of more, the library's order of sums depends on how many threads call it side by side.
+constexpr int64_t kMaxSummed = 256;
 constexpr int64_t kEvenSlabs = 16;    // as many or fewer are a power of two, which divides evenly among threads
 constexpr int64_t kGroups = 16;       // of slabs, each with its partial product
 constexpr int64_t kShiftPixels = 64;  // whose mean is near enough to the mean for sums of squares not to cancel
@@ -32,8 +34,8 @@ struct Slab {
 struct Slabs {
   int64_t rows, step, count;
 
-  Slabs(int64_t rows, int64_t row_bytes) : rows(rows) {
-    const int64_t most = std::clamp(kSlabBytes / row_bytes, kMinSlab, kMaxSlab);
+  Slabs(int64_t rows, int64_t row_bytes, int64_t longest = kMaxSlab) : rows(rows) {
+    const int64_t most = std::clamp(kSlabBytes / row_bytes, kMinSlab, longest);
     // Two at least: a single one would leave the threads to the library, and the order of its sums with them.
     for (count = 2; count < kEvenSlabs && count * most < rows;) count *= 2;
     count = std::max(count, (rows + most - 1) / most);
@@ -390,7 +392,7 @@ std::tuple<Tensor, Tensor> gram(const Tensor& x, const NormTensors& x_norm, doub
   const OpGuard guard;
   Pixels pixels(x, x_norm, x_eps, stride);
   const int64_t channels = pixels.channels;
-  const Slabs slabs(pixels.rows, channels * static_cast<int64_t>(c10::elementSize(pixels.acc)));
+  const Slabs slabs(pixels.rows, channels * static_cast<int64_t>(c10::elementSize(pixels.acc)), kMaxSummed);
   const DType acc = dtype_index(at::empty({0}, pixels.acc));
 
   // The first pixels' mean, as a shift.
@@ -434,7 +436,8 @@ std::tuple<Tensor, Tensor> outer(
   const int64_t channels = pixels.channels, out_channels = dz.size(1);
   const int64_t item = static_cast<int64_t>(x.element_size());
   const bool widened = pixels.scalar != pixels.acc;
-  const Slabs slabs(pixels.rows, (channels + out_channels) * static_cast<int64_t>(c10::elementSize(pixels.acc)));
+  const int64_t row_bytes = (channels + out_channels) * static_cast<int64_t>(c10::elementSize(pixels.acc));
+  const Slabs slabs(pixels.rows, row_bytes, kMaxSummed);
   pixels.prepare(slabs.step, channel_param(channels, pixels.acc, mean, "mean"));
 
   const Scratch gather(pixels.strided() ? slabs.step * channels : 0, pixels.scalar);
