@@ -144,7 +144,8 @@ def test_a_kernel_that_spills_is_noticed(tmp_path):
 def test_it_links(arch, objects, tmp_path):
     paths = [objects[source, arch][0] for source in KERNELS]
     runtime = sorted(path for folder in wheels("lib") for path in folder.glob("libcudart.so*"))
-    runtime = ["-cudart=none", *runtime] if runtime else ["-cudart=shared"]
+    # Through -Xlinker: nvcc takes no file that is called .so.13.
+    runtime = ["-cudart=none", *(f"-Xlinker={path}" for path in runtime)] if runtime else ["-cudart=shared"]
     folders = [*library_paths(), *filter(Path.is_dir, wheels("lib"))]
     run(
         nvcc(), "-shared", "-Xlinker=--no-undefined", *paths, *(f"-L{folder}" for folder in folders),

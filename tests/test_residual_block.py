@@ -489,7 +489,6 @@ class TestStem:
     @pytest.mark.parametrize("edit", [
         pytest.param(lambda m: setattr(m, "maxpool", nn.Identity()), id="no_pool"),
         pytest.param(lambda m: setattr(m.maxpool, "stride", 1), id="pool_stride"),
-        pytest.param(lambda m: m.bn1.eval(), id="frozen"),
         pytest.param(lambda m: m.relu.register_forward_hook(lambda *a: None), id="hook"),
     ])  # fmt: skip
     def test_what_is_not_fused_says_why_and_is_right(self, edit, backend, said):
@@ -499,6 +498,14 @@ class TestStem:
         x = draw((2, 3, 32, 32), torch.float64)
         torch.testing.assert_close(fast(x), stock(x))
         assert any("stock stem" in message for message in said())
+
+    def test_fixed_statistics_train_as_stock(self, backend):
+        stock, fast = self.pair(backend)
+        stock.bn1.eval(), fast.bn1.eval()
+        x, dy = draw((2, 3, 33, 32), torch.float64), torch.randn(2, 5, dtype=torch.float64)
+        assert fast.why_stock_stem(x) is None
+        for (name, ours), theirs in zip(step(fast, x, dy).items(), step(stock, x, dy).values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
     def test_restore_gives_the_class_back(self, backend):
         _, fast = self.pair(backend)
