@@ -128,7 +128,9 @@ inline void store_rows(const ConvArgs& args, const Sums& sums, int64_t begin, in
   }
 }
 
-// The mean of the first rows, as a shift that keeps sums small and squares from cancelling.
+// The mean of the first rows, as a shift that keeps sums small and squares from cancelling. In bfloat16 rounded as what is
+// stored, so that values that are all the same have no variance.
+template <int planes>
 inline void set_shift(Moments& m, const Sums& sums) {
   __m512 a = _mm512_setzero_ps(), b = a, count = a;
   for (int64_t i = 0; i < sums.rows; ++i) {
@@ -137,8 +139,15 @@ inline void set_shift(Moments& m, const Sums& sums) {
     b = _mm512_add_ps(b, load(sums.values + i * 32 + 16));
     count = _mm512_add_ps(count, _mm512_set1_ps(1));
   }
-  _mm512_storeu_ps(m.shift, finite_or_zero(_mm512_div_ps(a, count)));
-  _mm512_storeu_ps(m.shift + 16, finite_or_zero(_mm512_div_ps(b, count)));
+  a = finite_or_zero(_mm512_div_ps(a, count));
+  b = finite_or_zero(_mm512_div_ps(b, count));
+  if constexpr (planes == 1) {
+    const __m512i rounded = narrow(a, b);
+    a = low_half(rounded);
+    b = high_half(rounded);
+  }
+  _mm512_storeu_ps(m.shift, a);
+  _mm512_storeu_ps(m.shift + 16, b);
 }
 
 // The rows before `end` that are not yet stored.
@@ -147,7 +156,7 @@ inline void store_until(const ConvArgs& args, Sums& sums, int64_t end) {
   end = end < sums.rows ? end : sums.rows;
   if (sums.stored >= end) return;
   if constexpr (moments) {
-    if (sums.stored == 0 && args.moments[sums.output].rows == 0) set_shift(args.moments[sums.output], sums);
+    if (sums.stored == 0 && args.moments[sums.output].rows == 0) set_shift<planes>(args.moments[sums.output], sums);
   }
   sums.whole ? store_rows<planes, stream, moments, true>(args, sums, sums.stored, end)
              : store_rows<planes, stream, moments, false>(args, sums, sums.stored, end);
