@@ -22,19 +22,19 @@ def check_input(name: str, x) -> None:
         raise TypeError(f"{name} has layout {x.layout}; it must be dense (torch.strided): call .to_dense()")
 
 
-def check_conv(name: str, x: Tensor, conv_weight, conv_bias, groups: int) -> None:
+def check_conv(name: str, channels: int, device: torch.device, conv_weight, conv_bias, groups: int) -> None:
     check_input("conv_weight", conv_weight)
     out_channels, in_channels = conv_weight.shape[0], conv_weight.shape[1] * groups
     if groups < 1 or out_channels % groups:
         raise ValueError(f"groups={groups} must be positive and divide conv_weight's {out_channels} output channels")
-    if x.shape[1] != in_channels:
+    if channels != in_channels:
         raise ValueError(
-            f"{name} has {x.shape[1]} channels, but conv_weight {tuple(conv_weight.shape)} with groups={groups} "
+            f"{name} has {channels} channels, but conv_weight {tuple(conv_weight.shape)} with groups={groups} "
             f"takes {in_channels}"
         )
-    check_device("conv_weight", conv_weight, x.device)
+    check_device("conv_weight", conv_weight, device)
     if conv_bias is not None:
-        check_vector("conv_bias", conv_bias, out_channels, x.device)
+        check_vector("conv_bias", conv_bias, out_channels, device)
         if conv_bias.dtype != conv_weight.dtype:
             raise TypeError(f"conv_bias is {conv_bias.dtype} and conv_weight {conv_weight.dtype}; give them one dtype")
 
@@ -92,7 +92,10 @@ def wants_relu(act: str | None) -> bool:
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if type(value) is tuple or type(value) is list:  # before Sequence's own, slower answer
+        pair = list(value)
+    else:
+        pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if len(pair) != 2 or isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be an int or two ints (rows, columns)")
     if min(pair) < least:
@@ -100,18 +103,15 @@ def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
     return pair
 
 
-def conv_shape(x: Tensor, conv_weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
-    """The output's shape, by the formula in torch.nn.Conv2d's documentation."""
-    spatial = (
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, dil in zip(
-            x.shape[2:], conv_weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    )
-    rows, columns = spatial
+def conv_shape(shape: Sequence[int], conv_weight: Tensor, stride, padding, dilation) -> tuple[int, ...]:
+    """The output's shape for an input of this one, by the formula in torch.nn.Conv2d's documentation."""
+    batch, _, height, width = shape
+    out_channels, _, *kernel = conv_weight.shape
+    rows = (height + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    columns = (width + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     if rows < 1 or columns < 1:
         raise ValueError(
-            f"x {tuple(x.shape)} is too small for conv_weight {tuple(conv_weight.shape)} with stride {stride}, "
+            f"x {tuple(shape)} is too small for conv_weight {tuple(conv_weight.shape)} with stride {stride}, "
             f"padding {padding}, dilation {dilation}: the output would be {rows} x {columns}"
         )
-    return x.shape[0], conv_weight.shape[0], rows, columns
+    return batch, out_channels, rows, columns

@@ -231,30 +231,41 @@ def learns_any(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def checked(x: Tensor, stage: ConvBn, name: str = "x", casts: bool = True) -> tuple[Tensor, ConvBn, tuple[int, ...]]:
-    """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape.
-
-    casts: False where the op itself rounds what it is given to the dtype of its arithmetic.
-    """
+def checked(x: Tensor, stage: ConvBn, name: str = "x") -> tuple[Tensor, ConvBn, tuple[int, ...]]:
+    """x and `stage` validated, cast as autocast casts and with pairs for geometry, and the output's shape."""
     arguments.check_input(name, x)
-    arguments.check_conv(name, x, stage.conv_weight, stage.conv_bias, stage.groups)
     dtype = conv_dtype(x)
-    if dtype != stage.conv_weight.dtype and not autocasts(x):
+    stage, shape = checked_layer(x, x.shape, dtype, stage, name)
+    return cast(x, dtype), cast_layer(stage, dtype), shape
+
+
+def checked_layer(
+    x: Tensor, shape: Sequence[int], dtype: torch.dtype, stage: ConvBn, name: str = "x"
+) -> tuple[ConvBn, tuple[int, ...]]:
+    """`stage` validated and with pairs for geometry, and its output's shape, for an input of `shape` on x's device.
+
+    dtype: that of the arithmetic, which autocast may cast to.
+    """
+    conv_weight, running_mean, running_var, weight, bias, conv_bias, stride, padding, dilation, groups, *rest = stage
+    arguments.check_conv(name, shape[1], x.device, conv_weight, conv_bias, groups)
+    if dtype != conv_weight.dtype and not autocasts(x):
         raise TypeError(
-            f"conv_weight is {stage.conv_weight.dtype} and {name} is {x.dtype}; they must have one dtype "
+            f"conv_weight is {conv_weight.dtype} and {name} is {x.dtype}; they must have one dtype "
             f"(convert one, or run under torch.autocast)"
         )
-    stage = stage._replace(
-        conv_weight=cast(stage.conv_weight, dtype) if casts else stage.conv_weight,
-        conv_bias=cast(stage.conv_bias, dtype),
-        stride=arguments.pair("stride", stage.stride, 1),
-        padding=arguments.pair("padding", stage.padding, 0),
-        dilation=arguments.pair("dilation", stage.dilation, 1),
-    )
-    vectors = (stage.running_mean, stage.running_var, stage.weight, stage.bias)
-    arguments.check_batch_norm(dtype, x.device, stage.conv_weight.shape[0], *vectors, stage.training)
-    shape = arguments.conv_shape(x, stage.conv_weight, stage.stride, stage.padding, stage.dilation)
-    return cast(x, dtype) if casts else x, stage, shape
+    stride = arguments.pair("stride", stride, 1)
+    padding = arguments.pair("padding", padding, 0)
+    dilation = arguments.pair("dilation", dilation, 1)
+    vectors = (running_mean, running_var, weight, bias)
+    arguments.check_batch_norm(dtype, x.device, conv_weight.shape[0], *vectors, stage.training)
+    shape = arguments.conv_shape(shape, conv_weight, stride, padding, dilation)
+    return ConvBn(conv_weight, *vectors, conv_bias, stride, padding, dilation, groups, *rest), shape
+
+
+def cast_layer(stage: ConvBn, dtype: torch.dtype) -> ConvBn:
+    if stage.conv_weight.dtype == dtype:
+        return stage
+    return stage._replace(conv_weight=cast(stage.conv_weight, dtype), conv_bias=cast(stage.conv_bias, dtype))
 
 
 def needs_plain_pytorch(x: Tensor) -> bool:

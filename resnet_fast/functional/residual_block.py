@@ -15,7 +15,9 @@ from ..training import RECORD
 from .conv_bn_act import (
     ConvBn,
     apply_layer,
+    cast_layer,
     checked,
+    checked_layer,
     conv_bn_shortcut_act,
     learns_any,
     needs_plain_pytorch,
@@ -37,7 +39,7 @@ def residual_block(
     """relu(F(x) + shortcut), F being the layers of `main` with a ReLU between each two.
 
     One autograd node, which saves x, y and raw convolution outputs, no activation between them. Where nothing is
-    learnt and all statistics are running ones, one fused op a convolution instead.
+    learnt and all statistics are running ones, one op that saves nothing.
 
     Args:
         x: (N, C, H, W), as `conv_bn_act`'s.
@@ -65,11 +67,10 @@ def residual_block(
     residual = None if downsample else shortcut
     learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
     has_bias = any(layer.conv_bias is not None for layer in layers)
-    trains = learns or any(layer.training for layer in layers)
     if needs_plain_pytorch(x) or has_bias:
         return _layer_by_layer(x, main, shortcut, backend)
 
-    x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None, trains)
+    x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
     for layer, shape in zip(layers, shapes, strict=True):
         arguments.check_batch(shape, layer.training and not group)
     out_shape = shapes[len(main) - 1]
@@ -80,9 +81,10 @@ def residual_block(
         residual = cast(residual, x.dtype)
     numbers = [number for layer in layers for number in _geometry(layer)]
     epsilons = [layer.eps for layer in layers]
-    if not trains:
+    if not (learns or any(layer.training for layer in layers)):
         backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
         return _ops.residual_block(x, residual, *_columns(x, layers), numbers, epsilons, downsample, backend)
+    layers = [cast_layer(layer, x.dtype) for layer in layers]
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
     stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
     y, records = _ops.residual_block_train(
@@ -124,8 +126,9 @@ def stem(x: Tensor, layer: ConvBn, *, group: str = "", backend: str = "auto") ->
     if needs_plain_pytorch(x) or (not layer.training and learns_any(x, *layer.tensors)):
         return F.max_pool2d(apply_layer(x, layer, None, "relu", backend), 3, 2, 1)
     if not layer.training:
-        x, layer, _ = checked(x, layer, casts=False)
+        arguments.check_input("x", x)
         dtype = conv_dtype(x)
+        layer, _ = checked_layer(x, x.shape, dtype, layer)
         backend = dispatch.select("stem", x.device.type, dtype, backend)
         vectors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
         return _ops.stem(x, cast(layer.conv_weight, dtype), *vectors, _geometry(layer), layer.eps, backend)
@@ -156,24 +159,19 @@ def _layer_by_layer(x: Tensor, main: Sequence[ConvBn], shortcut: ConvBn | Tensor
     return apply_layer(value, last, apply_layer(x, shortcut, None, None, backend), "relu", backend)
 
 
-def _checked_chain(x: Tensor, main: Sequence[ConvBn], branch: ConvBn | None, trains: bool):
-    """x as the first convolution takes it, all layers validated, `branch` last, and their outputs' shapes.
-
-    Weights are cast only in training: in inference the op does so.
-    """
+def _checked_chain(x: Tensor, main: Sequence[ConvBn], branch: ConvBn | None):
+    """x as the first convolution takes it, all layers validated, `branch` last, and their outputs' shapes."""
     arguments.check_input("x", x)
-    x = value = cast(x, conv_dtype(x))
-    layers, shapes = [], []
+    dtype, shape, layers, shapes = conv_dtype(x), x.shape, [], []
     for layer in main:
-        _, layer, shape = checked(value, layer, casts=trains)
+        layer, shape = checked_layer(x, shape, dtype, layer)
         layers.append(layer)
         shapes.append(shape)
-        value = value.new_empty(()).expand(shape)  # its shape and dtype are all that is looked at
     if branch is not None:
-        _, branch, shape = checked(x, branch, casts=trains)
+        branch, shape = checked_layer(x, x.shape, dtype, branch)
         layers.append(branch)
         shapes.append(shape)
-    return x, layers, shapes
+    return cast(x, dtype), layers, shapes
 
 
 def _columns(x: Tensor, layers: Sequence[ConvBn]) -> list[list[Tensor]]:
