@@ -128,20 +128,15 @@ inline void store_rows(const ConvArgs& args, const Sums& sums, int64_t begin, in
   }
 }
 
-// The mean of the first rows, as a shift that keeps sums small and squares from cancelling; of the values as they will
-// be stored, so that a constant channel's variance is zero.
+// The mean of the first rows, as a shift that keeps sums small and squares from cancelling; rounded as what is stored, so
+// that a constant channel's variance is zero.
 template <int planes>
 inline void set_shift(Moments& m, const Sums& sums) {
   __m512 a = _mm512_setzero_ps(), b = a, count = a;
   for (int64_t i = 0; i < sums.rows; ++i) {
     if (sums.pixel[i] < 0) continue;
-    __m512 lower = load(sums.values + i * 32), upper = load(sums.values + i * 32 + 16);
-    if constexpr (planes == 1) {
-      const __m512i stored = narrow(lower, upper);
-      lower = low_half(stored), upper = high_half(stored);
-    }
-    a = _mm512_add_ps(a, lower);
-    b = _mm512_add_ps(b, upper);
+    a = _mm512_add_ps(a, load(sums.values + i * 32));
+    b = _mm512_add_ps(b, load(sums.values + i * 32 + 16));
     count = _mm512_add_ps(count, _mm512_set1_ps(1));
   }
   a = finite_or_zero(_mm512_div_ps(a, count));
