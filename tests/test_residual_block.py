@@ -507,6 +507,19 @@ class TestStem:
         for (name, ours), theirs in zip(step(fast, x, dy).items(), step(stock, x, dy).values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
+    def test_frozen_statistics_in_training(self, backend):
+        stock, fast = self.pair(backend)
+        x = draw((2, 3, 32, 32), torch.float64)
+        results = []
+        for model in (stock, fast):
+            model.bn1.eval()
+            before = model.bn1.running_mean.clone()
+            y = model(x)
+            assert torch.equal(model.bn1.running_mean, before)
+            results.append((y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))))
+        for theirs, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
     def test_restore_gives_the_class_back(self, backend):
         _, fast = self.pair(backend)
         assert type(fast) is resnet_fast.FastResNet
