@@ -67,7 +67,9 @@ def residual_block(
     residual = None if downsample else shortcut
     learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
     has_bias = any(layer.conv_bias is not None for layer in layers)
-    if needs_plain_pytorch(x) or has_bias:
+    inference = not (learns or any(layer.training for layer in layers))
+    # By name, Triton has to have a kernel for each convolution, which is told when each is an op of its own.
+    if needs_plain_pytorch(x) or has_bias or (inference and dispatch.requested(backend) == "triton"):
         return _layer_by_layer(x, main, shortcut, backend)
 
     x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
@@ -81,7 +83,7 @@ def residual_block(
         residual = cast(residual, x.dtype)
     numbers = [number for layer in layers for number in _geometry(layer)]
     epsilons = [layer.eps for layer in layers]
-    if not (learns or any(layer.training for layer in layers)):
+    if inference:
         backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
         return _ops.residual_block(x, residual, *_columns(x, layers), numbers, epsilons, downsample, backend)
     layers = [cast_layer(layer, x.dtype) for layer in layers]

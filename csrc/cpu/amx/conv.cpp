@@ -1,8 +1,8 @@
 // Implicit GEMM: two tiles of pixels by 32 output channels, summed up over taps and input channels in four tiles, which
 // bias, residual and ReLU are applied to before they leave the first cache level. No im2col: a tap is an offset.
 //
-// A core multiplies 4 KiB of tiles in the time that 3 KiB take from the second cache level, so half of them must come from
-// the first: taps are innermost, where a tap reads what the last one has read; and sums over many channels of single
+// A core multiplies 4 KiB of tiles in the time that 3 KiB take from the second cache level, so half of them must come
+// from the first: taps are innermost, where a tap reads what the last one has read; and sums over many channels of single
 // taps are taken in chunks, each for several output blocks, with the sums put aside in between.
 #include "amx.h"
 #include "vectors.h"
@@ -49,8 +49,8 @@ inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t
   _tile_loadd(5, a1, a_bytes);
 }
 
-// The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free after
-// two of four products, so that its load is hidden by the other two.
+// The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free
+// after two of four products, so that its load is hidden by the other two.
 inline void multiply_planes(
     const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight) {
   const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
@@ -100,7 +100,8 @@ class Kernel {
             const int64_t number = 2 * (args_.pixels_first ? i : j), block = begin + (args_.pixels_first ? j : i);
             const Tile *one = tile + number, *other = number + 1 < tiles ? one + 1 : one;
             float* sums = scratch_ + (slot_ + j - first) % kSlots * kSums;
-            sum_up({one, other, sums, block, 0, chunk + 1 < chunks ? 0 : one == other ? kTileRows : 2 * kTileRows}, chunk);
+            const int64_t rows = one == other ? kTileRows : 2 * kTileRows;
+            sum_up({one, other, sums, block, 0, chunk + 1 < chunks ? 0 : rows}, chunk);
           }
         }
         slot_ = (slot_ + behind - first) % kSlots;

@@ -71,7 +71,8 @@ void pack_interleaved_row(const ImageArgs& args, int64_t from, uint16_t* y) {
   const int64_t values = args.width * args.channels;
   for (int64_t column = 0; column < args.width; column += 4) {
     const int64_t at = column * args.channels, left = values - at;
-    const __m512 x = load_masked(args.x, args.float32, from + at, lanes(left < 4 * args.channels ? left : 4 * args.channels));
+    const __mmask16 wanted = lanes(left < 4 * args.channels ? left : 4 * args.channels);
+    const __m512 x = load_masked(args.x, args.float32, from + at, wanted);
     store<planes>(y + column * 4, args.y_plane, _mm512_maskz_permutexvar_ps(real, order, x));
   }
 }

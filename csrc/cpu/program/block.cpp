@@ -37,7 +37,8 @@ struct Conv {
     const int64_t outputs = out_channels / groups;
     const bool whole = channels % amx::kVector == 0 && outputs % amx::kVector == 0;
     const bool inside = channels > 0 && channels == outputs && amx::kVector % channels == 0;
-    const bool sizes = in_channels * height * width < kMostValues && out_channels * out_height() * out_width() < kMostValues;
+    const int64_t inputs = in_channels * height * width, results = out_channels * out_height() * out_width();
+    const bool sizes = inputs < kMostValues && results < kMostValues;
     return (whole || inside) && in_channels % amx::kVector == 0 && out_channels % amx::kVector == 0 && sizes;
   }
 
@@ -82,7 +83,8 @@ class Builder {
     const int64_t channels = first.in_channels, height = first.height, width = first.width;
     const int64_t out_channels = final.out_channels, out_height = final.out_height(), out_width = final.out_width();
     const bool one_plane = layout_.planes == 1;
-    const bool x_direct = one_plane && !small(height, width) && first.pointwise() && first.stride == 1 && channels <= kDirectChannels;
+    const bool dense = first.pointwise() && first.stride == 1 && channels <= kDirectChannels;
+    const bool x_direct = one_plane && !small(height, width) && dense;
     const bool y_direct = one_plane && !small(out_height, out_width);
 
     const int64_t x_tensor = one_plane ? program_.tensor(Place::kX, channels, height, width) : -1;
@@ -129,7 +131,8 @@ class Builder {
     std::vector<Packed> before;
     for (const Conv& conv : convs_) {
       const int64_t steps = conv.blocks() * conv.rows * conv.columns, layer = static_cast<int64_t>(packed_.size());
-      packed_.push_back(empty_packed(layer, layout_.planes, conv.out_channels, steps, by_item(conv) ? layout_.threads : 0));
+      const int64_t threads = by_item(conv) ? layout_.threads : 0;
+      packed_.push_back(empty_packed(layer, layout_.planes, conv.out_channels, steps, threads));
       if (!by_item(conv)) before.push_back(packed_.back());
     }
     program_.section(false);

@@ -26,7 +26,8 @@ bool fits(const at::Tensor& x, const BlockLayer& layer) {
 // The columns of 4 channels each as a kernel's input channels: (K, 32, R, 1), float32.
 at::Tensor widened(const at::Tensor& weight) {
   const at::Tensor wide =
-      at::zeros({weight.size(0), kColumns, kImageVector, weight.size(2)}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+      at::zeros({weight.size(0), kColumns, kImageVector, weight.size(2)},
+                weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
   wide.narrow(1, 0, weight.size(3)).narrow(2, 0, weight.size(1)).copy_(weight.permute({0, 3, 1, 2}));
   return wide.view({weight.size(0), amx::kVector, weight.size(2), 1});
 }
@@ -38,7 +39,8 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer)
   const at::Tensor& weight = layer.conv_weight;
   const int64_t channels = weight.size(0), rows = weight.size(2), stride = layer.stride[0];
   const int64_t top = layer.padding[0], left = layer.padding[1];
-  const int64_t height = (x.size(2) + 2 * top - rows) / stride + 1, width = (x.size(3) + 2 * left - weight.size(3)) / stride + 1;
+  const int64_t height = (x.size(2) + 2 * top - rows) / stride + 1;
+  const int64_t width = (x.size(3) + 2 * left - weight.size(3)) / stride + 1;
   const int64_t pooled_height = (height - 1) / 2 + 1, pooled_width = (width - 1) / 2 + 1;
   const auto options = weight.options().memory_format(at::MemoryFormat::ChannelsLast);
   const at::Tensor y = at::empty({x.size(0), channels, pooled_height, pooled_width}, options);

@@ -241,8 +241,8 @@ class ConvStep : public Step {
 
   int32_t y_at(int64_t row, int64_t column) const { return static_cast<int32_t>(row * y_.row + column * y_.pixel); }
 
-  // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into the
-  // second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
+  // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into
+  // the second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
   void cut(int64_t threads, int64_t stride) {
     const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
     // Taps of a strided convolution share no pixels with those of its neighbours.
@@ -254,8 +254,9 @@ class ConvStep : public Step {
     tile_step_ = 2, block_step_ = 1, block_cuts_ = output_blocks_;  // where nothing fits
     args_.pixels_first = true;
     items = pairs * output_blocks_;
-    for (int64_t tile_step = pairs; tile_step > 0; tile_step = tile_step == 1 ? 0 : div_up(tile_step, 2)) {
-      for (int64_t block_step = output_blocks_; block_step > 0; block_step = block_step == 1 ? 0 : div_up(block_step, 2)) {
+    const auto halved = [](int64_t step) { return step == 1 ? 0 : div_up(step, 2); };
+    for (int64_t tile_step = pairs; tile_step > 0; tile_step = halved(tile_step)) {
+      for (int64_t block_step = output_blocks_; block_step > 0; block_step = halved(block_step)) {
         const int64_t tile_parts = div_up(pairs, tile_step), block_parts = div_up(output_blocks_, block_step);
         const int64_t all = tile_parts * block_parts;
         const bool pixels_first = block_step * block_bytes <= kSecondCacheBytes;
