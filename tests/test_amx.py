@@ -140,8 +140,9 @@ def test_an_image_is_computed_alike_in_any_batch_by_any_threads(dtype):
     assert all(torch.equal(network(x), y) for _ in range(3))
     for batch in (1, 4, 15, 16):
         assert torch.equal(network(x[:batch]), y[:batch]), batch
-    torch.set_num_threads(1)
-    assert torch.equal(network(x), y)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(network(x), y), threads
 
 
 @needs_amx
