@@ -1,8 +1,8 @@
 """Which kernels the package can start: the problems of the reference networks, with what is chosen for them.
 
 A job is one compilation. Many problems share one, and more differ in nothing but a trip count: `representatives` takes
-one of each such class, and fewer for architectures beside MAIN_ARCH. With RESNET_FAST_GATE=all it takes every one, which
-is for a change of kernels or compiler.
+one of each such class, and fewer for architectures beside MAIN_ARCH. With RESNET_FAST_GATE=all it takes every one,
+which is for a change of kernels or compiler.
 """
 
 import contextlib
