@@ -2,9 +2,8 @@
 #include "conv_bn_act.h"
 
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 
+#include "../conv_gradients.h"
 #include "guards.h"
 
 namespace resnet_fast::cpu {
@@ -59,16 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward(
   auto [dconv_out, dweight, dbias, dresidual] = bn_act_backward(
       dy, conv_out, y, weight, bias, mean, var, eps, relu, training,
       {want_conv, want_dweight, want_dbias, want_dresidual});
-
-  Tensor dx, dconv_weight, dconv_bias;
-  if (want_conv) {
-    const std::array<int64_t, 1> bias_sizes = {conv_out.size(1)};
-    std::tie(dx, dconv_weight, dconv_bias) = at::convolution_backward(
-        dconv_out, x, conv_weight, at::IntArrayRef(bias_sizes), stride, padding, dilation, /*transposed=*/false,
-        /*output_padding=*/{0, 0}, groups, {want_dx, want_dconv_weight, want_dconv_bias});
-  }
-  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
-  return {or_empty(dx), or_empty(dconv_weight), or_empty(dconv_bias), dweight, dbias, dresidual};
+  const auto [dx, dconv_weight, dconv_bias] = conv_gradients(
+      dconv_out, x, conv_weight, stride, padding, dilation, groups, {want_dx, want_dconv_weight, want_dconv_bias});
+  return {dx, dconv_weight, dconv_bias, dweight, dbias, dresidual};
 }
 
 }  // namespace resnet_fast::cpu

@@ -23,7 +23,7 @@ namespace resnet_fast::cpu {
 namespace {
 
 using amx::train::kBlock;
-using amx::train::kBlockValues;
+using amx::kBlockValues;
 
 // Of 2 MB of second-level cache:
 constexpr int64_t kChunkBytes = 1024 * 1024;   // a chunk's packed pixels, used for every tap and output block

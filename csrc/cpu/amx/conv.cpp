@@ -5,6 +5,7 @@
 // from the first: taps are innermost, where a tap reads what the last one has read; and sums over many channels of single
 // taps are taken in chunks, each for several output blocks, with the sums put aside in between.
 #include "amx.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace resnet_fast::cpu::amx {
@@ -17,16 +18,6 @@ constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};
 static_assert(kScratchFloats == kSlots * kSums);
 
 // Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights.
-inline void multiply(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight) {
-  _tile_loadd(6, weight, 64);
-  _tile_loadd(4, a0, a_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, weight + kBlockValues / 2, 64);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_loadd(5, a1, a_bytes);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
 
 // The products of the tiles that are loaded, and the next weights; `half`: of the first half they are done.
 inline void multiply_then_weights(const uint16_t* weight, bool half) {
@@ -164,7 +155,7 @@ class Kernel {
       if constexpr (planes == 3) {
         multiply_planes(a0 + next, a1 + next, a_bytes, plane, weight);
       } else {
-        multiply(a0 + next, a1 + next, a_bytes, weight);
+        multiply(a0 + next, a1 + next, a_bytes, weight, weight + kBlockValues / 2);
       }
       finish_rows(rows);
     }

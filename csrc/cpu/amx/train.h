@@ -1,7 +1,7 @@
-// Convolutions of a training step by AMX tile products, seen from the host side: csrc/cpu/conv_amx.cpp.
+// Convolutions of a training step by AMX tile products, seen from the host side: csrc/cpu/conv_train.cpp.
 //
-// The .cpp files here are compiled for AMX and AVX-512 and know nothing of tensors or threads; they may run only where
-// both are usable. Activations are channels_last; C and K are multiples of 32.
+// As amx.h's, they know nothing of tensors or threads and may run only where usable() is true. Activations are
+// channels_last; C and K are multiples of 32.
 //
 // A product takes its operands packed: a value as `planes` bfloat16 numbers whose sum it is. One plane for bfloat16.
 // Three for float32, exact: high = bf16(v), middle = bf16(v - high), low = v - high - middle; the six products of
@@ -11,10 +11,11 @@
 
 #include <cstdint>
 
+#include "amx.h"
+
 namespace resnet_fast::cpu::amx::train {
 
-constexpr int64_t kBlock = 32;           // channels, or pixels summed over, of one step of a product
-constexpr int64_t kBlockValues = 1024;   // of a block of 32 by 32, one plane
+constexpr int64_t kBlock = kVector;  // channels, or pixels summed over, of one step of a product
 
 // Pixels of a tensor: floats or bfloat16s, and the batch norm and ReLU that are pending on them.
 struct Pixels {

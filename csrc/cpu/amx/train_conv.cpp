@@ -1,6 +1,7 @@
 // Implicit GEMM: two tiles of positions by 32 output channels, summed up over taps and input channels in four tiles.
 // A tap is an offset into the packed pixels; which pixel a row becomes is in a table, so padding, strides and the
 // gradient's parities are the host's affair.
+#include "tiles.h"
 #include "train_vectors.h"
 
 namespace resnet_fast::cpu::amx::train {
@@ -17,7 +18,7 @@ inline void load_weight(const uint16_t* weight) {
   _tile_loadd(6, weight, 64);
   _tile_loadd(7, weight + kBlockValues / 2, 64);
 }
-inline void multiply() {
+inline void multiply_loaded() {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(2, 5, 6);
@@ -27,28 +28,21 @@ inline void multiply() {
 template <int planes>
 inline void step(const uint16_t* a0, const uint16_t* a1, int64_t bytes, int64_t plane, const uint16_t* weight) {
   if constexpr (planes == 1) {
-    _tile_loadd(6, weight, 64);
-    _tile_loadd(4, a0, bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, weight + kBlockValues / 2, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a1, bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    multiply(a0, a1, bytes, weight, weight + kBlockValues / 2);
   } else {  // planes (i, j), i + j <= 2, the smallest products first
     load_weight(weight);
     load_pixels(a0 + 2 * plane, a1 + 2 * plane);
-    multiply();
+    multiply_loaded();
     load_pixels(a0 + plane, a1 + plane);
-    multiply();
+    multiply_loaded();
     load_weight(weight + kBlockValues);
-    multiply();
+    multiply_loaded();
     load_pixels(a0, a1);
-    multiply();
+    multiply_loaded();
     load_weight(weight + 2 * kBlockValues);
-    multiply();
+    multiply_loaded();
     load_weight(weight);
-    multiply();
+    multiply_loaded();
   }
 }
 
@@ -237,14 +231,7 @@ void wgrad(const WgradArgs& args) {
     const uint16_t* b = args.x + args.taps[t] * kBlock;
     for (int64_t tile = 0; tile < tiles; ++tile, a += planes * 512, b += x_step) {
       if constexpr (planes == 1) {
-        _tile_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + x_half, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + dy_half, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        multiply(a, a + dy_half, 64, b, b + x_half);
       } else {
         const auto gradients = [&](int64_t i) { load_pixels(a + i * 512, a + dy_half + i * 512); };
         const auto pixels = [&](int64_t j) {
@@ -253,17 +240,17 @@ void wgrad(const WgradArgs& args) {
         };
         pixels(0);
         gradients(2);
-        multiply();
+        multiply_loaded();
         gradients(1);
-        multiply();
+        multiply_loaded();
         pixels(1);
-        multiply();
+        multiply_loaded();
         gradients(0);
-        multiply();
+        multiply_loaded();
         pixels(2);
-        multiply();
+        multiply_loaded();
         pixels(0);
-        multiply();
+        multiply_loaded();
       }
     }
     _tile_stored(0, out, 128);

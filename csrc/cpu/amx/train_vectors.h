@@ -4,12 +4,10 @@
 #include <immintrin.h>
 
 #include "train.h"
+#include "vectors.h"
 
 namespace resnet_fast::cpu::amx::train {
 
-inline __m512 widen(__m256i bfloats) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16));
-}
 // maskz, because GCC 12 warns of its own header without.
 inline __m512 low_half(__m512i bfloats) { return widen(_mm512_castsi512_si256(bfloats)); }
 inline __m512 high_half(__m512i bfloats) { return widen(_mm512_maskz_extracti64x4_epi64(0xff, bfloats, 1)); }
@@ -18,7 +16,7 @@ inline __m512 high_half(__m512i bfloats) { return widen(_mm512_maskz_extracti64x
 inline __m512i narrow(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 load(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline __m512 load(const uint16_t* p) { return load_half(p); }
 
 // Largest magnitude seen, by bits.
 struct Largest {
@@ -65,33 +63,6 @@ inline __m512i pairs(__m512& a, __m512& b) {
   a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(plane, 16)));
   b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(plane, _mm512_set1_epi32(static_cast<int>(0xffff0000)))));
   return plane;
-}
-
-// rows[i] lane j <-> rows[j] lane i, 16 by 16.
-inline void transpose(__m512i* rows) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    rows[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    rows[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    rows[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 }  // namespace resnet_fast::cpu::amx::train

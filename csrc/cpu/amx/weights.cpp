@@ -5,35 +5,6 @@
 namespace resnet_fast::cpu::amx {
 namespace {
 
-inline __m512i interleave(__m512i a, __m512i b, bool high) {
-  return high ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b);
-}
-
-// 16 rows of 16 32-bit values become columns.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = interleave(t[i], t[i + 2], false);
-    r[i + 1] = interleave(t[i], t[i + 2], true);
-    r[i + 2] = interleave(t[i + 1], t[i + 3], false);
-    r[i + 3] = interleave(t[i + 1], t[i + 3], true);
-  }
-  // r[4 i + j], lane k: column 4 k + j of rows 4 i to 4 i + 3.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, b, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
 // Up to 32 channels of one output channel and tap, of which channel `at` is first; those outside of `wanted` are zero.
 class Channels {
  public:
