@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import ConvCase as Case
 from cases import draw, named
 from numerics import assert_all_match
 from test_primitives import draw_norm
@@ -24,23 +24,6 @@ DTYPES = pytest.mark.parametrize("dtype", native_backend.TILE_DTYPES, ids=str)
 def tiles(native):
     if not native_backend.has_tiles():
         pytest.skip("this CPU has no AMX with bfloat16")
-
-
-@dataclass(frozen=True)
-class Case:
-    """x is (N, C, H, W); pairs are rows and columns."""
-
-    name: str
-    shape: tuple[int, int, int, int]
-    out_channels: int
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(list(self.stride), list(self.padding), list(self.dilation), 1)
 
 
 CASES = (
@@ -68,6 +51,11 @@ CASES = (
 )
 
 
+def geometry_of(case: Case) -> Geometry:
+    """As the primitives take it."""
+    return Geometry(list(case.stride), list(case.padding), list(case.dilation), case.groups)
+
+
 def run(primitives, x, norm, conv_weight, geometry, dy, add, stage=PROLOGUE) -> dict[str, torch.Tensor]:
     conv_out, mean, var = primitives.conv(x, norm, conv_weight, geometry, stage, True)
     dx, dweight = primitives.conv_backward(dy, x, norm, conv_weight, geometry, stage, True, True, add)
@@ -81,8 +69,8 @@ def tensors(case: Case, dtype: torch.dtype, normed: bool):
     norm = draw_norm(channels, dtype) if normed else None
     fan_in = channels * case.kernel[0] * case.kernel[1]
     weight = draw((case.out_channels, channels, *case.kernel), dtype, "channels_last", scale=fan_in**-0.5)
-    dy = torch.randn_like(F.conv2d(x, weight, None, *case.geometry[:3]))
-    return x, norm, weight, case.geometry, dy, draw(case.shape, dtype, "channels_last")
+    dy = torch.randn_like(F.conv2d(x, weight, None, **case.geometry))
+    return x, norm, weight, geometry_of(case), dy, draw(case.shape, dtype, "channels_last")
 
 
 def widened(arguments):

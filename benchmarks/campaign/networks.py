@@ -5,11 +5,12 @@ contender but the frozen ones. The logits are held against float64 by `resnet_fa
 `cli.harness`'s, and whatever the group, eager channels_last is in it: ratios are to its time in the same process.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,18 @@ USUAL = {
 
 def main() -> int:
     """Rows: the fields of `harness.Row`, memory_mb (weights, arena and activations), and what was run."""
+    args = arguments(USUAL)
+    found, memory = _contenders(args)
+    rows = run(args, found, measure_memory=True)
+    return report(args, rows, "infer", lambda row: {"memory_mb": memory.get(row.contender)})
+
+
+def arguments(groups: Iterable[str]) -> argparse.Namespace:
+    """The command line of a unit that times one network; a rehearsal has a network and a compiler that take no time."""
     parser = child.parser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--group", choices=tuple(USUAL), required=True)
+    parser.add_argument("--group", choices=tuple(groups), required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--img-size", type=int, required=True)
     parser.add_argument("--device", default="cuda")
@@ -58,17 +67,36 @@ def main() -> int:
     if args.rehearse:
         register_model("resnet_tiny")(tiny)
         contenders._compiler = lambda mode: functools.partial(torch.compile, backend="eager", dynamic=False)
-    found, memory = _contenders(args)
-    counts = {"iterations": 5, "warmup": 5, "measure_memory": True}
+    return args
+
+
+def images_of(args: argparse.Namespace) -> Callable[[int], Tensor]:
+    """A function that draws so many images more, channels_last on the unit's device; the same ones in every process."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        images = torch.randn(count, 3, args.img_size, args.img_size, generator=generator)
+        return images.to(args.device).to(memory_format=torch.channels_last)
+
+    return draw
+
+
+def run(args: argparse.Namespace, found: list[Contender], **counts) -> list[harness.Row]:
+    """The contenders verified and timed in turns. counts: further settings of `harness.run`."""
+    counts = {"iterations": 5, "warmup": 5} | counts
     if args.rehearse:
         counts = {"iterations": 1, "warmup": 0, "measure_memory": False}
-    rows = harness.run(found, rounds=args.rounds, progress=lambda stage: print(stage, flush=True), **counts)
-    what = {"model": args.model, "task": "infer", "dtype": args.dtype, "batch_size": args.batch_size}
+    return harness.run(found, rounds=args.rounds, progress=lambda stage: print(stage, flush=True), **counts)
+
+
+def report(args: argparse.Namespace, rows: list[harness.Row], task: str, more: Callable[[harness.Row], dict]) -> int:
+    """Write the unit's result, `more` beside each row's own fields; returns the exit code."""
+    what = {"model": args.model, "task": task, "dtype": args.dtype, "batch_size": args.batch_size}
     what |= {"img_size": args.img_size, "device": args.device, "group": args.group}
     wrong = [f"{row.contender}: {row.reason}" for row in rows if not row.match and not excused(row)]
-    report = [what | row.to_dict() | {"memory_mb": memory.get(row.contender)} for row in rows]
+    found = [what | row.to_dict() | more(row) for row in rows]
     status = WRONG if wrong else DONE
-    return child.report(args.result, status, reason="; ".join(wrong), summary=summary_of(rows), rows=report)
+    return child.report(args.result, status, reason="; ".join(wrong), summary=summary_of(rows), rows=found)
 
 
 def summary_of(rows: list[harness.Row]) -> str:
@@ -87,13 +115,7 @@ def excused(row: harness.Row) -> bool:
 
 def _contenders(args) -> tuple[list[Contender], dict[str, float]]:
     """The group's contenders, and where each will note the memory it holds."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-
-    def draw(count: int) -> Tensor:
-        images = torch.randn(count, 3, args.img_size, args.img_size, generator=generator)
-        return images.to(args.device).to(memory_format=torch.channels_last)
-
+    draw, dtype = images_of(args), getattr(torch, args.dtype)
     stock = networks.build(args.model, draw(4)).to(dtype)
     chosen, modes = USUAL[args.group]
     setting = Setting(stock, draw(args.batch_size).to(dtype), None, modes)

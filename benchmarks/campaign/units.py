@@ -118,17 +118,22 @@ def _networks(settings: Settings) -> Iterable[Unit]:
     ]:
         for model in settings.models:
             for batch in settings.batches:
-                args = ("--model", model, "--dtype", dtype, "--batch-size", str(batch), "--group", group)
-                args += ("--img-size", str(settings.img_size), "--device", settings.device)
                 yield Unit(
                     f"networks/{group}/{model}-{dtype}-b{batch}",
                     "networks",
-                    (*args, "--rounds", str(settings.rounds)),
+                    _of_network(settings, model, dtype, batch, group),
                     GROUPS[group],
                     kind=f"networks/{group}/{model}",
                     needs=("rich", "torchvision", *(("jax",) if group == "jax" else ())),
                     check=group == first,
                 )
+
+
+def _of_network(settings: Settings, model: str, dtype: str, batch: int, group: str) -> tuple[str, ...]:
+    """The command line that `networks.arguments` reads."""
+    args = ("--model", model, "--dtype", dtype, "--batch-size", str(batch), "--group", group)
+    args += ("--img-size", str(settings.img_size), "--device", settings.device)
+    return (*args, "--rounds", str(settings.rounds))
 
 
 def _training(settings: Settings) -> Iterable[Unit]:
@@ -140,12 +145,10 @@ def _training(settings: Settings) -> Iterable[Unit]:
         for dtype in settings.dtypes:
             for model in settings.models:
                 for batch in settings.train_batches:
-                    args = ("--model", model, "--dtype", dtype, "--batch-size", str(batch), "--group", group)
-                    args += ("--img-size", str(settings.img_size), "--device", settings.device)
                     yield Unit(
                         f"training/{group}/{model}-{dtype}-b{batch}",
                         "training",
-                        (*args, "--rounds", str(settings.rounds)),
+                        _of_network(settings, model, dtype, batch, group),
                         guess,
                         kind=f"training/{group}/{model}",
                         check=group == "ours",

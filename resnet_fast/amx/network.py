@@ -21,10 +21,10 @@ def why_not(dtype: torch.dtype) -> str | None:
     """Why no network of this dtype can run on this machine; None where one can."""
     if dtype not in PLANES:
         return f"{dtype} is neither bfloat16 nor float32"
-    module = native.load()
-    if module is None:
-        return native.available()
-    return None if module.amx_usable() else "this CPU, system or build has no AMX with bfloat16"
+    reason = native.available()
+    if reason is None and not native.has_tiles():
+        return "this CPU, system or build has no AMX with bfloat16"
+    return reason
 
 
 def why_not_section(section: Section) -> str | None:
