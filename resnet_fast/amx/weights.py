@@ -39,6 +39,7 @@ class Packed:
 
     @property
     def bytes(self) -> int:
+        """Of weight and bias."""
         return self.weight.nbytes + self.bias.nbytes
 
 

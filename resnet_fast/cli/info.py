@@ -108,7 +108,7 @@ def _backends() -> list[dict]:
     for backend in dispatch.PRIORITY:
         for device in ("cpu", "cuda"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                for op in ("bn_act", "conv_bn_act"):
+                for op in ("bn_act", "conv_bn_act", "residual_block", "residual_block_train"):
                     reason = dispatch.why_not(backend, op, device, dtype)
                     if reason is None and device not in environment.devices():
                         reason = f"no {device} device here"

@@ -263,6 +263,7 @@ def checked_layer(
 
 
 def cast_layer(stage: ConvBn, dtype: torch.dtype) -> ConvBn:
+    """`stage` with the convolution's weight and bias in `dtype`, as autocast casts; batch norm's stay as they are."""
     if stage.conv_weight.dtype == dtype:
         return stage
     return stage._replace(conv_weight=cast(stage.conv_weight, dtype), conv_bias=cast(stage.conv_bias, dtype))
