@@ -22,6 +22,7 @@ class BackendUnavailable(RuntimeError):
 
 
 @functools.cache
+@functools.cache
 def load(name: str) -> ModuleType:
     """The backend's module. It imports everywhere; whether it can run is `why_not`'s business."""
     return importlib.import_module(f"resnet_fast.backends.{name}")
@@ -105,8 +106,8 @@ def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result
-def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes on this backend, and bandwidth and peak where that is the last one."""
+def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes on this backend."""
     return load(backend).train_stage(device_type, dtype)
 
 

@@ -84,8 +84,8 @@ def test_twenty_steps_are_bitwise_equal(stage):
         results = []
         for _ in range(20):
             torch.manual_seed(4)
-            model = optimize(resnet18(), backend="triton", train_stage=stage, strict=True)
-            model = model.cuda().to(memory_format=torch.channels_last).train()
+            model = resnet18().cuda().to(memory_format=torch.channels_last).train()
+            model = optimize(model, backend="triton", train_stage=stage, strict=True)
             x = draw((4, 3, 64, 64), torch.float32, "channels_last").cuda()
             with torch.autocast("cuda", torch.bfloat16):
                 loss = model(x).float().square().mean()
@@ -100,8 +100,8 @@ def test_twenty_steps_are_bitwise_equal(stage):
 @pytest.mark.parametrize(("stage", "limit"), [(1, 36.0), (2, 36.0), (3, 36.0), (4, 24.0)])
 def test_resnet50_saves_little(stage, limit):
     """Megabytes an image, counted, and as the allocator sees them."""
-    model = optimize(resnet50(), backend="triton", train_stage=stage, strict=True)
-    model = model.cuda().to(memory_format=torch.channels_last).train()
+    model = resnet50().cuda().to(memory_format=torch.channels_last).train()
+    model = optimize(model, backend="triton", train_stage=stage, strict=True)
     x = draw((32, 3, 224, 224), torch.float32, "channels_last").cuda()
 
     def forward() -> torch.Tensor:

@@ -34,9 +34,9 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "PyTorch"
 
 
-def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    return 1, None
+def train_stage(device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes (`resnet_fast.training`)."""
+    return 1
 
 
 def bn_act(

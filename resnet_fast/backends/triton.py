@@ -20,7 +20,7 @@ from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
 from ..problems import KERNEL_DTYPES, Conv, ConvProblem
-from ..training import GRAM, LIBRARY
+from ..training import LIBRARY, PROLOGUE
 from . import inference, reference, train_ops
 
 OLDEST_TRITON = (3, 6)
@@ -115,12 +115,9 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return f"Triton bn_act{where}"
 
 
-def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
-        return LIBRARY, None  # without tensor cores cuDNN's products are faster, and more of them cost most
-    gpu = gpus.of_device(torch.cuda.current_device()) if device_type == "cuda" else gpus.KNOWN["h200"]
-    return GRAM, (gpu.bandwidth, gpu.peak(dtype_name(dtype)))
+def train_stage(device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes (`resnet_fast.training`)."""
+    return LIBRARY if dtype == torch.float32 and selection.why_not_float32() else PROLOGUE
 
 
 def gpu_of(x: Tensor) -> gpus.Gpu:

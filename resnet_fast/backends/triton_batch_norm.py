@@ -39,9 +39,9 @@ def merge_statistics(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor
     """Mean and biased variance (C,) of partials: means and sums of squared deviations (P, C), counts (P,); float32."""
     partials, channels = means.shape
     mean, var = torch.empty(2, channels, dtype=torch.float32, device=means.device)
-    constants = {"CHANNELS": channels, "BLOCK_PARTIALS": 128, "BLOCK_CHANNELS": 16}
+    constants = {"CHANNELS": channels, "BLOCK_PARTIALS": 256, "BLOCK_CHANNELS": 8}
     args = ((means, m2s, counts), mean, var, partials)
-    triton_launch.launch(kernels.merge_statistics, means, -(-channels // 16), args, constants, None)
+    triton_launch.launch(kernels.merge_statistics, means, -(-channels // 8), args, constants, None)
     return mean, var
 
 

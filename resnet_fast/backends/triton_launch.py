@@ -22,6 +22,7 @@ from ..kernels.configs import (
     StemConfig,
     TailConfig,
     TmaConfig,
+    box_count,
     group_shape,
     programs,
 )
@@ -156,6 +157,7 @@ def conv(
             "OUT_CHANNELS": geometry.out_channels,
             "IN_CHANNELS": geometry.in_channels,
             "STRIDE": _kernel_stride(geometry),
+            "EVEN": problem.statistics and box_count(box, geometry) * config.block_pixels == geometry.pixels,
             **_box(box),
         }
         kernel = conv_bn_act_tma
@@ -185,6 +187,7 @@ def conv_prologue(
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
         "SPLITS": config.splits,
+        "EVEN": problem.statistics and geometry.pixels % config.block_pixels == 0,
     }
     norms = tuple(norm or Norm()), residual, tuple(residual_norm or Norm())
     args = (x, tuple(x_norm), weight, y, *norms, tuple(statistics or Statistics()), geometry.pixels)
