@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layout import memory_format
 from ..training import GRAM, PROLOGUE
 from .primitives import Geometry, Norm, Shortcut
 
@@ -205,7 +206,7 @@ def stem_backward(
     activated = primitives.apply(record.conv_out, layer.norm(record.mean, record.var))
     window = [[size, size] for size in (*_POOL, 1)]  # the last is dilation
     _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
-    layout = torch._prims_common.suggest_memory_format(activated)
+    layout = memory_format(activated)
     dy = dy.contiguous(memory_format=layout)
     dactivated = torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, False, indices)
     dx, grads = _layer_backward(primitives, dactivated, layer, record, wants, x, None, True, None, group)

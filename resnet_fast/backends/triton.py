@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
+from ..layout import memory_format
 from ..problems import KERNEL_DTYPES, Conv, ConvProblem
 from ..training import LIBRARY, PROLOGUE
 from . import inference, reference, train_ops
@@ -136,7 +137,7 @@ def bn_act(
     relu: bool,
 ) -> Tensor:
     """`ops.bn_act`, one pass over x."""
-    layout = _layout(x)
+    layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     y = torch.empty_like(x, memory_format=layout)
     norm = launcher().Norm(None, mean, var, weight, bias, eps)
@@ -235,7 +236,7 @@ def conv_bn_shortcut_act(
 def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     """act(y + bias + residual) in place, one pass: what follows a folded convolution; y dense, which it stays."""
     if bias is not None or residual is not None or relu:
-        launcher().bn_act(y, y, launcher().Norm(conv_bias=bias), _in(residual, _layout(y)), relu)
+        launcher().bn_act(y, y, launcher().Norm(conv_bias=bias), _in(residual, memory_format(y)), relu)
     return y
 
 
@@ -296,13 +297,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch._prims_common.suggest_memory_format(x)
-
-
 def _out_layout(x: Tensor, conv_weight: Tensor) -> torch.memory_format:
     """The memory format of PyTorch's convolution: channels_last if either operand is."""
-    return torch.channels_last if torch.channels_last in (_layout(x), _layout(conv_weight)) else _layout(x)
+    return (
+        torch.channels_last
+        if torch.channels_last in (memory_format(x), memory_format(conv_weight))
+        else memory_format(x)
+    )
 
 
 def _in(tensor: Tensor | None, layout: torch.memory_format) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import batch_norm as kernels
 from ..kernels.outer import outer as outer_kernel
+from ..layout import memory_format
 from ..problems import KERNEL_DTYPES
 from . import triton, triton_launch
 from .primitives import Geometry, Norm, reference
@@ -160,7 +161,7 @@ def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tenso
 
 def is_foreign(x: Tensor) -> bool:
     """Whether no kernel reads x: its layout or dtype is another, or it is empty."""
-    layout = torch._prims_common.suggest_memory_format(x)
+    layout = memory_format(x)
     return layout != torch.channels_last or triton.dtype_name(x.dtype) not in KERNEL_DTYPES or x.numel() == 0
 
 
