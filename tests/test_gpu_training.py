@@ -6,6 +6,8 @@ Everything is held against float64, beside PyTorch in the same dtype; speeds and
 `benchmarks/gpu_campaign.py`'s.
 """
 
+import copy
+
 import pytest
 import torch
 from cases import draw
@@ -117,3 +119,19 @@ def test_resnet50_saves_little(stage, limit):
     casts = 2 * sum(parameter.numel() for parameter in model.parameters())  # of weights to bfloat16, kept too
     assert (torch.cuda.memory_allocated() - before - casts) / len(x) / 1e6 <= 1.05 * limit
     assert y.isfinite().all()
+
+
+def test_graphed_callables_train_alike():
+    """PyTorch's own way to take the host out of a step; nothing of a fused block needs it."""
+    torch.manual_seed(4)
+    model = optimize(resnet18().cuda().to(memory_format=torch.channels_last).train(), backend="triton")
+    x = draw((8, 3, 64, 64), torch.float32, "channels_last").cuda()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (x,))
+        replayed, plain = graphed(x), model(x)
+    results = []
+    for network, y in ((graphed, replayed), (model, plain)):
+        y.float().square().mean().backward()
+        results.append({name: parameter.grad for name, parameter in network.named_parameters()} | {"y": y.detach()})
+    exact = {name: tensor.double() for name, tensor in results[1].items()}
+    numerics.assert_match(numerics.compare_all(*results, exact, compute_dtype=torch.bfloat16))
