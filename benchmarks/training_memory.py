@@ -107,7 +107,6 @@ def moved(model: nn.Module, x: Tensor, stage: int | None) -> int:
     stem = _layer(model.conv1, model.bn1, training.LIBRARY)
     y, record = residual_block.stem_forward(traffic, x, stem, "")
     residual_block.stem_backward(traffic, y, x, stem, record, Wants(True, True, True, False), "")
-    traffic.bytes += 2 * _size(record.conv_out) + 2 * _size(y)  # pooled, and its gradient spread
     x = y
     for block in (module for module in model.modules() if fast_type(module)):
         x = _block(traffic, block, x, stage)

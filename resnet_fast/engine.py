@@ -6,7 +6,6 @@ Nothing is chosen, tuned or synchronised in a call. The arena makes an engine on
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _log
@@ -124,7 +123,7 @@ def _bind_pool(step: Step) -> Callable[[Tensors], None]:
     (x,), (y,) = step.reads, step.writes
 
     def run(tensors: Tensors) -> None:
-        tensors[y] = F.max_pool2d(tensors[x], 3, stride=2, padding=1)
+        tensors[y] = library.max_pool(tensors[x])
 
     return run
 
@@ -171,10 +170,11 @@ def _bind_conv(step: Step) -> Callable[[Tensors], None]:
 def _bind_stem(step: Step) -> Callable[[Tensors], None]:
     launch, problem, config = launcher(), step.problem, step.choice.config
     (x,), (y,), (module,) = step.reads, step.writes, step.modules
-    weight, norm = launch.pack_stem(module.weight, config), launch.Norm(conv_bias=module.bias)
+    weight, norm = launch.pack_stem(module.weight), launch.Norm(conv_bias=module.bias)
 
     def run(tensors: Tensors) -> None:
-        launch.stem(tensors[x], weight, tensors[y], problem, config, norm)
+        packed, conv_out = (tensors[name] for name in step.scratch)
+        launch.stem(tensors[x], weight, tensors[y], problem, config, norm, packed, conv_out)
 
     return run
 

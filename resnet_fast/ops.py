@@ -169,7 +169,7 @@ def residual_block_backward_fake(
 def stem_train_fake(x, conv_weight, weight, bias, running_mean, running_var, geometry, eps, group, backend):
     conv_out = _conv(x, conv_weight, None, geometry[:2], geometry[2:4], geometry[4:6], geometry[6])
     y = torch.nn.functional.max_pool2d(_like(conv_out), 3, 2, 1)
-    return y, _record(x, conv_out, conv_weight, group, False)
+    return y, _record(x, conv_out, conv_weight, group, False, torch.empty_like(y, dtype=torch.uint8))
 
 
 @_fake
@@ -179,13 +179,16 @@ def stem_backward_fake(dy, x, conv_weight, weight, bias, records, geometry, eps,
     return [torch.empty_like(g) if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True)]
 
 
-def _record(x: Tensor, conv_out: Tensor | None, conv_weight: Tensor, group: str, gram: bool) -> list[Tensor]:
+def _record(
+    x: Tensor, conv_out: Tensor | None, conv_weight: Tensor, group: str, gram: bool, index: Tensor | None = None
+) -> list[Tensor]:
     """A layer's entries of `records`, in the order of `backends.train_ops.RECORD`."""
     mean, channels = _statistic(x, conv_weight.shape[0]), x.shape[1]
     sizes = ((), (channels,), (channels, channels))  # of count, input_mean, input_cov
     wanted = (bool(group), gram, gram)
     rest = [mean.new_empty(size) if there else x.new_empty(0) for size, there in zip(sizes, wanted, strict=True)]
-    return [x.new_empty(0) if conv_out is None else conv_out, mean, torch.empty_like(mean), *rest]
+    conv_out, index = (x.new_empty(0) if tensor is None else tensor for tensor in (conv_out, index))
+    return [conv_out, mean, torch.empty_like(mean), *rest, index]
 
 
 def _geometry(geometry, number: int) -> tuple:

@@ -27,6 +27,8 @@ class Step:
     modules: in the order in which the kernel takes their weights: of a convolution, then its shortcut's; of a tail
     conv2, conv3, the shortcut's, the next block's conv1, as far as they are there; none for a pool.
     reads: x, then the residual or the shortcut's input. writes: y, then the next block's first activation.
+    scratch: what lies between several kernels of the step, of which nothing is left; a stem's packed image and the
+    convolution's output.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Step:
     modules: tuple[FrozenConv2d, ...]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    scratch: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -136,8 +139,8 @@ class Plan:
         born: dict[str, int] = {}
         dies: dict[str, int] = {}
         for place, step in enumerate(self.steps):
-            born |= dict.fromkeys(step.writes, place)
-            dies |= dict.fromkeys((*step.reads, *step.writes), place)
+            born |= dict.fromkeys((*step.writes, *step.scratch), place)
+            dies |= dict.fromkeys((*step.reads, *step.writes, *step.scratch), place)
         sizes = {
             name: -(-math.prod(shape) * ITEMSIZE[self.dtype] // _ALIGNMENT) * _ALIGNMENT
             for name, shape in self.tensors.items()

@@ -182,7 +182,7 @@ class _Builder:
             x = name
         for block, following in pairwise([*blocks, None]):
             self.block(block, following)
-        used = {name for step in self.steps for name in (*step.reads, *step.writes)}
+        used = {name for step in self.steps for name in (*step.reads, *step.writes, *step.scratch)}
         tensors = {name: shape for name, shape in self.tensors.items() if name in used}
         head = self.head(self.tensors[x])
         return Plan(self.gpu, self.dtype, self.fusion, tuple(self.steps), head, tensors, "input", x)
@@ -197,8 +197,9 @@ class _Builder:
             problem = StemProblem(layer.conv, self.dtype)
             choice = self.choose(problem)
             if choice.config is not None:
-                self.tensors["maxpool"] = problem.y_shape
-                self.emit(Step(f"{name}+maxpool", problem, choice, (module,), (x,), ("maxpool",)))
+                scratch = (f"{name} packed", name)
+                self.tensors |= {scratch[0]: problem.packed_shape, "maxpool": problem.y_shape}
+                self.emit(Step(f"{name}+maxpool", problem, choice, (module,), (x,), ("maxpool",), scratch))
                 return "maxpool"
         self.emit(self.conv(layer))
         return self.pool(name) if self.section.max_pool else name
@@ -207,7 +208,7 @@ class _Builder:
         """Emit a max-pool by itself."""
         problem = PoolProblem(*self.tensors[x], self.dtype)
         self.tensors["maxpool"] = problem.y_shape
-        self.emit(Step("maxpool", problem, _ALWAYS_LIBRARY, (), (x,), ("maxpool",)))
+        self.emit(Step("maxpool", problem, _NO_CHOICE, (), (x,), ("maxpool",)))
         return "maxpool"
 
     def block(self, block: _Block, following: _Block | None) -> None:
@@ -275,8 +276,8 @@ class _Builder:
         pool = AveragePoolProblem(*shape, self.dtype)
         linear = Conv(shape[0], shape[1], 1, 1, self.section.classifier.out_features)
         return (
-            Step("avgpool", pool, _ALWAYS_LIBRARY, (), (), ()),
-            Step("fc", ConvProblem(linear, self.dtype, relu=False), _ALWAYS_LIBRARY, (), (), ()),
+            Step("avgpool", pool, _NO_CHOICE, (), (), ()),
+            Step("fc", ConvProblem(linear, self.dtype, relu=False), _NO_CHOICE, (), (), ()),
         )
 
     def shapes(self, name: str, module: FrozenBlock, x: str) -> _Block:
@@ -317,4 +318,4 @@ class _Builder:
             self.written.update(step.writes)
 
 
-_ALWAYS_LIBRARY = Choice(None, "predicted", "always PyTorch's own kernel")
+_NO_CHOICE = Choice(None, "predicted", "there is nothing to choose from")

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element."""
 
+STEM_CHANNELS = 4
+"""Channels of a stem's packed image, which are as many as its input has at most."""
+
+STEM_WINDOW = 8
+"""Columns that a stem's packed weights have, which are as many as its kernel has at most."""
+
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 """What the Triton kernels take; float64 is the library's."""
 
@@ -214,10 +220,28 @@ class GramDgradProblem:
 
 @dataclass(frozen=True)
 class StemProblem:
-    """max_pool(relu(conv(x)), 3, stride 2, padding 1), batch norm folded."""
+    """max_pool(relu(conv(x)), 3, stride 2, padding 1), batch norm folded: packed, convolved and pooled, one by one.
+
+    flops and bytes are of the whole, without what lies between its kernels.
+    """
 
     conv: Conv
     dtype: str
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int, int]:
+        """Of the packed image (`kernels.stem`), in which the convolution's zeros are stored too."""
+        return self.conv.batch, STEM_CHANNELS, self.windows.conv.height, 2 * (self.conv.out_width - 1) + STEM_WINDOW
+
+    @property
+    def windows(self) -> ConvProblem:
+        """The convolution as it is computed, over the packed image as windows of STEM_WINDOW pixels that overlap."""
+        conv, (rows, _) = self.conv, self.conv.kernel
+        height = 2 * (conv.out_height - 1) + rows
+        height += height % 2  # rows are split by the stride
+        channels = STEM_WINDOW * STEM_CHANNELS
+        image = (conv.batch, channels, height, conv.out_width)
+        return ConvProblem(Conv(*image, conv.out_channels, (rows, 1), (2, 1)), self.dtype)
 
     @property
     def pool_height(self) -> int:
@@ -279,7 +303,7 @@ class TailProblem:
 
 @dataclass(frozen=True)
 class PoolProblem:
-    """max_pool of x (batch, channels, height, width), 3x3 stride 2 padding 1: always PyTorch's own kernel."""
+    """max_pool of x (batch, channels, height, width), 3x3 stride 2 padding 1, with one kernel that needs no choice."""
 
     batch: int
     channels: int
@@ -335,4 +359,4 @@ def _residual_parts(problem: ConvProblem | PrologueProblem) -> list[str]:
 
 
 Problem = ConvProblem | StemProblem | TailProblem | PrologueProblem | GramDgradProblem
-"""What a Triton kernel can compute; pools are always the library's."""
+"""What a Triton kernel computes that has configurations; pools have none."""

@@ -20,11 +20,12 @@ from . import dispatch
 LIBRARY, EPILOGUE, PROLOGUE, GRAM = 1, 2, 3, 4
 STAGES = (LIBRARY, EPILOGUE, PROLOGUE, GRAM)
 
-RECORD = ("conv_out", "mean", "var", "count", "input_mean", "input_cov")
+RECORD = ("conv_out", "mean", "var", "count", "input_mean", "input_cov", "index")
 """A layer's entries in the ops' `records`, in this order; an empty tensor where there is no such thing.
 
 conv_out: raw output (N, K, P, Q). mean, var: what it is normalised with, (K,). count: how many values they are of,
-0-dim, where other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C).
+0-dim, where other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C). index: of a stem, where
+its max-pool's maxima are, uint8 of the pooled shape.
 """
 
 

@@ -221,10 +221,12 @@ def _statistics(config: Config, problem: Problem) -> triton_launch.Statistics:
 
 
 def _stem(problem: StemProblem, config: Config) -> None:
+    """Its convolution: what is launched before and after has no configurations."""
     conv, dtype = problem.conv, getattr(torch, problem.dtype)
-    weight = triton_launch.pack_stem(_tensor(conv.weight_shape, dtype), config)
+    packed, conv_out = _tensor(problem.packed_shape, dtype), _tensor(conv.y_shape, dtype)
+    weight = triton_launch.pack_stem(_tensor(conv.weight_shape, dtype))
     norm = _norm(conv.out_channels, dtype, folded=True)
-    triton_launch.stem(_tensor(conv.x_shape, dtype), weight, _tensor(problem.y_shape, dtype), problem, config, norm)
+    triton_launch.stem_conv(packed, weight, conv_out, problem, config, norm)
 
 
 def _tail(problem: TailProblem, config: Config) -> None:

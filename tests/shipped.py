@@ -233,7 +233,7 @@ def _code(job: Job) -> tuple:
     """What machine code depends on, but for numbers that only count: images, rows, channels beyond three blocks."""
     problem, config = job.problem, job.config
     if isinstance(problem, StemProblem):
-        return job.arch, problem.dtype, config, problem.conv.in_channels
+        return job.arch, problem.dtype, _boxless(config)
     if isinstance(problem, PrologueProblem):
         epilogue = problem.statistics, problem.joined, problem.residual, problem.residual_norm
         splits = config.splits * config.block_out >= problem.conv.out_channels

@@ -4,6 +4,8 @@
 `configs.shared_memory` promises, TMA where the kernel is made of it, and a maximum that keeps NaN.
 """
 
+import re
+
 import pytest
 import requires_triton  # noqa: F401
 import torch
@@ -15,6 +17,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from resnet_fast.backends import triton_launch
+from resnet_fast.kernels.config_types import BoxConfig
 from resnet_fast.kernels.configs import (
     GramDgradConfig,
     PointerConfig,
@@ -33,6 +36,7 @@ THREE = {"kernel": (3, 3), "padding": (1, 1)}
 PLAIN = ConvProblem(Conv(32, 256, 14, 14, 256, **THREE), "bfloat16")
 RESIDUAL = ConvProblem(Conv(32, 256, 28, 28, 256), "bfloat16", residual=True, folded=False)
 TAIL = TailProblem(Conv(32, 64, 56, 56, 64, **THREE), Conv(32, 64, 56, 56, 256), "bfloat16")
+STEM = StemProblem(Conv(32, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3)), "bfloat16")
 PROLOGUE = PrologueProblem(Conv(32, 64, 56, 56, 256), "bfloat16", statistics=True)
 GRAM = GramDgradProblem(Conv(32, 64, 56, 56, 256), "bfloat16", prologue=True)
 SPECIMENS = (  # one of each kernel
@@ -40,6 +44,7 @@ SPECIMENS = (  # one of each kernel
     Job("sm_90", PLAIN, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_90", PLAIN, TmaConfig((2, 8, 8), 64, 64, 4, 3)),
     Job("sm_90", TAIL, TailConfig((1, 8, 8), 64, 64, 8, 2)),
+    Job("sm_90", STEM, StemConfig((1, 8, 16), 64, 32, 4, 3)),
     Job("sm_80", PROLOGUE, PrologueConfig(64, 64, 64, 1, 4, 2)),
     Job("sm_90", PROLOGUE, PrologueConfig(128, 64, 64, 1, 4, 2)),
     Job("sm_100", PROLOGUE, PrologueConfig(128, 64, 64, 1, 4, 2)),
@@ -49,6 +54,7 @@ SPECIMENS = (  # one of each kernel
     Job("sm_100", PLAIN, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_100", PLAIN, TmaConfig((2, 8, 8), 64, 64, 4, 3)),
     Job("sm_100", TAIL, TailConfig((1, 8, 8), 64, 64, 8, 2)),
+    Job("sm_100", STEM, StemConfig((1, 8, 16), 64, 32, 4, 3)),
 )
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
@@ -68,7 +74,7 @@ def bad_product(x_ptr, y_ptr, steps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def flaws(job: Job, found: Report) -> list[str]:
     """What is wrong with what `job` compiled to; nothing if it is as it should be."""
     promised, half = shared_memory(job.config, job.problem), job.problem.dtype != "float32"
-    uses_tma = isinstance(job.config, TmaConfig | TailConfig)
+    uses_tma = isinstance(job.config, BoxConfig)
     relu = getattr(job.problem, "relu", getattr(job.problem, "prologue", True))
     checks = (
         (found.spilled, f"{found.spilled} bytes are spilled"),
@@ -106,6 +112,32 @@ def test_bn_act(channels, plane, arch):
     assert found.max_keeping_nan
 
 
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stem_pack(dtype, layout, arch):
+    """A pixel's channels are stored at once: 8 bytes, or 16."""
+    x = torch.empty(STEM.conv.x_shape, device="meta").contiguous(memory_format=layout)
+    packed = torch.empty(STEM.packed_shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    kernel = compiled(int(arch[3:]), lambda: triton_launch.stem_pack(x, packed, STEM))
+    found = report(kernel)
+    assert (found.spilled, found.shared) == (0, 0)
+    assert set(re.findall(r"st\.global(\S*)", kernel.asm["ptx"])) == {".v2.b32" if dtype.itemsize == 2 else ".v4.b32"}
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_max_pool(dtype, arch):
+    """Nothing but 16 bytes is loaded and stored."""
+    x = torch.empty(STEM.conv.y_shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    y = torch.empty(STEM.y_shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    kernel = compiled(int(arch[3:]), lambda: triton_launch.max_pool(x, y))
+    found = report(kernel)
+    assert (found.spilled, found.shared, found.max_dropping_nan) == (0, 0, 0)
+    assert found.max_keeping_nan
+    assert set(re.findall(r"(?:ld|st)\.global(\S*)", kernel.asm["ptx"])) == {".v4.b32"}
+
+
 @pytest.mark.parametrize("job", SPECIMENS, ids=str)
 def test_machine_instructions(job):
     """The PTX asks for them; this is what the GPU is given."""
@@ -114,7 +146,7 @@ def test_machine_instructions(job):
     given = instructions(kernel)
     assert TENSOR_CORES[job.arch] in given
     tma = {"UTMALDG", "UTMASTG"}
-    assert given & tma == (tma if isinstance(job.config, TmaConfig | TailConfig) else set())
+    assert given & tma == (tma if isinstance(job.config, BoxConfig) else set())
     assert not given & {"LDL", "STL"}
 
 
@@ -125,7 +157,7 @@ ONE_PIXEL_TAIL = TailProblem(Conv(1, 64, 1, 1, 64, **THREE), Conv(1, 64, 1, 1, 2
 
 @pytest.mark.parametrize("job", [
     Job("sm_80", ONE_PIXEL, PointerConfig(64, 64, 64, 4, 3)),
-    Job("sm_80", ONE_ROW, StemConfig(8, 8, 64, 32, 4, 2)),
+    Job("sm_90", ONE_ROW, StemConfig((1, 8, 8), 64, 32, 4, 2)),
     Job("sm_90", ONE_PIXEL, PointerConfig(64, 64, 64, 4, 3)),
     Job("sm_90", ONE_PIXEL, TmaConfig((1, 8, 8), 64, 64, 4, 3)),
     Job("sm_90", ONE_PIXEL_TAIL, TailConfig((1, 8, 8), 64, 64, 8, 2)),
@@ -142,7 +174,7 @@ def test_every_tuned_row_can_be_named():
 
 def test_all_kernels_take_part():
     found = {(job.arch, type(job.config)) for job in representatives(jobs())}
-    portable, tma = {PointerConfig, StemConfig, PrologueConfig, GramDgradConfig}, {TmaConfig, TailConfig}
+    portable, tma = {PointerConfig, PrologueConfig, GramDgradConfig}, {TmaConfig, TailConfig, StemConfig}
     assert {kind for arch, kind in found if arch == "sm_80"} == portable
     assert {kind for arch, kind in found if arch == "sm_90"} == portable | tma
     assert {kind for arch, kind in found if arch == "sm_100"} == portable | tma

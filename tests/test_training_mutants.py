@@ -106,9 +106,9 @@ MUTANTS = {
         GRAM,
     ),
     "stem_no_relu": Mutant("wants, x, None, True, None, group)", "wants, x, None, False, None, group)", EPILOGUE),
-    "stem_pools_the_raw_output": Mutant(
-        "activated = primitives.apply(record.conv_out, layer.norm(record.mean, record.var))",
-        "activated = -record.conv_out",
+    "stem_pools_by_another_index": Mutant(
+        "y, record.index = primitives.pool(conv_out, norm)",
+        "y, record.index = primitives.pool(conv_out, norm); record.index = 4 + 0 * record.index",
         EPILOGUE,
     ),
 }

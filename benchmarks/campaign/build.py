@@ -11,7 +11,6 @@ from . import child
 from .runner import ROOT
 from .state import CRASHED, DONE
 
-
 _LOADS = """
 import sys, torch
 from resnet_fast.backends import native

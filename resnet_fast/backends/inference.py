@@ -8,8 +8,13 @@ from torch import Tensor
 _Op = Callable[..., Tensor]
 
 
-def make(conv_bn_act: _Op, conv_bn_shortcut_act: _Op) -> tuple[_Op, _Op]:
-    """residual_block and stem by the two ops, which are a backend's."""
+def max_pool(x: Tensor) -> Tensor:
+    """max_pool2d(x, 3, stride 2, padding 1), PyTorch's."""
+    return F.max_pool2d(x, 3, 2, 1)
+
+
+def make(conv_bn_act: _Op, conv_bn_shortcut_act: _Op, max_pool: _Op = max_pool) -> tuple[_Op, _Op]:
+    """residual_block and stem by the ops, which are a backend's."""
 
     def residual_block(
         x, residual, conv_weights, weights, biases, running_means, running_vars, geometry, eps, downsample
@@ -36,7 +41,7 @@ def make(conv_bn_act: _Op, conv_bn_shortcut_act: _Op) -> tuple[_Op, _Op]:
     def stem(x, conv_weight, weight, bias, running_mean, running_var, geometry, eps):
         """The max-pool of the activated layer, in conv_weight's dtype."""
         layer = (conv_weight, None, weight, bias, running_mean, running_var)
-        return F.max_pool2d(conv_bn_act(x.to(conv_weight.dtype), *layer, None, *_conv(geometry), eps, True), 3, 2, 1)
+        return max_pool(conv_bn_act(x.to(conv_weight.dtype), *layer, None, *_conv(geometry), eps, True))
 
     return residual_block, stem
 

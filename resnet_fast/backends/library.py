@@ -44,6 +44,11 @@ def conv(
     return runs[variant](x, weight, bias, problem, residual)
 
 
+def max_pool(x: Tensor) -> Tensor:
+    """max_pool2d(x, 3, stride 2, padding 1): of the Triton kernel where it reads x, else PyTorch's."""
+    return triton_backend.max_pool(x)
+
+
 def variants(x: Tensor, problem: ConvProblem) -> tuple[str, ...]:
     """The names `conv` takes for this problem on x's device."""
     return tuple(_variants(x, problem))

@@ -23,14 +23,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import memory_format
 from ..training import GRAM, PROLOGUE
 from .primitives import Geometry, Norm, Shortcut
-
-_POOL = (3, 2, 1)  # kernel, stride and padding of a stem's max-pool
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ class Record:
     """What a layer's forward leaves for its backward; None where there is no such thing.
 
     conv_out: raw output. mean, var: what it was normalised with, (K,). count: values behind them, a 0-dim tensor where
-    other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C), of this process's pixels.
+    other processes contributed. input_mean, input_cov: of stage 4, (C,) and (C, C), of this process's pixels. index: of
+    a max-pool behind the layer's ReLU, `reference.pool`'s.
     """
 
     conv_out: Tensor | None = None
@@ -70,6 +67,7 @@ class Record:
     count: Tensor | None = None
     input_mean: Tensor | None = None
     input_cov: Tensor | None = None
+    index: Tensor | None = None
 
 
 @dataclass
@@ -196,20 +194,15 @@ def _scale(layers: list[Layer], records: list[Record], grads: list[Grads]) -> No
 def stem_forward(primitives, x: Tensor, layer: Layer, group: str) -> tuple[Tensor, Record]:
     """max_pool(relu(bn(conv(x)))) and the record."""
     conv_out, norm, record = _raw(primitives, layer, x, None, group)
-    return F.max_pool2d(primitives.apply(conv_out, norm), *_POOL), record
+    y, record.index = primitives.pool(conv_out, norm)
+    return y, record
 
 
 def stem_backward(
     primitives, dy: Tensor, x: Tensor, layer: Layer, record: Record, wants: Wants, group: str
 ) -> tuple[Tensor | None, Grads]:
     """dx and the layer's gradients."""
-    activated = primitives.apply(record.conv_out, layer.norm(record.mean, record.var))
-    window = [[size, size] for size in (*_POOL, 1)]  # the last is dilation
-    _, indices = torch.ops.aten.max_pool2d_with_indices(activated, *window)
-    layout = memory_format(activated)
-    dy = dy.contiguous(memory_format=layout)
-    dactivated = torch.ops.aten.max_pool2d_with_indices_backward(dy, activated, *window, False, indices)
-    dx, grads = _layer_backward(primitives, dactivated, layer, record, wants, x, None, True, None, group)
+    dx, grads = _layer_backward(primitives, dy, layer, record, wants, x, None, True, None, group)
     _scale([layer], [record], [grads])
     return dx, grads
 
@@ -242,14 +235,15 @@ def _gram(primitives, layer: Layer, value: Tensor, norm: Norm | None, group: str
 def _layer_backward(
     primitives, dy, layer: Layer, record: Record, wants: Wants, value, norm, relu: bool, add, group: str
 ) -> tuple[Tensor | None, Grads]:
-    """The gradient of act(value), plus `add`, and the layer's. relu: a ReLU follows the layer."""
+    """The gradient of act(value), plus `add`, and the layer's. relu: a ReLU follows the layer, and then a max-pool if
+    the record has its index."""
     if record.input_cov is not None:
         return _gram_backward(primitives, dy, layer, record, wants, value, norm, add, group)
     conv_out, own = record.conv_out, layer.norm(record.mean, record.var)
     grads, mean_dz, mean_dzx = Grads(), None, None
     wants_conv = wants.input or wants.conv_weight
     if wants.weight or wants.bias or (wants_conv and layer.batch_statistics):
-        sum_dz, sum_dzx = primitives.backward_reduce(dy, conv_out, own, relu)
+        sum_dz, sum_dzx = primitives.backward_reduce(dy, conv_out, own, relu, record.index)
         if wants.weight:
             grads.unscaled_weight = sum_dzx
         if wants.bias:
@@ -259,7 +253,7 @@ def _layer_backward(
             mean_dz, mean_dzx = torch._foreach_div(_summed(sum_dz, sum_dzx, group), count)
     if not wants_conv:
         return None, grads
-    dconv_out = primitives.backward_apply(dy, conv_out, own, relu, mean_dz, mean_dzx)
+    dconv_out = primitives.backward_apply(dy, conv_out, own, relu, mean_dz, mean_dzx, record.index)
     dvalue, grads.conv_weight = primitives.conv_backward(
         dconv_out, value, norm, layer.conv_weight, layer.geometry, layer.stage, wants.input, wants.conv_weight, add
     )

@@ -14,6 +14,7 @@ import logging
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _log, gpus
@@ -240,7 +241,17 @@ def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: boo
     return y
 
 
-residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
+def max_pool(x: Tensor) -> Tensor:
+    """max_pool2d(x, 3, stride 2, padding 1), of the kernel where it reads x: channels_last, of KERNEL_DTYPES."""
+    dense = x.dim() == 4 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
+    if not dense or why_not("bn_act", x.device.type, x.dtype) is not None:
+        return F.max_pool2d(x, 3, 2, 1)
+    y = launcher().pooled_like(x)
+    launcher().max_pool(x, y)
+    return y
+
+
+residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act, max_pool)
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
     lambda: importlib.import_module(".primitives.triton", __package__)
 )

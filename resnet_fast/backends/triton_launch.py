@@ -5,7 +5,6 @@ module needs Triton; `backends.triton` imports it once it knows that Triton is u
 """
 
 import contextlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,14 +30,27 @@ from ..kernels.conv_pointer import conv_bn_act_pointer
 from ..kernels.conv_prologue import conv_prologue as conv_prologue_kernel
 from ..kernels.conv_tma import conv_bn_act_tma
 from ..kernels.gram_dgrad import gram_dgrad as gram_dgrad_kernel
-from ..kernels.stem import stem as stem_kernel
+from ..kernels.max_pool import max_pool as max_pool_kernel
+from ..kernels.stem import pack as pack_kernel
 from ..kernels.tail import bottleneck_tail
-from ..problems import Conv, ConvProblem, GramDgradProblem, PrologueProblem, StemProblem, TailProblem
+from ..problems import (
+    STEM_CHANNELS,
+    STEM_WINDOW,
+    Conv,
+    ConvProblem,
+    GramDgradProblem,
+    PrologueProblem,
+    StemProblem,
+    TailProblem,
+)
+from .descriptors import aligned, image, matrix, split_by_stride, strided, windows
 
 REFUSALS = (OutOfResources, CompilationError, PTXASError)
 """What a launch raises where a configuration does not fit the GPU or its compiler: another path can be taken."""
 
 _BN_ACT_BLOCK = 1024
+_PACKED_TILE = (4, 256)  # rows, columns: a row of an image of ImageNet's size, padded
+_POOLED = 2048  # values a program pools
 
 
 class Norm(NamedTuple):
@@ -80,22 +92,20 @@ def pack_conv(weight: Tensor, problem: ConvProblem) -> Tensor:
     return torch.where(own, weight, 0.0).reshape(groups * group_out, *taps, group_in).contiguous()
 
 
-def pack_stem(weight: Tensor, config: StemConfig) -> Tensor:
-    """The stem's weight (K, C, R, S) as (K, terms): rows, pairs of columns, channels; zeros before and behind."""
+def pack_stem(weight: Tensor) -> Tensor:
+    """The stem's weight (K, C, R, S) as (K, R * a window's numbers): columns and channels filled up with zeros."""
     out_channels, channels, rows, columns = weight.shape
-    pairs = (columns + 2) // 2
-    packed = weight.new_zeros(out_channels, rows, 2 * pairs, channels)
-    packed[:, :, 1 : columns + 1] = weight.permute(0, 2, 3, 1)
-    packed = packed.flatten(1)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % config.block_in))
+    packed = weight.new_zeros(out_channels, rows, STEM_WINDOW, STEM_CHANNELS)
+    packed[:, :, :columns, :channels] = weight.permute(0, 2, 3, 1)
+    return packed.flatten(1)
 
 
 def conv(
-    x: Tensor,
+    x: Tensor | TensorDescriptor,
     weight: Tensor,
     y: Tensor,
     problem: ConvProblem,
-    config: PointerConfig | TmaConfig,
+    config: PointerConfig | TmaConfig | StemConfig,
     norm: Norm,
     residual: Tensor | None = None,
     shortcut: Tensor | None = None,
@@ -106,6 +116,7 @@ def conv(
 ) -> None:
     """Write `problem`'s result to y: act(norm(conv(x)) + residual, or + shortcut_norm(conv1x1(shortcut))).
 
+    x: for a config with a box it may be a descriptor, split by the stride (`kernels.conv_tma`), of what is no tensor.
     residual_norm: pending on the residual. statistics: where y's go, `pixel_tiles(config, problem)` rows.
     """
     geometry, (groups, group_in, group_out) = problem.conv, group_shape(problem)
@@ -121,7 +132,7 @@ def conv(
         "DILATION_W": geometry.dilation[1],
         "SHORTCUT_IN": branch.in_channels,
         "RELU": problem.relu,
-        "PRECISION": _precision(x.dtype),
+        "PRECISION": _precision(y.dtype),
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
     }
@@ -141,14 +152,15 @@ def conv(
         kernel, args = conv_bn_act_pointer, (*args, *sizes, branch.height, branch.width)
     else:
         box, weights = config.box, [config.block_out, config.block_in]
+        pixels = (*box, config.block_in)
         args = (
-            split_by_stride(x, geometry, (*box, config.block_in)),
-            _matrix(weight, weights),
-            _image(y, (*box, config.block_out)),
-            None if residual is None else _image(_aligned(residual), (*box, config.block_out)),
+            x if isinstance(x, TensorDescriptor) else split_by_stride(x, geometry, pixels),
+            matrix(weight, weights),
+            image(y, (*box, config.block_out)),
+            None if residual is None else image(aligned(residual), (*box, config.block_out)),
             *norms,
-            None if shortcut is None else strided(shortcut, branch, (*box, config.block_in)),
-            None if shortcut is None else _matrix(shortcut_weight, weights),
+            None if shortcut is None else strided(shortcut, branch, pixels),
+            None if shortcut is None else matrix(shortcut_weight, weights),
             *more,
             geometry.batch,
             geometry.out_height,
@@ -162,7 +174,7 @@ def conv(
             **_box(box),
         }
         kernel = conv_bn_act_tma
-    launch(kernel, x, programs(config, problem), args, constants, config)
+    launch(kernel, y, programs(config, problem), args, constants, config)
 
 
 def conv_prologue(
@@ -245,18 +257,18 @@ def tail(
     out_box = (*box, config.block_out)
     args = (
         split_by_stride(x, conv2, (*box, config.block_in)),
-        _matrix(weights[0], [mid, config.block_in]),
+        matrix(weights[0], [mid, config.block_in]),
         biases[0],
-        _matrix(weights[1], [config.block_out, mid]),
+        matrix(weights[1], [config.block_out, mid]),
         biases[1],
-        None if branch else _image(_aligned(shortcut), out_box),
+        None if branch else image(aligned(shortcut), out_box),
         strided(shortcut, branch, (*box, branch.in_channels)) if branch else None,
-        _matrix(branch_weight, [config.block_out, branch.in_channels]) if branch else None,
+        matrix(branch_weight, [config.block_out, branch.in_channels]) if branch else None,
         branch_bias,
-        _image(y, out_box),
-        _matrix(next_weight, [following.out_channels, config.block_out]) if following else None,
+        image(y, out_box),
+        matrix(next_weight, [following.out_channels, config.block_out]) if following else None,
         next_bias,
-        _image(next_y, (*box, following.out_channels)) if following else None,
+        image(next_y, (*box, following.out_channels)) if following else None,
         conv2.out_height,
         conv2.out_width,
     )
@@ -274,24 +286,64 @@ def tail(
     launch(bottleneck_tail, x, programs(config, problem), args, constants, config)
 
 
-def stem(x: Tensor, weight: Tensor, y: Tensor, problem: StemProblem, config: StemConfig, norm: Norm) -> None:
-    """Write max_pool(relu(norm(conv(x)))) to y; weight from `pack_stem`."""
-    geometry = problem.conv
-    sizes = (geometry.height, geometry.width, geometry.out_height, geometry.out_width)
-    constants = {
-        "CHANNELS": geometry.in_channels,
-        "OUT_CHANNELS": geometry.out_channels,
-        "R": geometry.kernel[0],
-        "PAIRS": (geometry.kernel[1] + 2) // 2,
-        "PAD": geometry.padding[0],
-        "PRECISION": _precision(x.dtype),
-        "TILE_H": config.tile_h,
-        "TILE_W": config.tile_w,
-        "BLOCK_OUT": config.block_out,
-        "BLOCK_IN": config.block_in,
-    }
-    args = (x, weight, y, tuple(norm), *sizes, problem.pool_height, problem.pool_width)
-    launch(stem_kernel, x, programs(config, problem), args, constants, config)
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: StemProblem,
+    config: StemConfig,
+    norm: Norm,
+    packed: Tensor,
+    conv_out: Tensor,
+) -> None:
+    """Write max_pool(relu(norm(conv(x)))) to y, in three launches.
+
+    x: of any strides and float dtype. weight: from `pack_stem`. packed, conv_out: what lies between the launches,
+    tensors of `problem.packed_shape` and of the convolution's output, in channels_last and of y's dtype.
+    """
+    stem_pack(x, packed, problem)
+    stem_conv(packed, weight, conv_out, problem, config, norm)
+    max_pool(conv_out, y)
+
+
+def stem_pack(x: Tensor, packed: Tensor, problem: StemProblem) -> None:
+    """Write x, zeros around it, to `packed`."""
+    (_, channels, height, width), (batch, _, rows, columns) = x.shape, packed.shape
+    tile_h, tile_w = _PACKED_TILE
+    constants = {"CHANNELS": channels, "TILE_H": tile_h, "TILE_W": tile_w}
+    args = (x, packed, *x.stride(), height, width, rows, columns, *problem.conv.padding)
+    launch(pack_kernel, x, batch * -(-rows // tile_h) * -(-columns // tile_w), args, constants, None)
+
+
+def stem_conv(
+    packed: Tensor, weight: Tensor, conv_out: Tensor, problem: StemProblem, config: StemConfig, norm: Norm
+) -> None:
+    """Write relu(norm(conv(x))) to conv_out, x packed."""
+    conv(windows(packed, problem, (*config.box, config.block_in)), weight, conv_out, problem.windows, config, norm)
+
+
+def max_pool(x: Tensor, y: Tensor) -> None:
+    """Write max_pool(x, 3, stride 2, padding 1) to y; both dense in channels_last and of one dtype."""
+    (batch, channels, height, width), (rows, columns) = x.shape, y.shape[2:]
+    tile, count = pool_tile(channels, batch, rows, columns)
+    args = (x, y, height, width, rows, columns)
+    launch(max_pool_kernel, x, count, args, {"CHANNELS": channels, **tile}, None)
+
+
+def pooled_like(x: Tensor) -> Tensor:
+    """An empty tensor for the max-pool of x, in channels_last."""
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, (height - 1) // 2 + 1, (width - 1) // 2 + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def pool_tile(channels: int, batch: int, rows: int, columns: int, values: int = _POOLED) -> tuple[dict[str, int], int]:
+    """What a program of the pooling kernels has of so many pooled pixels, and how many programs there are."""
+    block_channels = min(128, 1 << (channels - 1).bit_length())
+    tile_h = 4
+    tile_w = values // block_channels // tile_h
+    count = batch * -(-rows // tile_h) * -(-columns // tile_w) * -(-channels // block_channels)
+    return {"TILE_H": tile_h, "TILE_W": tile_w, "BLOCK_CHANNELS": block_channels}, count
 
 
 def bn_act(x: Tensor, y: Tensor, norm: Norm, residual: Tensor | None, relu: bool) -> None:
@@ -340,47 +392,6 @@ def _kinds(args: tuple, found: list) -> list:
 
 
 _INT32_MAX = 2**31 - 1
-
-
-def split_by_stride(x: Tensor, geometry: Conv, box: tuple[int, ...]) -> TensorDescriptor:
-    """Descriptor (N, H / s, s, W / s, s * C) of x for a convolution of stride s; of a 1x1, the pixels it reads."""
-    if geometry.pointwise:
-        return strided(x, geometry, box, split=True)
-    x = _aligned(x)
-    batch, channels, height, width = x.shape
-    step = geometry.stride[0]
-    shape = [batch, height // step, step, width // step, step * channels]
-    row = width * channels
-    return TensorDescriptor(x, shape, [height * row, step * row, row, step * channels, 1], [*box[:2], 1, *box[2:]])
-
-
-def strided(x: Tensor, geometry: Conv, box: tuple[int, ...], split: bool = False) -> TensorDescriptor:
-    """Descriptor (N, P, Q, C) of the pixels that a 1x1 reads, with `split` as (N, P, 1, Q, C)."""
-    x = _aligned(x)
-    batch, channels, height, width = x.shape
-    down, right = geometry.stride
-    row = width * channels
-    shape, strides = [batch, geometry.out_height], [height * row, down * row]
-    if split:
-        shape, strides, box = [*shape, 1], [*strides, row], (*box[:2], 1, *box[2:])
-    shape, strides = [*shape, geometry.out_width, channels], [*strides, right * channels, 1]
-    return TensorDescriptor(x, shape, strides, list(box))
-
-
-def _image(tensor: Tensor, box: tuple[int, ...]) -> TensorDescriptor:
-    batch, channels, height, width = tensor.shape
-    row = width * channels
-    return TensorDescriptor(tensor, [batch, height, width, channels], [height * row, row, channels, 1], list(box))
-
-
-def _matrix(weight: Tensor, block: list[int]) -> TensorDescriptor:
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    return TensorDescriptor(_aligned(weight), [rows, columns], [columns, 1], block)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where it starts at an address that no descriptor can have."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _kernel_stride(geometry: Conv) -> int:

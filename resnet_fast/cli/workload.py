@@ -114,18 +114,19 @@ def _stem(problem: StemProblem, source: Source) -> Workload:
     alone = ConvProblem(problem.conv, problem.dtype)
     images, weights = {"x": source.image(problem.conv.x_shape)}, source.conv(problem.conv)
     outputs = {"y": source.empty(problem.y_shape)}
+    scratch = source.empty(problem.packed_shape), source.empty(problem.conv.y_shape)
 
     def stock(x, weight, bias) -> Outputs:
         return {"y": _pool(_conv2d(x, weight, bias, problem.conv).relu())}
 
     def triton(config: Config) -> Run:
         launch = triton_backend.launcher()
-        weight, norm = launch.pack_stem(weights["weight"], config), launch.Norm(weights["bias"])
-        args = (images["x"], weight, outputs["y"], problem, config, norm)
+        weight, norm = launch.pack_stem(weights["weight"]), launch.Norm(weights["bias"])
+        args = (images["x"], weight, outputs["y"], problem, config, norm, *scratch)
         return functools.partial(_launched, outputs, launch.stem, args)
 
     def by_library(variant: str) -> Run:
-        return lambda: {"y": _pool(library.conv(problem=alone, variant=variant, **images, **weights))}
+        return lambda: {"y": library.max_pool(library.conv(problem=alone, variant=variant, **images, **weights))}
 
     runs = {variant: by_library(variant) for variant in library.variants(images["x"], alone)}
     return _workload(stock, images, weights, triton, runs, outputs)

@@ -128,7 +128,7 @@ def bn_backward_reduce(
     for step in tl.range(SLAB // BLOCK_PIXELS, loop_unroll_factor=4):
         offset, ok = _rows(first, step, pixels, channel, channel_ok, CHANNELS, BLOCK_PIXELS)
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
-        dz = _masked(tl.load(dy_ptr + offset, mask=ok, other=0.0), x, channel, channel_ok, norm, RELU)
+        dz = behind_relu(tl.load(dy_ptr + offset, mask=ok, other=0.0), x, channel, channel_ok, norm, RELU)
         sum_dz += dz
         sum_dzx += tl.where(ok, dz * (x - mean), 0.0)
     at = slab * (2 * CHANNELS) + channel
@@ -151,22 +151,15 @@ def bn_backward_apply(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     # A program owns BLOCK_PIXELS pixels times BLOCK_CHANNELS channels.
-    _, mean_ptr, var_ptr, weight_ptr, _, eps = norm
     _, channel, channel_ok, first = _slab(CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS)
     offset, ok = _rows(first, 0, pixels, channel, channel_ok, CHANNELS, BLOCK_PIXELS)
-    rstd = tl.rsqrt(tl.load(var_ptr + channel, mask=channel_ok, other=1.0).to(tl.float32) + eps)
     dz = tl.load(dy_ptr + offset, mask=ok, other=0.0)
+    x = dz
     if x_ptr is not None:
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
-        dz = _masked(dz, x, channel, channel_ok, norm, RELU)
-        if mean_dz_ptr is not None:
-            mean = tl.load(mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
-            slope = rstd * rstd * tl.load(mean_dzx_ptr + channel, mask=channel_ok, other=0.0)
-            dz -= tl.load(mean_dz_ptr + channel, mask=channel_ok, other=0.0)[None, :]
-            dz -= (x - mean[None, :]) * slope[None, :]
-    if weight_ptr is not None:
-        rstd *= tl.load(weight_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + offset, (dz * rstd[None, :]).to(dx_ptr.dtype.element_ty), mask=ok)
+        dz = behind_relu(dz, x, channel, channel_ok, norm, RELU)
+    dx = input_gradient(dz, x, channel, channel_ok, norm, mean_dz_ptr, mean_dzx_ptr)
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -199,7 +192,22 @@ def _partials(
 
 
 @triton.jit
-def _masked(dy, x, channel, channel_ok, norm, RELU: tl.constexpr):
+def input_gradient(dz, x, channel, channel_ok, norm, mean_dz_ptr, mean_dzx_ptr):
+    """weight * rstd * (dz - mean_dz - (x - mean) * rstd^2 * mean_dzx); without mean_dz_ptr, weight * rstd * dz."""
+    _, mean_ptr, var_ptr, weight_ptr, _, eps = norm
+    rstd = tl.rsqrt(tl.load(var_ptr + channel, mask=channel_ok, other=1.0).to(tl.float32) + eps)
+    if mean_dz_ptr is not None:
+        mean = tl.load(mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+        slope = rstd * rstd * tl.load(mean_dzx_ptr + channel, mask=channel_ok, other=0.0)
+        dz -= tl.load(mean_dz_ptr + channel, mask=channel_ok, other=0.0)[None, :]
+        dz -= (x - mean[None, :]) * slope[None, :]
+    if weight_ptr is not None:
+        rstd *= tl.load(weight_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+    return dz * rstd[None, :]
+
+
+@triton.jit
+def behind_relu(dy, x, channel, channel_ok, norm, RELU: tl.constexpr):
     """dz: dy where the ReLU of norm(x) lets it pass, which is where norm(x) is not <= 0, so that NaN does."""
     dz = dy.to(tl.float32)
     if RELU:

@@ -38,20 +38,8 @@ class TailConfig(BoxConfig):
     """tail: a program computes all channels of its box, block_out of the block's output at a time."""
 
 
-@dataclass(frozen=True)
-class StemConfig:
-    """stem: a program computes tile_h x tile_w convolution outputs x block_out channels and pools them."""
-
-    tile_h: int
-    tile_w: int
-    block_out: int
-    block_in: int
-    warps: int
-    stages: int
-
-    @property
-    def block_pixels(self) -> int:
-        return self.tile_h * self.tile_w
+class StemConfig(BoxConfig):
+    """stem: of its convolution, a program computes its box x block_out output channels, a row of windows at a time."""
 
 
 @dataclass(frozen=True)

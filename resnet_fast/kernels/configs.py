@@ -10,6 +10,8 @@ from ..gpus import Gpu
 from ..problems import (
     ITEMSIZE,
     KERNEL_DTYPES,
+    STEM_CHANNELS,
+    STEM_WINDOW,
     Conv,
     ConvProblem,
     GramDgradProblem,
@@ -175,15 +177,21 @@ def _fits_on_chip(channels: int) -> bool:
 
 def _why_not_stem(config: StemConfig, problem: StemProblem, gpu: Gpu) -> str | None:
     conv = problem.conv
-    if conv.stride != (2, 2) or conv.dilation != (1, 1) or conv.groups != 1 or conv.kernel[0] != conv.kernel[1]:
-        return "the stem kernel is for a square, dense convolution of stride 2"
-    if conv.padding[0] != conv.padding[1] or conv.padding[0] % 2 == 0:
-        return f"padding {conv.padding} is not odd, so windows would start at odd columns"
-    if conv.width % 2:
-        return f"width {conv.width} is odd, and columns are taken in pairs"
-    if conv.in_channels > 4:
-        return f"{conv.in_channels} input channels; the stem kernel flattens at most 4"
-    return None
+    if gpu.capability < (9, 0):
+        return "descriptors compile to unpipelined loads before sm_90"
+    if conv.stride != (2, 2) or conv.dilation != (1, 1) or conv.groups != 1:
+        return "a stem is packed for a dense convolution of stride 2"
+    if conv.in_channels > STEM_CHANNELS:
+        return f"{conv.in_channels} input channels; a stem is packed with at most {STEM_CHANNELS}"
+    if conv.kernel[1] > STEM_WINDOW:
+        return f"the kernel has {conv.kernel[1]} columns; a stem is packed for at most {STEM_WINDOW}"
+    if config.block_in != STEM_WINDOW * STEM_CHANNELS:
+        return f"block_in={config.block_in} is not the {STEM_WINDOW * STEM_CHANNELS} numbers of a window"
+    if conv.out_channels * ITEMSIZE[problem.dtype] % 16:
+        return "channels are not a multiple of 16 bytes, which descriptors need"
+    if config.block_out > max(64, conv.out_channels):
+        return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
+    return _why_not_box(config, conv, problem) or _why_not_warps(config, problem.windows, 128)
 
 
 def _why_not_split(conv: Conv) -> str | None:
@@ -205,7 +213,7 @@ def _why_not_box(config: BoxConfig, conv: Conv, problem: Problem) -> str | None:
     return None
 
 
-def _why_not_warps(config: PointerConfig | TmaConfig, problem: ConvProblem, limit: int) -> str | None:
+def _why_not_warps(config: PointerConfig | TmaConfig | StemConfig, problem: ConvProblem, limit: int) -> str | None:
     accumulators = 2 if problem.shortcut and not problem.folded else 1
     registers = accumulators * config.block_pixels * config.block_out // (32 * config.warps)
     if config.block_pixels * config.block_out < 256 * config.warps:
@@ -280,9 +288,9 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
         everything = _gram_dgrad_configs(problem)
     elif isinstance(problem, StemProblem):
         everything = (
-            StemConfig(*tile, 64, block_in, warps, stages)
-            for tile, warps in (((16, 16), 8), ((8, 16), 4), ((8, 8), 4))
-            for block_in, stages in ((32, 2), (32, 3), (64, 2))
+            StemConfig(box, 64, STEM_WINDOW * STEM_CHANNELS, warps, stages)
+            for box, warps in _STEM_BOXES
+            for stages in (3, 4)
         )
     else:
         everything = (
@@ -301,6 +309,13 @@ _BOXES = {
     256: ((4, 8, 8), (16, 4, 4), (64, 2, 2), (256, 1, 1), (1, 16, 16), (1, 8, 32)),
 }
 """Pixels -> boxes, the ones that share most of a 3x3's inputs first. 56, 28, 14 and 7 square images fill one each."""
+
+
+_STEM_BOXES = (
+    *(((1, 16, 16), 8), ((2, 8, 16), 8), ((1, 16, 16), 4), ((1, 8, 16), 4), ((2, 8, 8), 4), ((1, 8, 16), 8)),
+    *(((1, 4, 32), 4), ((1, 8, 8), 4)),
+)
+"""With their warps. 112 square images fill all but one of them; a large one reads fewer weights."""
 
 
 def boxes(conv: Conv) -> list[tuple[int, int, int]]:

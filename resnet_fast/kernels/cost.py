@@ -6,7 +6,7 @@ The cost model ranks configurations where nothing has been measured.
 import math
 
 from ..gpus import Gpu
-from ..problems import ITEMSIZE, Conv, ConvProblem, Problem
+from ..problems import ITEMSIZE, Conv, ConvProblem, Problem, StemProblem
 from .config_types import Config, GramDgradConfig, PointerConfig, PrologueConfig, StemConfig, TailConfig, TmaConfig
 
 _THROUGH_POINTERS = (PointerConfig, PrologueConfig, GramDgradConfig)
@@ -36,9 +36,6 @@ def shared_memory(config: Config, problem: Problem) -> int:
         first = config.stages * config.block_in * (config.block_pixels + mid)
         second = config.block_pixels * (mid + shortcut + 2 * config.block_out) + config.block_out * (mid + shortcut)
         return itemsize * max(first, second + last * config.block_out) + 1024
-    if isinstance(config, StemConfig):
-        stages = config.stages * config.block_in * (config.block_pixels + config.block_out)
-        return itemsize * max(stages, config.block_pixels * config.block_out) + 8192
     if isinstance(config, PrologueConfig):
         channels = -(-problem.conv.in_channels // config.block_in) * config.block_in
         kept = channels * (config.block_pixels + config.stages * config.block_out)
@@ -46,6 +43,8 @@ def shared_memory(config: Config, problem: Problem) -> int:
     if isinstance(config, GramDgradConfig):
         tile = config.block_in * (config.block_pixels + config.block_out)
         return itemsize * max(config.stages * tile, config.block_pixels * config.block_out) + 4096
+    if isinstance(problem, StemProblem):
+        problem = problem.windows
     tile = config.block_in * (config.block_pixels + config.block_out)
     stages = config.stages + (1 if problem.shortcut else 0)
     return max(itemsize * stages * tile, itemsize * config.block_pixels * config.block_out) + 1024
@@ -58,14 +57,10 @@ def box_count(box: tuple[int, int, int], conv: Conv) -> int:
 
 
 def programs(config: Config, problem: Problem) -> int:
-    """How many programs the launch has."""
-    if isinstance(config, StemConfig):
-        rows = -(-problem.pool_height // (config.tile_h // 2 - 1))
-        columns = -(-problem.pool_width // (config.tile_w // 2 - 1))
-        return problem.conv.batch * rows * columns * -(-problem.conv.out_channels // config.block_out)
+    """How many programs the launch has, a stem's convolution."""
     if isinstance(config, TailConfig):
         return box_count(config.box, problem.conv2)
-    if isinstance(config, TmaConfig):
+    if isinstance(config, TmaConfig | StemConfig):
         return box_count(config.box, problem.conv) * -(-problem.conv.out_channels // config.block_out)
     if isinstance(config, PrologueConfig):
         return pixel_tiles(config, problem) * config.splits
@@ -89,6 +84,23 @@ def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
     last wave counts in full; memory waits for programs that are alone on their multiprocessor. Constants are from
     instruction counts of compiled kernels and from an H200 (benchmarks/NOTES.md); `tune` replaces all this.
     """
+    if isinstance(problem, StemProblem):
+        return _stem_seconds(config, problem, gpu)
+    return _seconds(config, problem, gpu, problem.bytes)
+
+
+def _stem_seconds(config: StemConfig, problem: StemProblem, gpu: Gpu) -> float:
+    """Three launches, of which packing and pooling wait for memory alone."""
+    itemsize = ITEMSIZE[problem.dtype]
+    packed, conv_out, pooled = map(math.prod, (problem.packed_shape, problem.conv.y_shape, problem.y_shape))
+    copied = problem.conv.x_elements + packed + conv_out + pooled
+    convolved = packed + problem.windows.conv.weight_elements + conv_out  # each window's numbers once
+    copies = copied * itemsize / gpu.bandwidth + 2 * 2e-6
+    return copies + _seconds(config, problem.windows, gpu, convolved * itemsize)
+
+
+def _seconds(config: Config, problem: Problem, gpu: Gpu, moved: int) -> float:
+    """Of a launch that moves so many bytes to and from memory."""
     count = programs(config, problem)
     itemsize = ITEMSIZE[problem.dtype]
     together = max(1, gpu.shared_memory_per_multiprocessor // (shared_memory(config, problem) + 1024))
@@ -100,9 +112,8 @@ def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
     intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
     efficiency = min(1.0, intensity / 64) ** 0.5 * (0.62 if isinstance(config, _THROUGH_POINTERS) else 1.0)
     efficiency *= (0.75 if config.warps == 4 else 0.5) if isinstance(config, TailConfig) else 1.0
-    efficiency *= 0.5 if isinstance(config, StemConfig) else 1.0  # two instructions of addressing per useful one
     compute = count * issued / (gpu.peak(problem.dtype) * efficiency)
-    memory = problem.bytes / gpu.bandwidth * (1 + 0.65 / together**2)
+    memory = moved / gpu.bandwidth * (1 + 0.65 / together**2)
     l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
     return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
 
@@ -114,9 +125,6 @@ def _issued_and_loaded(config: Config, problem: Problem) -> tuple[float, float]:
         work = sum(conv.flops / conv.pixels for conv in problem.convs) * pixels
         loads = sum(conv.weight_elements for conv in problem.convs)
         return work, loads + pixels * (9 * problem.conv2.in_channels + 2 * problem.conv3.out_channels)
-    if isinstance(config, StemConfig):
-        terms = -(-problem.conv.kernel[0] * (problem.conv.kernel[1] + 1) * problem.conv.in_channels // config.block_in)
-        return 2 * pixels * config.block_out * terms * config.block_in, pixels * terms * config.block_in
     if isinstance(config, PrologueConfig):
         channels = -(-problem.conv.in_channels // config.block_in) * config.block_in
         outs = -(-problem.conv.out_channels // config.splits)

@@ -16,7 +16,7 @@ from resnet_fast.backends import triton_launch
 from resnet_fast.backends.triton_launch import Norm
 from resnet_fast.gpus import KNOWN
 from resnet_fast.kernels.configs import why_not
-from resnet_fast.problems import Conv, ConvProblem
+from resnet_fast.problems import Conv, ConvProblem, StemProblem
 
 EPS = 0.1
 """Large, so that a kernel without it is seen in bfloat16 too."""
@@ -95,8 +95,9 @@ def kernel(case: Case, tensors: Tensors, fence: Fence) -> Tensors:
         return _tail_kernel(case, tensors, fence)
     y = fence.blank(problem.y_shape if isinstance(case, StemCase) else case.conv.y_shape, dtype)
     if isinstance(case, StemCase):
-        weight = put(triton_launch.pack_stem(tensors["conv_weight"], case.config))
-        triton_launch.stem(put(tensors["x"]), weight, y, problem, case.config, _norm(tensors, "", fence))
+        weight, norm = put(triton_launch.pack_stem(tensors["conv_weight"])), _norm(tensors, "", fence)
+        scratch = (fence.blank(shape, dtype) for shape in (problem.packed_shape, problem.conv.y_shape))
+        triton_launch.stem(put(tensors["x"]), weight, y, problem, case.config, norm, *scratch)
         return {"y": y}
     branch = {}
     if case.shortcut:
@@ -122,6 +123,35 @@ def check_bn_act(x: Tensor, vectors: Tensors, residual: Tensor | None, relu: boo
         triton_launch.bn_act(fence.put(x), y, norm, fence.put(residual), relu)
         fence.check()
         assert_match(compare("y", y, stock, exact))
+
+
+def check_max_pool(x: Tensor) -> None:
+    """The pooling kernel picks what PyTorch's does, NaN included."""
+    expected = F.max_pool2d(x, 3, 2, 1)
+    for side in SIDES:
+        fence = Fence(side)
+        y = fence.blank(expected.shape, x.dtype)
+        triton_launch.max_pool(fence.put(x), y)
+        fence.check()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True, check_stride=False)
+
+
+def check_pack(x: Tensor, problem: StemProblem, dtype: torch.dtype) -> None:
+    """The packed image is the image in `dtype`, zeros around it and in channels it does not have."""
+    height, width = problem.packed_shape[2:]
+    expected = torch.zeros(problem.packed_shape, dtype=dtype)
+    rows, columns = (
+        min(size, room - pad)
+        for size, room, pad in zip(x.shape[2:], (height, width), problem.conv.padding, strict=True)
+    )
+    down, right = problem.conv.padding
+    expected[:, : x.shape[1], down : down + rows, right : right + columns] = x[:, :, :rows, :columns]
+    for side in SIDES:
+        fence = Fence(side)
+        packed = fence.blank(problem.packed_shape, dtype)
+        triton_launch.stem_pack(fence.put(x), packed, problem)
+        fence.check()
+        assert torch.equal(packed, expected)
 
 
 def double(tensors: Tensors) -> Tensors:

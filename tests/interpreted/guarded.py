@@ -84,4 +84,4 @@ def _reserve(size: int, start: int, length: int) -> ctypes.Array:
 
 
 def _bits(tensor: Tensor) -> torch.dtype:
-    return {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]

@@ -10,19 +10,22 @@ from dataclasses import replace
 import numpy as np
 import requires_triton  # noqa: F401
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from cases import bn_tensors, draw
 from interpreted.drive import double, pytorch, tensors_of
 from interpreted.guarded import reserve
-from interpreted.kernel_cases import ConvCase, StemCase, three_by_three
+from interpreted.kernel_cases import ConvCase, three_by_three
 from numerics import assert_match, compare
 from stock import bn_act
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from resnet_fast.backends import triton_launch
-from resnet_fast.kernels.configs import PointerConfig, StemConfig
-from resnet_fast.problems import Conv, ConvProblem
+from resnet_fast.backends import triton_launch, triton_pool
+from resnet_fast.backends.primitives import Norm as PendingNorm
+from resnet_fast.backends.primitives import reference
+from resnet_fast.kernels.configs import PointerConfig
+from resnet_fast.problems import Conv, ConvProblem, StemProblem
 
 DTYPE = torch.bfloat16
 IMAGES = 2
@@ -33,7 +36,7 @@ CONVS = (
     ConvCase("three_by_three_residual", three_by_three(IMAGES, 64, 56, 56, 64), _POINTER, residual=True),
     ConvCase("shortcut", Conv(IMAGES, 64, 28, 28, 64), _POINTER, shortcut=Conv(IMAGES, 64, 56, 56, 64, stride=(2, 2))),
 )
-STEM = StemCase("stem", Conv(IMAGES, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3)), StemConfig(8, 16, 64, 64, 4, 2))
+STEM = Conv(IMAGES, 4, 224, 224, 64, (8, 8), (2, 2))  # packed without zeros, so that the last pixel is a pixel
 
 
 def check_conv(case: ConvCase) -> None:
@@ -56,18 +59,65 @@ def check_conv(case: ConvCase) -> None:
     _compare(y, pytorch(case, tensors)["y"], pytorch(case, double(tensors))["y"])
 
 
-def check_stem() -> None:
-    batch = max(_batch(STEM.conv.x_shape), _batch(STEM.problem(DTYPE).y_shape))
-    problem = replace(STEM, conv=replace(STEM.conv, batch=batch)).problem(DTYPE)
-    tensors = tensors_of(STEM, DTYPE)
-    y = reserve(problem.y_shape, DTYPE, IMAGES)
-    weight, norm = (
-        triton_launch.pack_stem(tensors["conv_weight"], STEM.config),
-        triton_launch.Norm(tensors["conv_bias"]),
-    )
+def check_pack() -> None:
+    batch = _batch(STEM.x_shape)
+    problem = StemProblem(replace(STEM, batch=batch), "bfloat16")
+    x, packed = draw(STEM.x_shape, DTYPE, "channels_last"), reserve(problem.packed_shape, DTYPE, IMAGES)
     with _last_program_only():
-        triton_launch.stem(_huge(tensors["x"], batch), weight, y, problem, STEM.config, norm)
-    _compare(y, pytorch(STEM, tensors)["y"], pytorch(STEM, double(tensors))["y"])
+        triton_launch.stem_pack(_huge(x, batch), packed, problem)
+    _compare(packed, x, x.double())
+
+
+def check_max_pool() -> None:
+    x = draw((IMAGES, 64, 56, 56), DTYPE, "channels_last")
+    pooled = F.max_pool2d(x, 3, 2, 1)
+    batch = _batch(pooled.shape)
+    y = reserve((batch, *pooled.shape[1:]), DTYPE, IMAGES)
+    with _last_program_only():
+        triton_launch.max_pool(_huge(x, batch), y)
+    _compare(y, pooled, pooled.double())
+
+
+def check_training_pool() -> None:
+    x, norm = draw((IMAGES, 64, 56, 56), DTYPE, "channels_last"), _plain_norm(64)
+    expected, places = reference.pool(x, norm)
+    batch = _batch(expected.shape)
+    whole = (batch, *expected.shape[1:])
+    y, index = reserve(whole, DTYPE, IMAGES), reserve(whole, torch.uint8, IMAGES)
+    with _last_program_only(), _outputs(y, index):
+        triton_pool.pool(_huge(x, batch), norm)
+    _compare(y, expected, expected.double())
+    written = y[-IMAGES:] != 0
+    assert torch.equal(index[-IMAGES:][written], places[written])
+
+
+def check_training_pool_gradient() -> None:
+    """Its writing pass, which reads what the other reads."""
+    x, norm = draw((IMAGES, 64, 56, 56), DTYPE, "channels_last"), _plain_norm(64)
+    y, index = reference.pool(x, norm)
+    dy, batch = draw(y.shape, DTYPE, "channels_last"), _batch(y.shape)
+    dx = reserve((batch, *x.shape[1:]), DTYPE, IMAGES)
+    with _last_program_only(), _outputs(dx):
+        triton_pool.backward_apply(_huge(dy, batch), _huge(x, batch), norm, True, None, None, _huge(index, batch))
+    expected = reference.backward_apply(dy, x, norm, True, None, None, index)
+    written = dx[-IMAGES:] != 0
+    assert written[-1, :, -4:, -4:].any()
+    torch.testing.assert_close(dx[-IMAGES:][written], expected[written], rtol=1e-2, atol=1e-2)
+
+
+def _plain_norm(channels: int) -> PendingNorm:
+    return PendingNorm(torch.zeros(channels), torch.ones(channels), None, None, 0.0)
+
+
+@contextlib.contextmanager
+def _outputs(*tensors: Tensor):
+    """Inside, what the pooling passes allocate is these, in their order."""
+    left, pooled_like, empty_like = list(tensors), triton_launch.pooled_like, torch.empty_like
+    triton_launch.pooled_like = torch.empty_like = lambda *args, **keywords: left.pop(0)
+    try:
+        yield
+    finally:
+        triton_launch.pooled_like, torch.empty_like = pooled_like, empty_like
 
 
 def check_bn_act() -> None:

@@ -155,20 +155,34 @@ TMA_CASES = (
 )
 
 _SEVEN = {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}
+_STEM = StemConfig((1, 8, 8), 64, 32, 4, 3)
 STEM_CASES = (
-    StemCase("resnet", Conv(2, 3, 28, 36, 32, **_SEVEN), StemConfig(8, 16, 64, 32, 4, 2)),
-    StemCase("odd_height", Conv(1, 3, 25, 20, 16, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("odd_output", Conv(1, 3, 30, 26, 16, **_SEVEN), StemConfig(16, 16, 64, 64, 8, 2)),
-    StemCase("several_channel_blocks", Conv(1, 3, 22, 24, 80, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("two_norm_vectors", Conv(1, 3, 18, 18, 16, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 3), "no_affine"),
-    StemCase("bn", Conv(1, 3, 18, 18, 16, **_SEVEN), StemConfig(8, 16, 64, 32, 4, 3), "bn"),
-    StemCase("one_channel", Conv(2, 1, 17, 18, 16, **_SEVEN), StemConfig(8, 8, 64, 64, 4, 2)),
-    StemCase("two_channels", Conv(1, 2, 16, 18, 16, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("four_channels", Conv(1, 4, 16, 18, 16, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("three_by_three", Conv(1, 3, 19, 18, 16, (3, 3), (2, 2), (1, 1)), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("even_kernel", Conv(1, 3, 19, 18, 16, (6, 6), (2, 2), (1, 1)), StemConfig(8, 8, 64, 32, 4, 2)),
-    StemCase("smaller_than_the_kernel", Conv(1, 3, 2, 2, 16, **_SEVEN), StemConfig(8, 8, 64, 32, 4, 2)),
+    StemCase("resnet", Conv(2, 3, 28, 36, 64, **_SEVEN), StemConfig((1, 8, 16), 64, 32, 4, 3)),
+    StemCase("images_in_one_box", Conv(3, 3, 26, 20, 64, **_SEVEN), StemConfig((2, 8, 8), 64, 32, 4, 3)),
+    StemCase("odd_size", Conv(1, 3, 25, 21, 16, **_SEVEN), _STEM),
+    StemCase("odd_output", Conv(1, 3, 30, 26, 16, **_SEVEN), _STEM),
+    StemCase("several_channel_blocks", Conv(1, 3, 22, 24, 80, **_SEVEN), _STEM),
+    StemCase("two_norm_vectors", Conv(1, 3, 18, 18, 16, **_SEVEN), _STEM, "no_affine"),
+    StemCase("bn", Conv(1, 3, 18, 18, 16, **_SEVEN), _STEM, "bn"),
+    StemCase("one_channel", Conv(2, 1, 17, 18, 16, **_SEVEN), _STEM),
+    StemCase("two_channels", Conv(1, 2, 16, 19, 16, **_SEVEN), _STEM),
+    StemCase("four_channels", Conv(1, 4, 16, 18, 16, **_SEVEN), _STEM),
+    StemCase("three_by_three", Conv(1, 3, 19, 18, 16, (3, 3), (2, 2), (1, 1)), _STEM),
+    StemCase("even_kernel", Conv(1, 3, 19, 18, 16, (6, 6), (2, 2), (1, 1)), _STEM),
+    StemCase("rows_unlike_columns", Conv(1, 3, 17, 22, 16, (4, 8), (2, 2), (0, 2)), _STEM),
+    StemCase("smaller_than_the_kernel", Conv(1, 3, 2, 3, 16, **_SEVEN), _STEM),
+    StemCase("one_pixel", Conv(2, 3, 1, 1, 16, **_SEVEN), _STEM),
 )
+POOL_SHAPES = {  # name -> (N, C, H, W)
+    "several_tiles": (3, 64, 10, 18),
+    "odd_size": (2, 64, 9, 11),
+    "one_pixel": (3, 64, 1, 1),
+    "one_row": (2, 8, 1, 7),
+    "one_column": (2, 8, 6, 1),
+    "five_channels": (2, 5, 7, 8),
+    "two_blocks_of_channels": (1, 136, 5, 6),
+    "one_channel": (2, 1, 6, 5),
+}
 
 TAIL_CASES = (
     TailCase("identity", three_by_three(2, 64, 5, 6, 64), 128, following=64),

@@ -4,15 +4,19 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from resnet_fast.backends import triton_launch
+from resnet_fast.backends import triton_launch, triton_pool
 
 SOURCES = Path(triton_launch.__file__).parents[1] / "kernels"
-KERNELS = {  # what the launcher calls a kernel -> its module, and its name there
+KERNELS = {  # what a launcher calls a kernel -> its module, and its name there
     "conv_bn_act_pointer": ("conv_pointer", "conv_bn_act_pointer"),
     "conv_bn_act_tma": ("conv_tma", "conv_bn_act_tma"),
-    "stem_kernel": ("stem", "stem"),
+    "pack_kernel": ("stem", "pack"),
+    "max_pool_kernel": ("max_pool", "max_pool"),
     "bottleneck_tail": ("tail", "bottleneck_tail"),
     "bn_act_kernel": ("bn_act", "bn_act"),
+    "pool_kernel": ("pool_train", "pool"),
+    "backward_reduce_kernel": ("pool_train", "pool_backward_reduce"),
+    "backward_apply_kernel": ("pool_train", "pool_backward_apply"),
     "conv_prologue_kernel": ("conv_prologue", "conv_prologue"),
     "gram_dgrad_kernel": ("gram_dgrad", "gram_dgrad"),
 }
@@ -32,8 +36,9 @@ def write(directory: Path, file: str, old: str, new: str) -> None:
 
 
 def launch(directory: Path) -> None:
-    """From here on the launcher starts the kernels in `directory`. There is no way back: call it in a child process."""
+    """From here on the launchers start the kernels in `directory`. There is no way back: call it in a child process."""
     sys.path.insert(0, str(directory.parent))
     importlib.invalidate_caches()
     for name, (module, kernel) in KERNELS.items():
-        setattr(triton_launch, name, getattr(importlib.import_module(f"{directory.name}.{module}"), kernel))
+        owner = triton_launch if hasattr(triton_launch, name) else triton_pool
+        setattr(owner, name, getattr(importlib.import_module(f"{directory.name}.{module}"), kernel))

@@ -13,7 +13,7 @@ import torch
 from cases import bn_tensors, draw
 from interpreted import drive, huge, mutated
 from interpreted.forked import PASSED, outcome
-from interpreted.kernel_cases import POINTER_CASES, STEM_CASES, TAIL_CASES, TMA_CASES
+from interpreted.kernel_cases import POINTER_CASES, POOL_SHAPES, STEM_CASES, TAIL_CASES, TMA_CASES
 
 POINTER, TMA, STEM, TAIL = (
     {case.name: case for case in cases} for cases in (POINTER_CASES, TMA_CASES, STEM_CASES, TAIL_CASES)
@@ -26,10 +26,6 @@ def pointer(name: str, dtype: torch.dtype = torch.float32) -> Callable[[], None]
 
 def tma(name: str) -> Callable[[], None]:
     return partial(drive.check, TMA[name], torch.float32)
-
-
-def stem(name: str) -> Callable[[], None]:
-    return partial(drive.check, STEM[name], torch.float32)
 
 
 def tail(name: str) -> Callable[[], None]:
@@ -46,12 +42,14 @@ def bn_act_of_nan() -> None:
     drive.check_bn_act(x, {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}, None)
 
 
-def nan_below_the_window() -> None:
-    """In the stem: where the flattened sum's padding would read."""
-    case = STEM["odd_height"]
-    tensors = drive.tensors_of(case, torch.float32)
-    tensors["x"][:, :, 14] = float("nan")
-    drive.check_tensors(case, tensors)
+def pack(name: str) -> Callable[[], None]:
+    case = STEM[name]
+    return lambda: drive.check_pack(draw(case.conv.x_shape, torch.float32), case.problem(torch.float32), torch.float32)
+
+
+def max_pool(name: str) -> Callable[[], None]:
+    """Of negative numbers, which padding with zeros would hide."""
+    return lambda: drive.check_max_pool(-draw(POOL_SHAPES[name], torch.float32, "channels_last").abs())
 
 
 @dataclass(frozen=True)
@@ -130,18 +128,27 @@ TMA_MUTANTS = {
                               tma("shortcut_two_norms")),
     "boxes_transposed": ("w = box % boxes_w * BOX_W", "w = box % boxes_h * BOX_W", tma("one_image")),
 }  # fmt: skip
-STEM_MUTANTS = {
-    "pooling_sees_padding": ("tl.where(conv_ok[:, None], conv, 0.0)", "conv", stem("resnet")),
-    "narrow_window": ("tl.static_range(1, 3)", "tl.static_range(1, 2)", stem("resnet")),
-    "no_row_mask": ("mask=row_ok & pair_ok &", "mask=pair_ok &", stem("odd_height")),
-    "no_column_mask": ("mask=row_ok & pair_ok &", "mask=row_ok &", stem("odd_height")),
-    "terms_past_the_end": (" & (term < TERMS)[None, :]", "", nan_below_the_window),
-    "dropped_relu": ("relu(batch_norm(acc, out, out_ok, norm, 1))", "batch_norm(acc, out, out_ok, norm, 1)",
-                     stem("two_norm_vectors")),
-    "channels_of_other_blocks": ("first_out = program % tiles_out * BLOCK_OUT", "first_out = 0",
-                                 stem("several_channel_blocks")),
-    "32_bit_images": ("image = (tile // (tiles_w * tiles_h)).to(tl.int64)", "image = tile // (tiles_w * tiles_h)",
-                      huge.check_stem),
+PACK_MUTANTS = {
+    "channels_swapped": ("tl.join(first, third), tl.join(second", "tl.join(first, second), tl.join(third",
+                         pack("four_channels")),
+    "padding_of_rows_for_columns": ("% TILE_W - pad_width", "% TILE_W - pad_height", pack("rows_unlike_columns")),
+    "no_row_mask": ("(row >= 0) & (row < height) &", "(row < height) &", pack("resnet")),
+    "no_column_mask": ("& (column >= 0) & (column < width)", "& (column >= 0)", pack("odd_size")),
+    "poison_in_channels_that_are_not_there": ("tl.zeros(at.shape, DTYPE)", "tl.full(at.shape, 1, DTYPE)",
+                                              pack("two_channels")),
+    "border_left_out": ("mask=to_ok[:, None]", "mask=(to_ok & ok)[:, None]", pack("resnet")),
+    "32_bit_images": ("image = (program // (tiles_w * tiles_h)).to(tl.int64)", "image = program // (tiles_w * tiles_h)",
+                      huge.check_pack),
+}  # fmt: skip
+POOL_MUTANTS = {
+    "narrow_window": ("tl.static_range(9)", "tl.static_range(8)", max_pool("several_tiles")),
+    "window_off_by_one": ("row * 2 - 1, column * 2 - 1, channel", "row * 2 - 1, column * 2, channel",
+                          max_pool("several_tiles")),
+    "padded_with_zeros": ('other=float("-inf")', "other=0.0", max_pool("odd_size")),
+    "rows_of_the_next_image": ("row_ok & (column", "(row > -2) & (column", max_pool("odd_size")),
+    "channels_of_other_blocks": ("program % tiles * BLOCK_CHANNELS", "0", max_pool("two_blocks_of_channels")),
+    "32_bit_images": ("(tile // (tiles_w * tiles_h)).to(tl.int64)", "tile // (tiles_w * tiles_h)",
+                      huge.check_max_pool),
 }  # fmt: skip
 TAIL_MUTANTS = {
     "dropped_dilation": ("(tap // 3 - 1) * DILATION", "(tap // 3 - 1)", tail("dilated")),
@@ -165,7 +172,8 @@ MUTANTS = {
         ("epilogue.py", EPILOGUE),
         ("conv_pointer.py", POINTER_MUTANTS),
         ("conv_tma.py", TMA_MUTANTS),
-        ("stem.py", STEM_MUTANTS),
+        ("stem.py", PACK_MUTANTS),
+        ("max_pool.py", POOL_MUTANTS),
         ("tail.py", TAIL_MUTANTS),
         ("bn_act.py", BN_ACT_MUTANTS),
     )
@@ -194,11 +202,11 @@ def test_every_mutant_is_noticed(name, tmp_path):
 @pytest.mark.parametrize("notices", [
     pytest.param(pointer("three_by_three_bn_residual"), id="pointer"),
     pytest.param(tma("shortcut_two_norms"), id="tma"),
-    pytest.param(stem("two_norm_vectors"), id="stem"),
     pytest.param(tail("wider_next"), id="tail"),
     pytest.param(bn_act, id="bn_act"),
     pytest.param(bn_act_of_nan, id="bn_act_of_nan"),
-    pytest.param(nan_below_the_window, id="nan_below_the_window"),
+    pytest.param(pack("resnet"), id="pack"),
+    pytest.param(max_pool("several_tiles"), id="max_pool"),
 ])  # fmt: skip
 def test_an_unmutated_copy_passes(notices, tmp_path):
     directory = tmp_path / "copied_kernels"

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from cases import BN_CASES, LAYOUTS, bn_tensors, draw, named
-from interpreted.drive import check, check_bn_act
+from interpreted.drive import check, check_bn_act, check_max_pool, check_pack
 from interpreted.guarded import SIDES, Fence
-from interpreted.kernel_cases import DTYPES, POINTER_CASES, STEM_CASES, TAIL_CASES, TMA_CASES
+from interpreted.kernel_cases import DTYPES, POINTER_CASES, POOL_SHAPES, STEM_CASES, TAIL_CASES, TMA_CASES
 
 from resnet_fast.backends import triton_launch
+from resnet_fast.problems import Conv, StemProblem
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,6 +27,30 @@ def test_conv_tma(case, dtype):
 @pytest.mark.parametrize("case", **named(STEM_CASES))
 def test_stem(case, dtype):
     check(case, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", **named(STEM_CASES))
+def test_stem_pack(case, layout):
+    """Of any layout and dtype."""
+    half, single = (draw(case.conv.x_shape, dtype, layout) for dtype in (torch.float16, torch.float32))
+    check_pack(half, case.problem(torch.float16), torch.float16)
+    check_pack(single, case.problem(torch.float16), torch.float16)
+    check_pack(half, case.problem(torch.float32), torch.float32)
+
+
+def test_stem_pack_of_views():
+    x = draw((2, 6, 14, 12), torch.float32)
+    problem = StemProblem(Conv(2, 3, 14, 6, 16, (7, 7), (2, 2), (3, 3)), "float32")
+    packed = torch.empty(problem.packed_shape).contiguous(memory_format=torch.channels_last)
+    triton_launch.stem_pack(x[:, ::2, :, ::2], packed, problem)
+    assert torch.equal(packed[:, :3, 3:17, 3:9], x[:, ::2, :, ::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POOL_SHAPES)
+def test_max_pool(name, dtype):
+    check_max_pool(draw(POOL_SHAPES[name], dtype, "channels_last"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

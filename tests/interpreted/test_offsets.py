@@ -11,8 +11,12 @@ def test_conv_pointer(case):
     assert outcome(lambda: huge.check_conv(case)) == PASSED
 
 
-def test_stem():
-    assert outcome(huge.check_stem) == PASSED
+def test_stem_pack():
+    assert outcome(huge.check_pack) == PASSED
+
+
+def test_max_pool():
+    assert outcome(huge.check_max_pool) == PASSED
 
 
 def test_bn_act():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, draw, named
-from interpreted.drive import check_bn_act, check_tensors, double, kernel, pytorch, refused, tensors_of
+from interpreted.drive import check_bn_act, check_max_pool, check_tensors, double, kernel, pytorch, refused, tensors_of
 from interpreted.guarded import Fence
 from interpreted.kernel_cases import POINTER_CASES, STEM_CASES, TAIL_CASES, TMA_CASES, UNUSUAL, ConvCase
 
@@ -88,16 +88,25 @@ def test_a_nan_in_a_group_spreads_to_the_groups_packed_with_it(case):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("place", [(0, 0), (9, 8), (9, 10), (-1, -1)], ids=str)
 def test_pooling_keeps_what_is_not_finite(place, value):
-    """As in a convolution with the packed weight's column of zeros, which sees one pixel more to the left."""
+    """As in a convolution with the packed weight's column of zeros, which sees one pixel more to the right."""
     case = STEM["odd_output"]
     tensors = tensors_of(case, torch.float32)
     tensors["x"][0, 1, place[0], place[1]] = value
     y = kernel(case, tensors, Fence("end"))["y"]
-    weight = F.pad(tensors["conv_weight"].double(), (1, 0))
-    x = F.pad(tensors["x"].double(), (4, 3, 3, 3))
+    weight = F.pad(tensors["conv_weight"].double(), (0, 1))
+    x = F.pad(tensors["x"].double(), (3, 4, 3, 3))
     conv = F.conv2d(x, weight, tensors["conv_bias"].double(), stride=2)
     same_places(y, F.max_pool2d(conv.relu(), 3, 2, 1))
     assert not y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_max_pool_keeps_what_is_not_finite(value, dtype):
+    x = draw((2, 64, 9, 8), dtype, "channels_last")
+    x[0, 3, 0, 0] = x[0, 63, 8, 7] = x[1, 5, 4, 3] = value
+    x[1, 7] = -INF
+    check_max_pool(x)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

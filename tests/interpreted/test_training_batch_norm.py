@@ -43,7 +43,7 @@ def wide(value):
     """The same in float64."""
     if isinstance(value, Norm):
         return Norm(*(vector if vector is None else vector.double() for vector in value[:4]), value.eps)
-    return value.double() if isinstance(value, torch.Tensor) else value
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def fenced(value, fence: Fence):
@@ -52,8 +52,8 @@ def fenced(value, fence: Fence):
     return fence.put(value) if isinstance(value, torch.Tensor) else value
 
 
-def check(name: str, *arguments, dtype=None, terms=()) -> None:
-    """The primitive `name` on these arguments, from memory between unreadable pages, by the reference's.
+def check(name: str, *arguments, dtype=None, terms=(), module=triton_batch_norm) -> None:
+    """The primitive `name` of `module` on these arguments, from memory between unreadable pages, by the reference's.
 
     terms: of each result, the size of the sums that it is rounded from, where they may cancel.
     """
@@ -63,7 +63,7 @@ def check(name: str, *arguments, dtype=None, terms=()) -> None:
     found = []
     for side in SIDES:
         fence = Fence(side)
-        found.append(as_list(getattr(triton_batch_norm, name)(*(fenced(value, fence) for value in arguments))))
+        found.append(as_list(getattr(module, name)(*(fenced(value, fence) for value in arguments))))
         fence.check()
         results = [
             compare(f"{name} {number}", *tensors, compute_dtype=dtype, terms=terms[number] if terms else None)

@@ -63,6 +63,11 @@ def apply(
     return _bn_apply(conv_out, *_norm(norm), residual, *_norm(residual_norm), relu)
 
 
+def pool(conv_out: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`reference.pool`."""
+    return reference.pooled(apply(conv_out, norm))
+
+
 def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """`reference.gram`."""
     if not _is_rows(x):
@@ -91,17 +96,27 @@ def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
     return reference.mask(dy, y, layout_like) if y.numel() == 0 else _relu_mask(dy, y, layout_like)
 
 
-def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tuple[Tensor, Tensor]:
+def backward_reduce(
+    dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.backward_reduce`."""
+    dy = dy if index is None else reference.unpool(dy, index, conv_out)
     if dy.numel() == 0:
         return reference.backward_reduce(dy, conv_out, norm, relu)
     return _bn_backward_reduce(dy, conv_out, *_norm(norm), relu)
 
 
 def backward_apply(
-    dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, mean_dz: Tensor | None, mean_dzx: Tensor | None
+    dy: Tensor,
+    conv_out: Tensor | None,
+    norm: Norm,
+    relu: bool,
+    mean_dz: Tensor | None,
+    mean_dzx: Tensor | None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """`reference.backward_apply`, in the memory format of conv_out where that is given."""
+    dy = dy if index is None else reference.unpool(dy, index, conv_out)
     if dy.numel() == 0:
         return reference.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx)
     return _bn_backward_apply(dy, conv_out, *_norm(norm), relu, mean_dz, mean_dzx)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...layout import memory_format
 from . import Geometry, Norm, Shortcut
 
+_WINDOW = [3, 3], [2, 2], [1, 1]  # kernel, stride and padding of a stem's max-pool
 _SLABS = 16  # of pixels in a sum of products
 _SHIFT_PIXELS = 64  # of the first image; their mean is near enough to the mean for sums of squares not to cancel
 
@@ -42,6 +43,30 @@ def apply(
     if residual is not None:
         total = total + (_wide(residual) if residual_norm is None else _normalised(residual, residual_norm))
     return (total.relu() if relu else total).to(conv_out.dtype, memory_format=memory_format(conv_out))
+
+
+def pool(conv_out: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """max_pool of act(conv_out), 3x3 with stride 2 and padding 1, and where in its window each maximum is.
+
+    The second is uint8, in y's shape: 3 times the row plus the column, of the first maximum, or of the last NaN.
+    """
+    return pooled(apply(conv_out, norm))
+
+
+def pooled(activated: Tensor) -> tuple[Tensor, Tensor]:
+    """`pool` of what is activated already."""
+    y, flat = torch.ops.aten.max_pool2d_with_indices(activated, *_WINDOW)
+    width, (top, left) = activated.shape[3], _corners(y)
+    index = (flat // width - top) * 3 + flat % width - left
+    return y, index.to(torch.uint8, memory_format=memory_format(y))
+
+
+def unpool(dy: Tensor, index: Tensor, conv_out: Tensor) -> Tensor:
+    """The gradient of `pool`'s activated input, in dy's dtype: of each pixel the sum of dy where it is the maximum."""
+    local, (top, left) = index.long(), _corners(dy)
+    flat = (local // 3 + top) * conv_out.shape[3] + local % 3 + left
+    like = torch.empty_like(conv_out, dtype=dy.dtype, memory_format=memory_format(conv_out))
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *_WINDOW, [1, 1], False, flat)
 
 
 def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -80,27 +105,38 @@ def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
     return dz.contiguous(memory_format=memory_format(layout_like))
 
 
-def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tuple[Tensor, Tensor]:
+def backward_reduce(
+    dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """sum(dz) and sum(dz * (conv_out - mean)) over (N, H, W), each (C,); dz is dy behind the ReLU of norm(conv_out),
-    which is computed again, if there is one."""
-    dz = _masked(dy, conv_out, norm, relu)
+    which is computed again, if there is one. index: of a `pool` behind the ReLU, whose output's gradient dy then is."""
+    dz = _masked(dy, conv_out, norm, relu, index)
     return dz.sum((0, 2, 3)), (dz * (_wide(conv_out) - _vector(norm.mean, conv_out))).sum((0, 2, 3))
 
 
 def backward_apply(
-    dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, mean_dz: Tensor | None, mean_dzx: Tensor | None
+    dy: Tensor,
+    conv_out: Tensor | None,
+    norm: Norm,
+    relu: bool,
+    mean_dz: Tensor | None,
+    mean_dzx: Tensor | None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """The gradient of conv_out: weight * rstd * (dz - mean_dz - (conv_out - mean) * rstd^2 * mean_dzx).
 
     mean_dz, mean_dzx: `backward_reduce`'s sums over all values of a channel, divided by their number; None where the
-    statistics are not the batch's own, and then conv_out may be None too if there is no ReLU.
+    statistics are not the batch's own, and then conv_out may be None too if there is no ReLU. index: of a `pool`, as in
+    `backward_reduce`.
     """
-    dz = _masked(dy, conv_out, norm, relu)
+    dz = _masked(dy, conv_out, norm, relu, index)
     if mean_dz is not None:
         rstd = torch.rsqrt(norm.var.to(dz.dtype) + norm.eps)
         centered = _wide(conv_out) - _vector(norm.mean, conv_out)
         dz = dz - _vector(mean_dz, dy) - centered * _vector(rstd * rstd * mean_dzx, dy)
-    return (dz * _vector(norm.scale(dz.dtype), dy)).to(dy.dtype, memory_format=memory_format(dy))
+    return (dz * _vector(norm.scale(dz.dtype), dy)).to(
+        dy.dtype, memory_format=memory_format(dy if index is None else conv_out)
+    )
 
 
 def conv_backward(
@@ -169,9 +205,15 @@ def _normalised(conv_out: Tensor, norm: Norm) -> Tensor:
     return total if norm.bias is None else total + _vector(norm.bias, wide)
 
 
-def _masked(dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool) -> Tensor:
-    dz = _wide(dy)
+def _masked(dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, index: Tensor | None) -> Tensor:
+    dz = _wide(dy) if index is None else unpool(_wide(dy), index, conv_out)
     return dz.masked_fill(_normalised(conv_out, norm) <= 0, 0.0) if relu else dz
+
+
+def _corners(pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """The row and the column at which each window begins, over `pooled`'s pixels."""
+    rows, columns = (torch.arange(size, device=pooled.device) * 2 - 1 for size in pooled.shape[2:])
+    return rows[:, None], columns
 
 
 def _rows(image: Tensor, geometry: Geometry | None = None) -> Tensor:
