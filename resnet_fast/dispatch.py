@@ -99,6 +99,7 @@ def runs_fused(op: str, device_type: str, dtype: torch.dtype, backend: str = "au
     return select(op, device_type, dtype, backend) != "reference" or requested(backend) == "reference"
 
 
+@functools.cache
 def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Why "auto" ends at plain PyTorch: the reason of every faster backend, in one line."""
     fused = PRIORITY[: PRIORITY.index("reference")]
@@ -114,6 +115,7 @@ def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> int:
 def clear_cache() -> None:
     """Forget past selections, for tests that break and mend backends."""
     _select.cache_clear()
+    why_not_fused.cache_clear()
 
 
 def _known(name: str, argument: str = "backend") -> str:
