@@ -110,10 +110,11 @@ def _seconds(config: Config, problem: Problem, gpu: Gpu, moved: int) -> float:
 
     issued, loaded = _issued_and_loaded(config, problem)
     intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
-    efficiency = min(1.0, intensity / 64) ** 0.5 * (0.62 if isinstance(config, _THROUGH_POINTERS) else 1.0)
+    addressing = 0.62 if isinstance(config, _THROUGH_POINTERS) else 1.0
+    efficiency = min(1.0, intensity / 64) ** 0.5 * addressing
     efficiency *= (0.75 if config.warps == 4 else 0.5) if isinstance(config, TailConfig) else 1.0
     compute = count * issued / (gpu.peak(problem.dtype) * efficiency)
-    memory = moved / gpu.bandwidth * (1 + 0.65 / together**2)
+    memory = moved / gpu.bandwidth / addressing**0.5 * (1 + 0.65 / together**2)
     l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
     return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
 
