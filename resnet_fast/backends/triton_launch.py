@@ -113,11 +113,13 @@ def conv(
     shortcut_norm: Norm | None = None,
     residual_norm: Norm | None = None,
     statistics: Statistics | None = None,
+    packed: bool = False,
 ) -> None:
     """Write `problem`'s result to y: act(norm(conv(x)) + residual, or + shortcut_norm(conv1x1(shortcut))).
 
     x: for a config with a box it may be a descriptor, split by the stride (`kernels.conv_tma`), of what is no tensor.
-    residual_norm: pending on the residual. statistics: where y's go, `pixel_tiles(config, problem)` rows.
+    residual_norm: pending on the residual. statistics: where y's go, `pixel_tiles(config, problem)` rows. packed: x is
+    a stem's image, of which `problem`'s pixels are windows that begin two pixels apart (`kernels.stem`).
     """
     geometry, (groups, group_in, group_out) = problem.conv, group_shape(problem)
     branch = problem.shortcut or Conv(1, 1, 1, 1, 1)
@@ -140,7 +142,8 @@ def conv(
     more = (tuple(shortcut_norm or Norm()), tuple(statistics or Statistics()))
     if isinstance(config, PointerConfig):
         args = (x, weight, y, residual, *norms, shortcut, shortcut_weight, *more)
-        sizes = (geometry.batch, geometry.height, geometry.width, geometry.out_height, geometry.out_width)
+        width = x.shape[3] // 2 if packed else geometry.width
+        sizes = (geometry.batch, geometry.height, width, geometry.out_height, geometry.out_width)
         constants = common | {
             "GROUPS": groups,
             "STRIDE_H": geometry.stride[0],
@@ -148,7 +151,7 @@ def conv(
             "SHORTCUT_STRIDE_H": branch.stride[0],
             "SHORTCUT_STRIDE_W": branch.stride[1],
             "BLOCK_PIXELS": config.block_pixels,
-            "PIXEL_STRIDE": groups * group_in,
+            "PIXEL_STRIDE": 2 * STEM_CHANNELS if packed else groups * group_in,
         }
         kernel, args = conv_bn_act_pointer, (*args, *sizes, branch.height, branch.width)
     else:
@@ -292,7 +295,7 @@ def stem(
     weight: Tensor,
     y: Tensor,
     problem: StemProblem,
-    config: StemConfig,
+    config: StemConfig | PointerConfig,
     norm: Norm,
     packed: Tensor,
     conv_out: Tensor,
@@ -317,10 +320,18 @@ def stem_pack(x: Tensor, packed: Tensor, problem: StemProblem) -> None:
 
 
 def stem_conv(
-    packed: Tensor, weight: Tensor, conv_out: Tensor, problem: StemProblem, config: StemConfig, norm: Norm
+    packed: Tensor,
+    weight: Tensor,
+    conv_out: Tensor,
+    problem: StemProblem,
+    config: StemConfig | PointerConfig,
+    norm: Norm,
 ) -> None:
     """Write relu(norm(conv(x))) to conv_out, x packed."""
-    conv(windows(packed, problem, (*config.box, config.block_in)), weight, conv_out, problem.windows, config, norm)
+    x = packed
+    if isinstance(config, StemConfig):
+        x = windows(packed, problem, (*config.box, config.block_in))
+    conv(x, weight, conv_out, problem.windows, config, norm, packed=True)
 
 
 def max_pool(x: Tensor, y: Tensor) -> None:

@@ -74,7 +74,8 @@ def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
         return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
     if isinstance(problem, ConvProblem) and (reason := _why_not_shortcut(problem)):
         return reason
-    reason = _WHY_NOT[type(config)](config, problem, gpu)
+    check = _why_not_stem if isinstance(problem, StemProblem) else _WHY_NOT[type(config)]
+    reason = check(config, problem, gpu)
     if reason is None and (needed := shared_memory(config, problem)) > gpu.shared_memory:
         reason = f"needs {needed} bytes of shared memory and {gpu.name} gives a block {gpu.shared_memory}"
     return reason
@@ -175,9 +176,9 @@ def _fits_on_chip(channels: int) -> bool:
     return channels in (64, 128, 256)
 
 
-def _why_not_stem(config: StemConfig, problem: StemProblem, gpu: Gpu) -> str | None:
+def _why_not_stem(config: StemConfig | PointerConfig, problem: StemProblem, gpu: Gpu) -> str | None:
     conv = problem.conv
-    if gpu.capability < (9, 0):
+    if isinstance(config, StemConfig) and gpu.capability < (9, 0):
         return "descriptors compile to unpipelined loads before sm_90"
     if conv.stride != (2, 2) or conv.dilation != (1, 1) or conv.groups != 1:
         return "a stem is packed for a dense convolution of stride 2"
@@ -191,6 +192,8 @@ def _why_not_stem(config: StemConfig, problem: StemProblem, gpu: Gpu) -> str | N
         return "channels are not a multiple of 16 bytes, which descriptors need"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
+    if isinstance(config, PointerConfig):
+        return _why_not_pointer(config, problem.windows, gpu)
     return _why_not_box(config, conv, problem) or _why_not_warps(config, problem.windows, 128)
 
 
@@ -263,7 +266,7 @@ def _why_not_whole(config: PrologueConfig | GramDgradConfig, problem: Problem) -
 
 _COMPUTES = {
     ConvProblem: (PointerConfig, TmaConfig),
-    StemProblem: (StemConfig,),
+    StemProblem: (StemConfig, PointerConfig),
     TailProblem: (TailConfig,),
     PrologueProblem: (PrologueConfig,),
     GramDgradProblem: (GramDgradConfig,),
@@ -272,7 +275,6 @@ _WHY_NOT = {
     PointerConfig: _why_not_pointer,
     TmaConfig: _why_not_tma,
     TailConfig: _why_not_tail,
-    StemConfig: _why_not_stem,
     PrologueConfig: _why_not_prologue,
     GramDgradConfig: _why_not_gram_dgrad,
 }
@@ -287,11 +289,7 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
     elif isinstance(problem, GramDgradProblem):
         everything = _gram_dgrad_configs(problem)
     elif isinstance(problem, StemProblem):
-        everything = (
-            StemConfig(box, 64, STEM_WINDOW * STEM_CHANNELS, warps, stages)
-            for box, warps in _STEM_BOXES
-            for stages in (3, 4)
-        )
+        everything = _stem_configs()
     else:
         everything = (
             TailConfig(box, 64, 64, warps, stages)
@@ -336,6 +334,17 @@ def _conv_configs(problem: ConvProblem) -> Iterator[Config]:
                 if block_out >= 64 and block_in == row:
                     for box in boxes(problem.conv):
                         yield TmaConfig(box, block_out, block_in, warps, stages)
+
+
+def _stem_configs() -> Iterator[StemConfig | PointerConfig]:
+    # Windows overlap: descriptors, and pointers in more than one stage, fetch each from L2, one stage finds them in L1.
+    window = STEM_WINDOW * STEM_CHANNELS
+    for box, warps in _STEM_BOXES:
+        for stages in (3, 4):
+            yield StemConfig(box, 64, window, warps, stages)
+    for pixels, warps in ((128, 4), (128, 8), (256, 8), (64, 4)):
+        for stages in (1, 3):
+            yield PointerConfig(pixels, 64, window, warps, stages)
 
 
 def _prologue_configs(problem: PrologueProblem) -> Iterator[PrologueConfig]:

@@ -135,7 +135,7 @@ def why_no_kernel(problem: Problem, gpu: Gpu) -> str:
     elif isinstance(problem, GramDgradProblem):
         tried = (GramDgradConfig(64, 64, 16, 4, 2),)
     elif isinstance(problem, StemProblem):
-        tried = (StemConfig((1, 8, 16), 64, 32, 4, 3),)
+        tried = (StemConfig((1, 8, 16), 64, 32, 4, 3), PointerConfig(128, 64, 32, 4, 1))
     else:
         tried = (TailConfig((1, 8, 8), 64, 64, 8, 2),)
     reasons = [f"{kernel_name(config)}: {why_not(config, problem, gpu)}" for config in tried]

@@ -47,7 +47,7 @@ class ConvCase:
 class StemCase:
     name: str
     conv: Conv
-    config: StemConfig
+    config: StemConfig | PointerConfig
     norm: str = "folded"
 
     def problem(self, dtype: torch.dtype) -> StemProblem:
@@ -159,6 +159,8 @@ _STEM = StemConfig((1, 8, 8), 64, 32, 4, 3)
 STEM_CASES = (
     StemCase("resnet", Conv(2, 3, 28, 36, 64, **_SEVEN), StemConfig((1, 8, 16), 64, 32, 4, 3)),
     StemCase("images_in_one_box", Conv(3, 3, 26, 20, 64, **_SEVEN), StemConfig((2, 8, 8), 64, 32, 4, 3)),
+    StemCase("pointers", Conv(2, 3, 28, 36, 64, **_SEVEN), PointerConfig(64, 64, 32, 4, 1)),
+    StemCase("pointers_odd_size", Conv(1, 3, 25, 21, 16, **_SEVEN), PointerConfig(64, 16, 32, 4, 1)),
     StemCase("odd_size", Conv(1, 3, 25, 21, 16, **_SEVEN), _STEM),
     StemCase("odd_output", Conv(1, 3, 30, 26, 16, **_SEVEN), _STEM),
     StemCase("several_channel_blocks", Conv(1, 3, 22, 24, 80, **_SEVEN), _STEM),
