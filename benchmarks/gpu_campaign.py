@@ -19,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from campaign import runner, store, units
@@ -30,6 +32,7 @@ _MARGIN_S = 5.0  # of the budget, for what is not a unit
 _SHORTEST_S = 30.0  # less is not worth starting a unit that can stop for
 _LARGEST_SHARE = 0.9  # of the budget; a unit guessed to take more is started first thing, or never
 _PATIENCE = 4.0  # times its guess, until a unit counts as hanging
+_CORES_A_CHECK = 4  # what runs side by side, where nothing is timed
 
 
 class Campaign:
@@ -44,6 +47,7 @@ class Campaign:
         self.commit = args.commit or os.environ.get("RESNET_FAST_COMMIT") or _git_commit() or "unknown"
         self.waiting: list[str] = []
         self.blocked = False
+        self.lock = threading.Lock()
 
     def run(self) -> int:
         """The exit code."""
@@ -78,20 +82,23 @@ class Campaign:
         if self.blocked:
             self.waiting += [unit.name for unit in todo]
             return
-        for unit in todo:
-            missing = [name for name in unit.needs if not self.state.data["packages"].get(name)]
-            if missing:
-                self.note(unit, runner.Outcome(SKIPPED, f"{', '.join(missing)} not installed"))
-                continue
-            limit = self.limit(unit)
-            if limit is None:
-                self.waiting.append(unit.name)
-                continue
-            outcome = self.execute(unit, limit)
-            self.note(unit, outcome)
-            if outcome.status == PARTIAL:
-                self.waiting.append(unit.name)
+        cores = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(max(1, cores // _CORES_A_CHECK) if phase == "tests" else 1) as pool:
+            list(pool.map(self.unit, todo))
         self.blocked = bool(self.waiting) and phase not in ("networks", "training")
+
+    def unit(self, unit: Unit) -> None:
+        """Run one unit, if what it needs is there and it fits into what is left of the budget."""
+        missing = [name for name in unit.needs if not self.state.data["packages"].get(name)]
+        if missing:
+            self.note(unit, runner.Outcome(SKIPPED, f"{', '.join(missing)} not installed"))
+            return
+        limit = self.limit(unit)
+        outcome = None if limit is None else self.execute(unit, limit)
+        if outcome is not None:
+            self.note(unit, outcome)
+        if outcome is None or outcome.status == PARTIAL:
+            self.waiting.append(unit.name)
 
     def wanted(self, unit: Unit) -> bool:
         if not fnmatch.fnmatch(unit.name, self.args.only):
@@ -130,7 +137,8 @@ class Campaign:
         if unit.writes:
             store.stamp(store.path_of(self.out, self.state, unit.file), self.commit)
         elif outcome.rows:
-            store.put(self.out, self.state, unit.file, unit.name, outcome.rows)
+            with self.lock:
+                store.put(self.out, self.state, unit.file, unit.name, outcome.rows)
         return outcome
 
     def share_table(self) -> None:
@@ -152,7 +160,8 @@ class Campaign:
         """Remember and print what became of a unit."""
         fields = {"status": outcome.status, "reason": outcome.reason, "summary": outcome.summary}
         fields |= {"seconds": outcome.seconds, "kind": unit.kind, "check": unit.check, "commit": self.commit}
-        self.state.record(unit.name, **fields)
+        with self.lock:
+            self.state.record(unit.name, **fields)
         said = "; ".join(filter(None, (outcome.reason, outcome.summary)))
         print(f"{unit.name}: {outcome.status} in {outcome.seconds:.0f} s{': ' if said else ''}{said}", flush=True)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from resnet_fast import gpus, optimize, training
+from resnet_fast import optimize, training
 from resnet_fast.backends import residual_block
 from resnet_fast.backends.primitives import Geometry, reference
 from resnet_fast.backends.residual_block import Layer, Wants
@@ -120,23 +120,12 @@ def _block(traffic: Traffic, block: nn.Module, x: Tensor, stage: int | None) -> 
     described = [
         ConvBn(conv.weight, None, None, padding=conv.padding, groups=conv.groups, training=True) for conv, _ in pairs
     ]
-    if stage is None:
-        gpu = gpus.KNOWN["h200"]
-        rates = gpu.bandwidth, gpu.peak("bfloat16")
-        stages = _auto(described, downsample, rates)
-    else:
-        stages = training.stages(stage, described, downsample, "cuda", torch.bfloat16, "triton")
+    stages = training.stages(stage, described, downsample, "cuda", torch.bfloat16, "triton")
     layers = [_layer(*pair, number) for pair, number in zip(pairs, stages, strict=True)]
     y, records = residual_block.forward(traffic, x, None, layers, downsample, "")
     wants = [Wants(True, True, True, True)] * len(layers)
     residual_block.backward(traffic, y, x, y, layers, records, wants, downsample, not downsample, "")
     return y
-
-
-def _auto(described: list[ConvBn], downsample: bool, rates: tuple[float, float]) -> list[int]:
-    gram = training.stages(training.GRAM, described, downsample, "cuda", torch.bfloat16, "triton")
-    pays = [training.gram_pays(*layer.conv_weight.shape[1::-1], 2, *rates) for layer in described]
-    return [stage if pay else min(stage, PROLOGUE) for stage, pay in zip(gram, pays, strict=True)]
 
 
 def _layer(conv: nn.Conv2d, bn: nn.Module, stage: int) -> Layer:

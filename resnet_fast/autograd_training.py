@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import dispatch, ops
 from .training import GRAM, RECORD
 
 _ops = torch.ops.resnet_fast
@@ -47,7 +47,8 @@ def _needed(records, wanted, count: int, downsample: bool, batch_statistics, sta
     return records
 
 
-def _residual_block_train_backward(ctx, dy, _drecords):
+def _residual_block_train_backward(ctx, dy, _drecords, run=None):
+    """run: in the place of `ops.residual_block_backward`."""
     x, y, *saved = ctx.saved_tensors
     geometry, eps, batch_statistics, downsample, stages, group, backend = ctx.block
     count, nothing = ctx.count, (None,) * 7
@@ -59,7 +60,7 @@ def _residual_block_train_backward(ctx, dy, _drecords):
     if torch.is_grad_enabled():
         grads = _differentiable(ctx, dy, x, y, conv_weights, weights, biases, records)
     else:
-        grads = _ops.residual_block_backward(
+        grads = (run or _ops.residual_block_backward)(
             dy, x, y, conv_weights, weights, biases, records,
             geometry, eps, batch_statistics, downsample, ctx.identity, stages, ctx.wanted, group, backend,
         )  # fmt: skip
@@ -157,6 +158,39 @@ def _grads(value: Tensor, inputs, dvalue: Tensor, wanted: list[bool]) -> list[Te
         for place, grad in zip(places, found, strict=True):
             result[place] = grad
     return result
+
+
+class ResidualBlockTrain(torch.autograd.Function):
+    """`ops.residual_block_train` and its gradient, called straight: y and the records.
+
+    apply(x, residual, *conv_weights, *weights, *biases, *running_means, *running_vars, then the op's other arguments).
+    The op costs the host half a millisecond more a block, which can be longer than a GPU takes for it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, residual, *rest):
+        """Also what the op's backward needs."""
+        tensors, settings = rest[: -len(_SETTINGS)], rest[-len(_SETTINGS) :]
+        count = len(tensors) // 5
+        columns = [list(tensors[at : at + count]) for at in range(0, len(tensors), count)]
+        *arguments, backend = settings
+        y, records = dispatch.load(backend).residual_block_train(x, residual, *columns, *arguments)
+        _setup_residual_block_train(ctx, (x, residual, *columns, *settings), (y, records))
+        return y, *records
+
+    @staticmethod
+    def backward(ctx, dy, *drecords):
+        """Of x, the residual, the weights of convolutions and norms, and the biases."""
+        dx, dresidual, *columns = _residual_block_train_backward(ctx, dy, drecords, _run_backward)
+        return dx, dresidual, *(grad for column in columns[:5] for grad in column), *columns[5:]
+
+
+_SETTINGS = ("geometry", "eps", "batch_statistics", "downsample", "stages", "group", "backend")
+
+
+def _run_backward(*arguments) -> list[Tensor]:
+    *arguments, backend = arguments
+    return dispatch.load(backend).residual_block_backward(*arguments)
 
 
 for _name, _setup, _backward in (

@@ -61,8 +61,7 @@ class _FastBlock:
         settings = {"train_stage": self.fast_train_stage, "backend": self.fast_backend}
         norms = batch_norms(self)
         y = residual_block(x, main, shortcut, group=group_name(norms), **settings)
-        for bn in norms:
-            count_batch(bn)
+        count_batch(norms)
         return y
 
 

@@ -30,6 +30,33 @@ class Turns:
         self._lock.release()
 
 
+class CapturedStep:
+    """A function without arguments as a CUDA graph. A call replays its kernels, on the tensors that it found in the
+    capture, which this keeps alive, and returns what it returned then, with what is in it now.
+
+    Raises:
+        RuntimeError: the function does something that cannot be captured.
+    """
+
+    _WARMUPS = 3  # what libraries, optimizers and Triton set up on first use, they do before the capture
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self._WARMUPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = function()
+
+    def __call__(self) -> object:
+        self._graph.replay()
+        return self._result
+
+
 class CapturedCall:
     """A function of one CUDA tensor as a CUDA graph, for x's shape: copied in, replayed, copied out.
 

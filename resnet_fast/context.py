@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def plain_pytorch_reason() -> str | None:
@@ -15,6 +16,13 @@ def plain_pytorch_reason() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode AD needs plain PyTorch: a fused op has no jvp"
     return None
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody follows the ops that x goes through: torch.compile, a dispatch mode, or x by its own type."""
+    return (
+        torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter) or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def autocasts(x: Tensor) -> bool:

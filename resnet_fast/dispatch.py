@@ -22,6 +22,7 @@ class BackendUnavailable(RuntimeError):
 
 
 @functools.cache
+@functools.cache
 def load(name: str) -> ModuleType:
     """The backend's module. It imports everywhere; whether it can run is `why_not`'s business."""
     return importlib.import_module(f"resnet_fast.backends.{name}")
@@ -98,6 +99,7 @@ def runs_fused(op: str, device_type: str, dtype: torch.dtype, backend: str = "au
     return select(op, device_type, dtype, backend) != "reference" or requested(backend) == "reference"
 
 
+@functools.cache
 def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
     """Why "auto" ends at plain PyTorch: the reason of every faster backend, in one line."""
     fused = PRIORITY[: PRIORITY.index("reference")]
@@ -105,14 +107,15 @@ def why_not_fused(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result
-def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes on this backend, and bandwidth and peak where that is the last one."""
+def train_stage(backend: str, device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes on this backend."""
     return load(backend).train_stage(device_type, dtype)
 
 
 def clear_cache() -> None:
     """Forget past selections, for tests that break and mend backends."""
     _select.cache_clear()
+    why_not_fused.cache_clear()
 
 
 def _known(name: str, argument: str = "backend") -> str:

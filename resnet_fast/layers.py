@@ -6,6 +6,7 @@ Everything is looked at on every call, because conversions, parametrizations, ho
 import os
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -79,6 +80,8 @@ def why_not_called(op: str, x: Tensor, conv: nn.Conv2d, backend: str) -> str | N
 
 def why_not_normalised(batch_norms: Sequence[nn.Module], x: Tensor) -> str | None:
     """Why these batch norms together, in a call with x, are stock; None where they can be fused."""
+    if len(set(batch_norms)) < len(batch_norms):
+        return "one batch norm is used more than once, so that its statistics are updated in turn"
     if len(_groups(batch_norms)) > 1:
         return "its batch norms take their statistics over different groups of processes"
     dtype = conv_dtype(x)
@@ -112,11 +115,11 @@ def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
     return ConvBn(conv.weight, *statistics, conv.bias, *geometry, bn.eps, training, momentum)
 
 
-def count_batch(bn: nn.Module) -> None:
+def count_batch(batch_norms: Sequence[nn.Module]) -> None:
     """What torch.nn.BatchNorm2d.forward does to num_batches_tracked. It comes after the op, as the running statistics
     do, so that a forward that checkpointing ends early counts for neither."""
-    if _counts(bn):
-        bn.num_batches_tracked.add_(1)
+    if counters := [bn.num_batches_tracked for bn in batch_norms if _counts(bn)]:
+        torch._foreach_add_(counters, 1)
 
 
 def _counts(bn: nn.Module) -> bool:

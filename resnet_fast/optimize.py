@@ -143,7 +143,7 @@ def _row(name: str, block: nn.Module, reason: str | None, backend: str, stage: i
 
 def _stage(backend: str, device_type: str, dtype: torch.dtype, stage: int | str) -> str:
     """Which stage of training a block takes, in words."""
-    return f"training stage {training.requested(stage) or dispatch.train_stage(backend, device_type, dtype)[0]}"
+    return f"training stage {training.requested(stage) or dispatch.train_stage(backend, device_type, dtype)}"
 
 
 def _nothing_to_do(model: nn.Module, strict: bool) -> None:

@@ -53,7 +53,7 @@ class FastResNet(ResNet):
             return super()._forward_impl(x)
         layer, group = conv_bn(self.conv1, self.bn1), group_name([self.bn1])
         x = stem(x, layer, group=group, backend=self.fast_backend)
-        count_batch(self.bn1)
+        count_batch([self.bn1])
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

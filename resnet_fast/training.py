@@ -6,8 +6,8 @@
     4  GRAM      an expanding 1x1 takes its statistics from its input's covariance; its raw output is never stored
 
 A stage is the most that may be fused: a layer that a stage does not fit takes the highest below it that does. Which
-kernels a layer takes within its stage is the backend's choice, by its tuned tables; whether stage 4 pays is decided
-here, because it changes what is saved.
+kernels a layer takes within its stage is the backend's choice, by its tuned tables. Stage 4 is by request: it keeps
+half the memory for the backward pass, and its sums of outer products take longer than what they save (on an H200).
 """
 
 import os
@@ -54,10 +54,7 @@ def stages(
     if stage is not None:
         limits = [stage] * len(layers)
     else:
-        highest, rates = dispatch.train_stage(backend, device_type, dtype)
-        limits = [highest] * len(layers)
-        if highest == GRAM:
-            limits = [GRAM if gram_pays(*_channels(layer), dtype.itemsize, *rates) else PROLOGUE for layer in layers]
+        limits = [dispatch.train_stage(backend, device_type, dtype)] * len(layers)
     last = len(layers) - 1 - downsample  # what follows is joined, not normalised and passed on
     return [
         limit if limit < GRAM or (number >= last and fits_gram(layer)) else PROLOGUE
@@ -70,17 +67,6 @@ def fits_gram(layer) -> bool:
     channels, out_channels = _channels(layer)
     pointwise = tuple(layer.conv_weight.shape[2:]) == (1, 1) and not any(layer.padding) and layer.groups == 1
     return layer.training and pointwise and channels < out_channels
-
-
-def gram_pays(channels: int, out_channels: int, itemsize: int, bandwidth: float, peak: float) -> bool:
-    """Whether the memory traffic that stage 4 saves takes longer than the products that it adds.
-
-    A pixel, forward and backward, in elements: raw output written, read by the join, read for the sums, read and
-    written for its gradient, that read twice: 9 K + 3 C, and 2 K + 5 C in the Gram form, which adds 4 C^2 FLOPs
-    (`backends.residual_block`). bandwidth: bytes a second; peak: FLOPs a second.
-    """
-    saved = (7 * out_channels - 2 * channels) * itemsize
-    return saved / bandwidth > 4 * channels * channels / peak
 
 
 def _channels(layer) -> tuple[int, int]:

@@ -52,6 +52,8 @@ def check(op, case_tensors, case, layout, dtype, training, backend):
     tensors = stock.off_the_kink(eager, tensors, **keywords)
     ours = stock.run(getattr(functional, op), tensors, backend=backend, **keywords)
     theirs = stock.run(eager, tensors, **keywords)
+    if op == "bn_act" and not training:  # PyTorch's CUDA kernel writes this one contiguous, its CPU kernel as x is
+        theirs["dx"] = theirs["dx"].contiguous(memory_format=LAYOUTS[layout])
     exact = stock.run(eager, stock.double(tensors), **keywords)
     assert_all_match(ours, theirs, exact, dtype, stock.terms(eager, tensors, **keywords))
 
@@ -156,6 +158,8 @@ def unaligned(x: torch.Tensor) -> torch.Tensor:
 def test_native_primitives(case, dtype, layout):
     on_gpu("native", "residual_block_train", dtype)
     for function, arguments, names in test_primitives.calls(case, dtype, layout).values():
+        if dtype == torch.float64 and layout == "channels_last" and function.startswith("conv"):
+            continue  # cuDNN has no channels_last in float64, and PyTorch's convolutions make contiguous tensors
         arguments = cuda(arguments)
         if case.unaligned:
             whole = [isinstance(a, torch.Tensor) and a.dim() == 4 for a in arguments]

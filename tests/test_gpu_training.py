@@ -6,6 +6,8 @@ Everything is held against float64, beside PyTorch in the same dtype; speeds and
 `benchmarks/gpu_campaign.py`'s.
 """
 
+import copy
+
 import pytest
 import torch
 from cases import draw
@@ -110,8 +112,8 @@ def test_twenty_steps_are_bitwise_equal(stage):
         results = []
         for _ in range(20):
             torch.manual_seed(4)
-            model = optimize(resnet18(), backend="triton", train_stage=stage, strict=True)
-            model = model.cuda().to(memory_format=torch.channels_last).train()
+            model = resnet18().cuda().to(memory_format=torch.channels_last).train()
+            model = optimize(model, backend="triton", train_stage=stage, strict=True)
             x = draw((4, 3, 64, 64), torch.float32, "channels_last").cuda()
             with torch.autocast("cuda", torch.bfloat16):
                 loss = model(x).float().square().mean()
@@ -126,8 +128,8 @@ def test_twenty_steps_are_bitwise_equal(stage):
 @pytest.mark.parametrize(("stage", "limit"), [(1, 36.0), (2, 36.0), (3, 36.0), (4, 24.0)])
 def test_resnet50_saves_little(stage, limit):
     """Megabytes an image, counted, and as the allocator sees them."""
-    model = optimize(resnet50(), backend="triton", train_stage=stage, strict=True)
-    model = model.cuda().to(memory_format=torch.channels_last).train()
+    model = resnet50().cuda().to(memory_format=torch.channels_last).train()
+    model = optimize(model, backend="triton", train_stage=stage, strict=True)
     x = draw((32, 3, 224, 224), torch.float32, "channels_last").cuda()
 
     def forward() -> torch.Tensor:
@@ -143,3 +145,19 @@ def test_resnet50_saves_little(stage, limit):
     casts = 2 * sum(parameter.numel() for parameter in model.parameters())  # of weights to bfloat16, kept too
     assert (torch.cuda.memory_allocated() - before - casts) / len(x) / 1e6 <= 1.05 * limit
     assert y.isfinite().all()
+
+
+def test_graphed_callables_train_alike():
+    """PyTorch's own way to take the host out of a step; nothing of a fused block needs it."""
+    torch.manual_seed(4)
+    model = optimize(resnet18().cuda().to(memory_format=torch.channels_last).train(), backend="triton")
+    x = draw((8, 3, 64, 64), torch.float32, "channels_last").cuda()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(model), (x,))
+        replayed, plain = graphed(x), model(x)
+    results = []
+    for network, y in ((graphed, replayed), (model, plain)):
+        y.float().square().mean().backward()
+        results.append({name: parameter.grad for name, parameter in network.named_parameters()} | {"y": y.detach()})
+    exact = {name: tensor.double() for name, tensor in results[1].items()}
+    numerics.assert_match(numerics.compare_all(*results, exact, compute_dtype=torch.bfloat16))

@@ -59,8 +59,12 @@ def mutate_update(change):
 
     def mutant(patch, reference=None):
         original = UPDATES[0].update_running
+
+        def one(*row):
+            original([row])
+
         for module in UPDATES:
-            patch(module, "update_running", lambda *call: change(original, *call))
+            patch(module, "update_running", lambda rows: [change(one, *row) for row in rows])
 
     return mutant
 
@@ -209,7 +213,7 @@ def forget_identity(patch):
 
 
 def forget_counter(patch):
-    patch(blocks, "count_batch", lambda bn: None)
+    patch(blocks, "count_batch", lambda batch_norms: None)
 
 
 def mutate_layers(**fields):

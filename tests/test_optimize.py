@@ -185,7 +185,7 @@ def test_report_is_a_table_and_plain_data(backend):
     assert "layer4.0" in text
     assert backend in text
     call = ("residual_block_train", "cpu", torch.float32)
-    kernel = f"{dispatch.load(backend).kernel(*call)}, training stage {dispatch.train_stage(backend, *call[1:])[0]}"
+    kernel = f"{dispatch.load(backend).kernel(*call)}, training stage {dispatch.train_stage(backend, *call[1:])}"
     assert report.to_dict()["blocks"][0] == {"name": "layer1.0", "type": "BasicBlock", "fused": True,
                                              "backend": backend, "kernel": kernel, "reason": ""}  # fmt: skip
 

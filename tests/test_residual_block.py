@@ -240,7 +240,7 @@ def test_no_work_and_no_memory_for_gradients_nobody_wants(backend, monkeypatch):
 def test_a_block_is_one_autograd_node(stage, backend):
     block = optimize(bottleneck().train(), backend=backend, train_stage=stage, strict=True)
     y = block(draw((2, 16, 6, 6), torch.float32, "channels_last"))
-    assert "residual_block_train" in type(y.grad_fn).__name__
+    assert "ResidualBlockTrain" in type(y.grad_fn).__name__
     names = {type(node).__name__ for node, _ in y.grad_fn.next_functions if node is not None}
     assert names == {"AccumulateGrad"}
 

@@ -81,12 +81,8 @@ MUTANTS = {
         PROLOGUE,
     ),
     "statistics_taken_for_constants": Mutant("if wants_conv and layer.batch_statistics:", "if False:", EPILOGUE),
-    "dropped_mean_of_dz": Mutant(
-        "mean_dz, mean_dzx = (total / count", "mean_dz, mean_dzx = (0 * total / count", PROLOGUE
-    ),
-    "weights_gradient_without_rstd": Mutant(
-        "grads.weight = sum_dzx * torch.rsqrt(record.var + layer.eps)", "grads.weight = sum_dzx", PROLOGUE
-    ),
+    "dropped_mean_of_dz": Mutant("_foreach_div(_summed(sum_dz", "_foreach_div(_summed(0 * sum_dz", PROLOGUE),
+    "weights_gradient_without_rstd": Mutant("torch._foreach_rsqrt(", "torch._foreach_sqrt(", PROLOGUE),
     "swapped_sums": Mutant("sum_dz, sum_dzx = primitives", "sum_dzx, sum_dz = primitives", PROLOGUE),
     "gram_unbiased_variance": Mutant(".clamp_(min=0)", ".clamp_(min=0).mul_(1.01)", GRAM),
     "gram_dropped_covariance": Mutant("(matrix @ input_cov) * matrix", "matrix * matrix", GRAM),

@@ -209,6 +209,7 @@ def _graphed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         graph.replay()
         return logits
 
+    replay.model = model  # whose weights the graph reads
     return replay
 
 

@@ -8,6 +8,8 @@ from .runner import ROOT
 PHASES = ("environment", "build", "tests", "ceilings", "layers", "networks", "training", "profile")
 """In the order they run: what is behind layers uses the table that it makes."""
 
+BACKENDS = ("triton", "native", "reference")
+
 GROUPS = {"ours": 45.0, "compile": 120.0, "jax": 60.0, "max-autotune": 400.0}
 """Contenders of a network that share a process, each beside eager channels_last: first guess of its seconds."""
 
@@ -81,8 +83,11 @@ def _build(settings: Settings) -> Iterable[Unit]:
 
 
 def _tests(settings: Settings) -> Iterable[Unit]:
-    """`verify`, a unit a file of those that have tests for a GPU, then the native kernels under compute-sanitizer."""
-    yield Unit("tests/verify", "verify", ("--device", settings.device), 120.0, check=True)
+    """`verify` of each backend, a unit a file of those that have tests for a GPU, the native kernels under
+    compute-sanitizer: side by side, because nothing is timed."""
+    for backend in ("reference",) if settings.rehearse else BACKENDS:
+        args = ("--device", settings.device, "--backend", backend)
+        yield Unit(f"tests/verify-{backend}", "verify", args, 120.0, kind=f"verify-{backend}", check=True)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text() and not (settings.rehearse and path.name != "test_gpu.py"):
             name = str(path.relative_to(ROOT / "tests").with_suffix(""))

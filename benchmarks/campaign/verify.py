@@ -1,4 +1,4 @@
-"""Unit: `resnet-fast verify` on the device: every op, block and network against float64."""
+"""Unit: `resnet-fast verify` on the device: every op, block and network on one backend against float64."""
 
 import json
 import subprocess
@@ -15,10 +15,11 @@ def main() -> int:
     """One row, counted as the test files' are."""
     parser = child.parser()
     parser.add_argument("--device", required=True)
+    parser.add_argument("--backend", required=True)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     command = [sys.executable, "-m", "resnet_fast", "verify", "--device", args.device]
-    command += ["--quick", "--backend", "reference"] if args.rehearse else []
+    command += ["--backend", args.backend, *(["--quick"] if args.rehearse else [])]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "verify.json"
         code = subprocess.run([*command, "--json", str(report)], cwd=ROOT).returncode

@@ -142,9 +142,10 @@ struct ShiftedSums {
 
 // ---- backward ----
 
+// A thread's few values are added up in Acc, threads in double: terms may cancel.
 template <typename Acc>
 struct Sums {
-  using State = Sums;
+  using State = Sums<double>;
   using Wide = Sums<double>;
 
   Acc dz;
@@ -158,7 +159,7 @@ struct Sums {
     dz += other.dz;
     dzx += other.dzx;
   }
-  RF_HOST_DEVICE Sums state() const { return *this; }
+  RF_HOST_DEVICE State state() const { return {dz, dzx}; }
   RF_HOST_DEVICE Wide wide() const { return {dz, dzx}; }
 };
 

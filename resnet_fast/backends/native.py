@@ -131,10 +131,10 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 
 
-def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
+def train_stage(device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes (`resnet_fast.training`)."""
     tiles = device_type == "cpu" and dtype in TILE_DTYPES and has_tiles()
-    return (PROLOGUE if tiles else LIBRARY), None
+    return PROLOGUE if tiles else LIBRARY
 
 
 def has_tiles() -> bool:

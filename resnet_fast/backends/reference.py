@@ -9,6 +9,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..layout import memory_format
 from . import inference, train_ops
 
 OpMask = list[bool]
@@ -34,9 +35,9 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return "PyTorch"
 
 
-def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    return 1, None
+def train_stage(device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes (`resnet_fast.training`)."""
+    return 1
 
 
 def bn_act(
@@ -58,7 +59,7 @@ def bn_act(
         y = y + residual.to(acc)
     if relu:
         y = y.relu()
-    return y.to(x.dtype, memory_format=_memory_format(x))
+    return y.to(x.dtype, memory_format=memory_format(x))
 
 
 def bn_act_train(
@@ -102,7 +103,7 @@ def bn_act_backward(
         count = x.numel() // x.shape[1]
         dx = dx - _channels(dbias / count, acc) - centered * _channels(dweight * rstd / count, acc)
     dx = dx * _scale(weight, var, eps, acc)
-    layout = _memory_format(x)
+    layout = memory_format(x)
     dresidual = dz.to(x.dtype, memory_format=layout, copy=not relu)  # without ReLU dz is dy, which it must not alias
     grads = (dx.to(x.dtype, memory_format=layout), dweight, dbias, dresidual)
     return tuple(g if wanted else x.new_empty(0) for g, wanted in zip(grads, output_mask, strict=True))
@@ -237,10 +238,6 @@ def _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups) -> Tenso
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch._prims_common.suggest_memory_format(x)
 
 
 def _channels(vector: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,11 +72,12 @@ class Record:
 
 @dataclass
 class Grads:
-    """A layer's gradients; None where not wanted."""
+    """A layer's gradients; None where not wanted. unscaled_weight: weight's before `_scale` multiplies it by rstd."""
 
     conv_weight: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    unscaled_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,19 @@ def backward(
             dx if number == 0 and wants[0].input else None,
             group,
         )
+    _scale(layers, records, grads)
     return upstream if wants[0].input else None, dz, grads
+
+
+def _scale(layers: list[Layer], records: list[Record], grads: list[Grads]) -> None:
+    """The gradients of the norms' weights, in a few launches for all layers."""
+    wanted = [number for number, grad in enumerate(grads) if grad.unscaled_weight is not None]
+    if wanted:
+        variances = [records[number].var for number in wanted]
+        rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [layers[number].eps for number in wanted]))
+        weights = torch._foreach_mul([grads[number].unscaled_weight for number in wanted], rstds)
+        for number, weight in zip(wanted, weights, strict=True):
+            grads[number].weight = weight
 
 
 def stem_forward(primitives, x: Tensor, layer: Layer, group: str) -> tuple[Tensor, Record]:
@@ -189,7 +202,9 @@ def stem_backward(
     primitives, dy: Tensor, x: Tensor, layer: Layer, record: Record, wants: Wants, group: str
 ) -> tuple[Tensor | None, Grads]:
     """dx and the layer's gradients."""
-    return _layer_backward(primitives, dy, layer, record, wants, x, None, True, None, group)
+    dx, grads = _layer_backward(primitives, dy, layer, record, wants, x, None, True, None, group)
+    _scale([layer], [record], [grads])
+    return dx, grads
 
 
 def _raw(primitives, layer: Layer, value: Tensor, norm: Norm | None, group: str):
@@ -230,12 +245,12 @@ def _layer_backward(
     if wants.weight or wants.bias or (wants_conv and layer.batch_statistics):
         sum_dz, sum_dzx = primitives.backward_reduce(dy, conv_out, own, relu, record.index)
         if wants.weight:
-            grads.weight = sum_dzx * torch.rsqrt(record.var + layer.eps)
+            grads.unscaled_weight = sum_dzx
         if wants.bias:
             grads.bias = sum_dz
         if wants_conv and layer.batch_statistics:
             count = conv_out.numel() // conv_out.shape[1] if record.count is None else record.count
-            mean_dz, mean_dzx = (total / count for total in _summed(sum_dz, sum_dzx, group))
+            mean_dz, mean_dzx = torch._foreach_div(_summed(sum_dz, sum_dzx, group), count)
     if not wants_conv:
         return None, grads
     dconv_out = primitives.backward_apply(dy, conv_out, own, relu, mean_dz, mean_dzx, record.index)

@@ -20,8 +20,9 @@ from torch import Tensor
 from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
+from ..layout import memory_format
 from ..problems import KERNEL_DTYPES, Conv, ConvProblem
-from ..training import GRAM, LIBRARY
+from ..training import LIBRARY, PROLOGUE
 from . import inference, reference, train_ops
 
 OLDEST_TRITON = (3, 6)
@@ -116,12 +117,9 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     return f"Triton bn_act{where}"
 
 
-def train_stage(device_type: str, dtype: torch.dtype) -> tuple[int, tuple[float, float] | None]:
-    """The stage of training that "auto" takes (`resnet_fast.training`), and bandwidth and peak where it may be 4."""
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
-        return LIBRARY, None  # without tensor cores cuDNN's products are faster, and more of them cost most
-    gpu = gpus.of_device(torch.cuda.current_device()) if device_type == "cuda" else gpus.KNOWN["h200"]
-    return GRAM, (gpu.bandwidth, gpu.peak(dtype_name(dtype)))
+def train_stage(device_type: str, dtype: torch.dtype) -> int:
+    """The stage of training that "auto" takes (`resnet_fast.training`)."""
+    return LIBRARY if dtype == torch.float32 and selection.why_not_float32() else PROLOGUE
 
 
 def gpu_of(x: Tensor) -> gpus.Gpu:
@@ -140,7 +138,7 @@ def bn_act(
     relu: bool,
 ) -> Tensor:
     """`ops.bn_act`, one pass over x."""
-    layout = _layout(x)
+    layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     y = torch.empty_like(x, memory_format=layout)
     norm = launcher().Norm(None, mean, var, weight, bias, eps)
@@ -239,7 +237,7 @@ def conv_bn_shortcut_act(
 def bias_act_(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     """act(y + bias + residual) in place, one pass: what follows a folded convolution; y dense, which it stays."""
     if bias is not None or residual is not None or relu:
-        launcher().bn_act(y, y, launcher().Norm(conv_bias=bias), _in(residual, _layout(y)), relu)
+        launcher().bn_act(y, y, launcher().Norm(conv_bias=bias), _in(residual, memory_format(y)), relu)
     return y
 
 
@@ -310,13 +308,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch._prims_common.suggest_memory_format(x)
-
-
 def _out_layout(x: Tensor, conv_weight: Tensor) -> torch.memory_format:
     """The memory format of PyTorch's convolution: channels_last if either operand is."""
-    return torch.channels_last if torch.channels_last in (_layout(x), _layout(conv_weight)) else _layout(x)
+    return (
+        torch.channels_last
+        if torch.channels_last in (memory_format(x), memory_format(conv_weight))
+        else memory_format(x)
+    )
 
 
 def _in(tensor: Tensor | None, layout: torch.memory_format) -> Tensor | None:

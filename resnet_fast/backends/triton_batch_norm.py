@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import batch_norm as kernels
 from ..kernels.outer import outer as outer_kernel
+from ..layout import memory_format
 from ..problems import KERNEL_DTYPES
 from . import triton, triton_launch
 from .primitives import Geometry, Norm, reference
@@ -39,9 +40,9 @@ def merge_statistics(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor
     """Mean and biased variance (C,) of partials: means and sums of squared deviations (P, C), counts (P,); float32."""
     partials, channels = means.shape
     mean, var = torch.empty(2, channels, dtype=torch.float32, device=means.device)
-    constants = {"CHANNELS": channels, "BLOCK_PARTIALS": 128, "BLOCK_CHANNELS": 16}
+    constants = {"CHANNELS": channels, "BLOCK_PARTIALS": 256, "BLOCK_CHANNELS": 8}
     args = ((means, m2s, counts), mean, var, partials)
-    triton_launch.launch(kernels.merge_statistics, means, -(-channels // 16), args, constants, None)
+    triton_launch.launch(kernels.merge_statistics, means, -(-channels // 8), args, constants, None)
     return mean, var
 
 
@@ -160,7 +161,7 @@ def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tenso
 
 def is_foreign(x: Tensor) -> bool:
     """Whether no kernel reads x: its layout or dtype is another, or it is empty."""
-    layout = torch._prims_common.suggest_memory_format(x)
+    layout = memory_format(x)
     return layout != torch.channels_last or triton.dtype_name(x.dtype) not in KERNEL_DTYPES or x.numel() == 0
 
 

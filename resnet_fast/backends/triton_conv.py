@@ -223,7 +223,7 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
     outside = [step * (side - 1) - pad for step, side, pad in zip(dilation, kernel, padding, strict=True)]
     if list(stride) != [1, 1] or groups > 1 or min(outside) < 0:
         return None
-    turned = conv_weight.flip(2, 3).transpose(0, 1)
+    turned = (conv_weight.flip(2, 3) if max(kernel) > 1 else conv_weight).transpose(0, 1)
     layer = _layer(dconv_out, turned, Geometry([1, 1], outside, dilation, 1))
     problem = ConvProblem(layer, triton.dtype_name(x.dtype), add is not None, relu=False)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -21,6 +22,7 @@ from ..kernels.configs import (
     StemConfig,
     TailConfig,
     TmaConfig,
+    box_count,
     group_shape,
     programs,
 )
@@ -168,6 +170,7 @@ def conv(
             "OUT_CHANNELS": geometry.out_channels,
             "IN_CHANNELS": geometry.in_channels,
             "STRIDE": _kernel_stride(geometry),
+            "EVEN": problem.statistics and box_count(box, geometry) * config.block_pixels == geometry.pixels,
             **_box(box),
         }
         kernel = conv_bn_act_tma
@@ -197,6 +200,7 @@ def conv_prologue(
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
         "SPLITS": config.splits,
+        "EVEN": problem.statistics and geometry.pixels % config.block_pixels == 0,
     }
     norms = tuple(norm or Norm()), residual, tuple(residual_norm or Norm())
     args = (x, tuple(x_norm), weight, y, *norms, tuple(statistics or Statistics()), geometry.pixels)
@@ -351,11 +355,43 @@ def bn_act(x: Tensor, y: Tensor, norm: Norm, residual: Tensor | None, relu: bool
 
 
 def launch(kernel, x: Tensor, grid: int, args: tuple, constants: dict, config) -> None:
-    """The one place where a kernel starts, on x's device; the compile-only tests put theirs in its place."""
-    options = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
+    """The one place where a kernel starts, on x's device; the compile-only tests put theirs in its place.
+
+    What was compiled is looked up here: Triton's own look-up, made for any kernel, takes the host three times as long,
+    and a training step has hundreds of launches.
+    """
+    key = (kernel.fn, x.device, config, *constants.values(), *_kinds(args, []))
     device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(grid,)](*args, **constants, **options)
+        if (compiled := _compiled.get(key)) is not None:
+            compiled[grid, 1, 1](*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
+            return
+        options = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
+        compiled = kernel[(grid,)](*args, **constants, **options)
+        if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
+            _compiled[key] = compiled
+
+
+_compiled: dict[tuple, CompiledKernel] = {}
+
+
+def _kinds(args: tuple, found: list) -> list:
+    """What Triton compiles a kernel for, of each argument: dtypes, alignment, blocks, sizes that are 1 or multiples."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found += arg.dtype, arg.data_ptr() % 16 == 0
+        elif isinstance(arg, TensorDescriptor):
+            found += arg.base.dtype, *arg.block_shape
+        elif isinstance(arg, tuple):
+            _kinds(arg, found)
+        elif isinstance(arg, int):
+            found += arg == 1, arg % 16 == 0, arg > _INT32_MAX
+        else:
+            found.append(type(arg))
+    return found
+
+
+_INT32_MAX = 2**31 - 1
 
 
 def _kernel_stride(geometry: Conv) -> int:

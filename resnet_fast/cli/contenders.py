@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import freeze, memory, numerics, optimize
+from ..capture import CapturedStep
 from ..numerics import Comparison
 from ..saved import saved_bytes
 from . import checks, networks
@@ -54,7 +55,7 @@ class Variant:
 
     prepare: makes a callable of `images` from a copy of the stock network; called in the gate, where it may fail.
     context: entered around every call. repeats: how often one call runs the images, for what keeps several batches in
-    flight. sgd: further arguments of the optimizer, in training.
+    flight. sgd: further arguments of the optimizer, in training. captured: the whole step as a CUDA graph, in training.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     context: Callable[[], AbstractContextManager]
     repeats: int = 1
     sgd: Mapping[str, object] = field(default_factory=dict)
+    captured: bool = False
 
 
 def inference(setting: Setting, chosen: Sequence[str], others: Iterable[Variant] = ()) -> list[Contender]:
@@ -100,7 +102,7 @@ def training(
     classes = setting.stock.fc.out_features
     labels = torch.randint(classes, (len(images),), generator=torch.Generator().manual_seed(2)).to(images.device)
     few = min(len(images), CHECKED_IMAGES)
-    stages = {"fast": "auto"} | {f"fast_stage{stage}": stage for stage in setting.train_stages}
+    stages = {"fast": "auto"} | {f"fast_stage{stage}": stage for stage in setting.train_stages}  # graphs are of these
     reference = _first_step(copy.deepcopy(setting.stock).double(), images[:few].double(), labels[:few])
     with setting.autocast():
         expected = _first_step(copy.deepcopy(setting.stock), images[:few], labels[:few])
@@ -137,10 +139,12 @@ def training(
                 numerics.compare("whole gradient", *gradients, compute_dtype=dtype, k=numerics.K_WHOLE_GRADIENT),
             ]
             stage = stages.get(variant.name)
-            return found + (_check_blocks(setting, stage) if stage is not None else [])
+            found += _check_blocks(setting, stage) if stage is not None else []
+            return found + ([_check_replay(step, replay(), *state())] if variant.captured else [])
 
-        items = len(variant.images)
-        return Contender(variant.name, step, check, items, flops, None, setting.device, variant.label, saved)
+        replay = functools.cache(lambda: CapturedStep(step))
+        timed, items = (lambda: replay()()) if variant.captured else step, len(variant.images)
+        return Contender(variant.name, timed, check, items, flops, None, setting.device, variant.label, saved)
 
     return [contender(variant) for variant in (*_variants(setting, chosen, train=True), *others)]
 
@@ -167,11 +171,17 @@ def _variants(setting: Setting, chosen: Sequence[str], train: bool) -> Iterator[
                 if not (train and mode == "freezing"):
                     context = functools.partial(_compiling, setting, mode)
                     yield Variant(f"{name}_{mode}", f"{CONTENDERS[name]} {mode}", _compiler(mode), last, context)
+        elif name in ("eager_graph", "fast_graph"):
+            if train and setting.device == "cuda":
+                like = "fast" if name == "fast_graph" else "eager_channels_last"
+                yield Variant(name, CONTENDERS[name], *plain[like], captured=True)
         elif not (train and name == "frozen"):
             yield Variant(name, CONTENDERS[name], *plain[name])
     for stage in setting.train_stages if train else ():
         prepare = functools.partial(optimize, backend=setting.backend, train_stage=stage)
-        yield Variant(f"fast_stage{stage}", f"{CONTENDERS['fast']}, stage {stage}", prepare, last, autocast)
+        for name in ("fast", *(["fast_graph"] if "fast_graph" in chosen and setting.device == "cuda" else [])):
+            named = f"fast_stage{stage}{name.removeprefix('fast')}", f"{CONTENDERS[name]}, stage {stage}"
+            yield Variant(*named, prepare, last, autocast, captured=name == "fast_graph")
 
 
 def _compiler(mode: str) -> Callable[[nn.Module], Callable]:
@@ -205,6 +215,22 @@ def _first_step(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tenso
     logits = logits if logits.dtype == torch.float64 else logits.float()
     F.cross_entropy(logits, labels).backward()
     return logits.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def _check_replay(step: Callable, replay: Callable, model: nn.Module, optimizer: torch.optim.Optimizer) -> Comparison:
+    """What a replayed step does to everything that a step changes, against the step itself; done twice, because sums of
+    gradients may be in no fixed order."""
+    momenta = [entry["momentum_buffer"] for entry in optimizer.state.values()]
+    changed = [tensor.detach() for tensor in (*model.parameters(), *model.buffers(), *momenta)]
+    before = [tensor.clone() for tensor in changed]
+    results = []
+    for run in (step, step, replay):
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(old)
+        run()
+        results.append(torch.cat([tensor.float().flatten() for tensor in changed]))
+    first, again, replayed = results
+    return numerics.compare("a replayed step", replayed, again, first)
 
 
 def _check_blocks(setting: Setting, stage: int | str) -> list[Comparison]:

@@ -25,10 +25,13 @@ CONTENDERS = {
     "eager_channels_last": "eager channels_last",
     "eager_pooled": "eager channels_last, pooled",
     "compile": "torch.compile",
+    "eager_graph": "eager channels_last, CUDA graph",
     "fast": "fast",
+    "fast_graph": "fast, CUDA graph",
     "frozen": "frozen",
 }
-"""Names of the usual contenders and how they are shown. The ratio is to BASELINE's time in the same run."""
+"""Names of the usual contenders and how they are shown. The ratio is to BASELINE's time in the same run. A graph is of
+a whole training step, on a GPU; in inference the engine of a frozen model has its own."""
 
 BASELINE = "eager_channels_last"
 

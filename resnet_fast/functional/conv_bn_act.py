@@ -8,7 +8,7 @@ torch.compile and torch.export. Where a fused op has no meaning to the caller (T
 transforms, forward-mode AD, empty batches) the same arithmetic runs as plain PyTorch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ def bn_act(
     if not training:
         return _ops.bn_act(x, weight, bias, running_mean, running_var, residual, eps, relu, backend)
     y, mean, var = _ops.bn_act_train(x, weight, bias, residual, eps, relu, backend)
-    update_running(running_mean, running_var, mean, var, x.numel() // channels, momentum)
+    update_running([(running_mean, running_var, mean, var, x.numel() // channels, momentum)])
     return y
 
 
@@ -134,7 +134,7 @@ def conv_bn_act(
         y, _, mean, var = _ops.conv_bn_act_train(
             x, conv_weight, conv_bias, weight, bias, residual, *conv, eps, relu, backend
         )
-        update_running(running_mean, running_var, mean, var, shape[0] * shape[2] * shape[3], momentum)
+        update_running([(running_mean, running_var, mean, var, shape[0] * shape[2] * shape[3], momentum)])
         return y
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         # weight's gradient needs the convolution's output: two ops keep it, where one would compute it twice
@@ -281,15 +281,23 @@ def _plain(x, running_mean, running_var, weight, bias, residual, training, momen
 
 
 @torch.no_grad()
-def update_running(running_mean, running_var, mean, var, count: int, momentum: float) -> None:
-    if running_mean is not None:
-        _average_(running_mean, mean, momentum)
-        _average_(running_var, var * (count / (count - 1)), momentum)
+def update_running(rows: Iterable[tuple]) -> None:
+    """What (running_mean, running_var, mean, var, count, momentum) of each layer becomes, in a few launches for all."""
+    alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for running_mean, running_var, mean, var, count, momentum in rows:
+        if running_mean is not None:
+            running, batch = alike.setdefault(momentum, ([], []))
+            running += [running_mean, running_var]
+            batch += [mean, var * (count / (count - 1))]
+    for momentum, (running, batch) in alike.items():
+        _average_(running, batch, momentum)
 
 
-def _average_(running: Tensor, batch: Tensor, momentum: float) -> None:
+def _average_(running: list[Tensor], batch: list[Tensor], momentum: float) -> None:
     """Not lerp_, whose other forms of the same sum differ where the batch is infinite."""
-    if running.dtype == batch.dtype:
-        running.mul_(1 - momentum).add_(batch, alpha=momentum)
-    else:
-        running.copy_(running.to(batch.dtype).mul_(1 - momentum).add_(batch, alpha=momentum))
+    wide = [old if old.dtype == new.dtype else old.to(new.dtype) for old, new in zip(running, batch, strict=True)]
+    torch._foreach_mul_(wide, 1 - momentum)
+    torch._foreach_add_(wide, batch, alpha=momentum)
+    for old, new in zip(running, wide, strict=True):
+        if old is not new:
+            old.copy_(new)

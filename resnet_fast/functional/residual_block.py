@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import arguments, autograd_training, dispatch, training  # noqa: F401  (autograd_training registers formulas)
-from ..context import cast, conv_dtype
+from .. import arguments, dispatch, training
+from ..autograd_training import ResidualBlockTrain
+from ..context import cast, conv_dtype, is_traced
 from ..training import RECORD
 from .conv_bn_act import (
     ConvBn,
@@ -89,20 +90,14 @@ def residual_block(
     layers = [cast_layer(layer, x.dtype) for layer in layers]
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
     stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
-    y, records = _ops.residual_block_train(
-        x,
-        residual,
-        *_columns(x, layers),
-        numbers,
-        epsilons,
-        [layer.training for layer in layers],
-        downsample,
-        stages,
-        group,
-        backend,
-    )
-    for number, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
-        _update(layer, records[number * len(RECORD) :], shape, group)
+    columns, training_now = _columns(x, layers), [layer.training for layer in layers]
+    settings = (numbers, epsilons, training_now, downsample, stages, group, backend)
+    if is_traced(x):
+        y, records = _ops.residual_block_train(x, residual, *columns, *settings)
+    else:
+        vectors = (tensor for column in columns for tensor in column)
+        y, *records = ResidualBlockTrain.apply(x, residual, *vectors, *settings)
+    _update(layers, records, shapes, group)
     return y
 
 
@@ -139,7 +134,7 @@ def stem(x: Tensor, layer: ConvBn, *, group: str = "", backend: str = "auto") ->
     backend = dispatch.select("stem_train", x.device.type, x.dtype, backend)
     vectors = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
     y, records = _ops.stem_train(x, layer.conv_weight, *vectors, _geometry(layer), layer.eps, group, backend)
-    _update(layer, records, shape, group)
+    _update([layer], records, [shape], group)
     return y
 
 
@@ -187,9 +182,12 @@ def _geometry(layer: ConvBn) -> list[int]:
     return [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
 
 
-def _update(layer: ConvBn, record: Sequence[Tensor], shape: tuple[int, ...], group: str) -> None:
-    """The running statistics from a layer's entries of the op's records."""
-    if layer.training:
-        mean, var, count = record[1:4]
-        count = count if group else shape[0] * shape[2] * shape[3]
-        update_running(layer.running_mean, layer.running_var, mean, var, count, layer.momentum)
+def _update(layers: Sequence[ConvBn], records: Sequence[Tensor], shapes: Sequence[tuple], group: str) -> None:
+    """The layers' running statistics from the op's records."""
+    rows = []
+    for number, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
+        if layer.training:
+            mean, var, count = records[number * len(RECORD) + 1 :][:3]
+            count = count if group else shape[0] * shape[2] * shape[3]
+            rows.append((layer.running_mean, layer.running_var, mean, var, count, layer.momentum))
+    update_running(rows)

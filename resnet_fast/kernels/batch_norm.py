@@ -30,7 +30,7 @@ def bn_statistics(
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)  # infinite values have an infinite mean, not NaN
     total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    for step in range(SLAB // BLOCK_PIXELS):
+    for step in tl.range(SLAB // BLOCK_PIXELS, loop_unroll_factor=4):
         offset, ok = _rows(first, step, pixels, channel, channel_ok, CHANNELS, BLOCK_PIXELS)
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
         difference = tl.where(ok, x - shift[None, :], 0.0)
@@ -42,7 +42,7 @@ def bn_statistics(
     at = slab * CHANNELS + channel
     tl.store(mean_ptr + at, shift + mean, mask=channel_ok)
     tl.store(m2_ptr + at, m2, mask=channel_ok)
-    tl.store(count_ptr + slab + 0 * channel, 0 * mean + count, mask=channel == 0)
+    tl.store(count_ptr + slab + 0 * channel, tl.where(channel == 0, count, 0.0), mask=channel == 0)
 
 
 @triton.jit(do_not_specialize=("partials",))
@@ -55,8 +55,9 @@ def merge_statistics(
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    # A program owns BLOCK_CHANNELS channels of all partials: first their mean, by differences from that of the first
-    # block, then the squares about it (Chan, Golub and LeVeque 1983). A partial of no values counts for nothing.
+    # A program owns BLOCK_CHANNELS channels of all partials, and takes them as differences from the mean of the first
+    # block, which is near enough to the mean of all for neither sum to cancel (Chan, Golub and LeVeque 1983). A partial
+    # of no values counts for nothing. Few programs wait for many loads: four blocks' are under way together.
     means_ptr, m2s_ptr, counts_ptr = statistics
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     channel_ok = channel < CHANNELS
@@ -65,21 +66,19 @@ def merge_statistics(
     shift = tl.sum(weighted, 0) / tl.sum(count, 0)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     total = tl.zeros((BLOCK_PARTIALS, BLOCK_CHANNELS), tl.float32)
+    squares = tl.zeros((BLOCK_PARTIALS, BLOCK_CHANNELS), tl.float32)
     values = tl.zeros((BLOCK_PARTIALS,), tl.float32)
-    for first in range(0, partials, BLOCK_PARTIALS):
+    for first in tl.range(0, partials, BLOCK_PARTIALS, loop_unroll_factor=4):
         count, at, ok = _partials(counts_ptr, first, partials, channel, channel_ok, CHANNELS, BLOCK_PARTIALS)
-        mean = tl.load(means_ptr + at, mask=ok, other=0.0)
-        total += tl.where(ok, (mean - shift[None, :]) * count[:, None], 0.0)
+        off = tl.where(ok, tl.load(means_ptr + at, mask=ok, other=0.0) - shift[None, :], 0.0)
+        total += off * count[:, None]
+        squares += tl.load(m2s_ptr + at, mask=ok, other=0.0) + off * off * count[:, None]
         values += count
     values = tl.sum(values, 0)
-    grand = shift + tl.sum(total, 0) / values
-    squares = tl.zeros((BLOCK_PARTIALS, BLOCK_CHANNELS), tl.float32)
-    for first in range(0, partials, BLOCK_PARTIALS):
-        count, at, ok = _partials(counts_ptr, first, partials, channel, channel_ok, CHANNELS, BLOCK_PARTIALS)
-        off = tl.load(means_ptr + at, mask=ok, other=0.0) - grand[None, :]
-        squares += tl.where(ok, tl.load(m2s_ptr + at, mask=ok, other=0.0) + off * off * count[:, None], 0.0)
-    tl.store(mean_ptr + channel, grand, mask=channel_ok)
-    tl.store(var_ptr + channel, tl.sum(squares, 0) / values, mask=channel_ok)
+    off = tl.sum(total, 0) / values
+    m2 = tl.maximum(tl.sum(squares, 0) - values * off * off, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(mean_ptr + channel, shift + off, mask=channel_ok)
+    tl.store(var_ptr + channel, m2 / values, mask=channel_ok)
 
 
 @triton.jit(do_not_specialize=("pixels",))
@@ -126,7 +125,7 @@ def bn_backward_reduce(
     mean = tl.load(norm[1] + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
     sum_dz = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     sum_dzx = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    for step in range(SLAB // BLOCK_PIXELS):
+    for step in tl.range(SLAB // BLOCK_PIXELS, loop_unroll_factor=4):
         offset, ok = _rows(first, step, pixels, channel, channel_ok, CHANNELS, BLOCK_PIXELS)
         x = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
         dz = behind_relu(tl.load(dy_ptr + offset, mask=ok, other=0.0), x, channel, channel_ok, norm, RELU)

@@ -46,6 +46,7 @@ __all__ = [
     "StemConfig",
     "TailConfig",
     "TmaConfig",
+    "box_count",
     "boxes",
     "candidates",
     "from_dict",
@@ -132,7 +133,8 @@ def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | Non
         return f"block_out={config.block_out} does not divide a group's {group_out} output channels"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
-    limit = 64 if problem.statistics or problem.residual_norm else 128
+    even = box_count(config.box, conv) * config.block_pixels == conv.pixels
+    limit = 64 if problem.statistics and not even else 128
     return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, limit)
 
 
@@ -328,7 +330,7 @@ def _conv_configs(problem: ConvProblem) -> Iterator[Config]:
     row = 128 // ITEMSIZE[problem.dtype]  # channels in the widest row that descriptors swizzle
     for block_out, block_in in _OUT_IN:
         for warps in (4, 8):
-            for stages in (3, 4):
+            for stages in (2, 3, 4):
                 for pixels in (64, 128, 256):
                     yield PointerConfig(pixels, block_out, block_in, warps, stages)
                 if block_out >= 64 and block_in == row:

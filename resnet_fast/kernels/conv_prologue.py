@@ -31,6 +31,7 @@ def conv_prologue(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_PIXELS divides pixels
 ):
     # A program owns BLOCK_PIXELS pixels times a SPLITS-th of the output channels. Trip counts are constants, or ptxas
     # serialises wgmma.
@@ -68,7 +69,7 @@ def conv_prologue(
             acc = relu(acc)
         value = acc.to(y_ptr.dtype.element_ty)
         if statistics[0] is not None:
-            store_statistics(value, pixel_ok, out, out_ok, statistics, row, OUT_CHANNELS, 0)
+            store_statistics(value, pixel_ok, out, out_ok, statistics, row, OUT_CHANNELS, 0, EVEN)
         tl.store(y_ptr + offset, value, mask=ok)
 
 

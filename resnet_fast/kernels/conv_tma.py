@@ -49,6 +49,7 @@ def conv_bn_act_tma(
     BOX_W: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    EVEN: tl.constexpr,  # boxes cover the output and nothing else
 ):
     # A program owns a box of output pixels times BLOCK_OUT output channels. Neighbouring programs share the box.
     PIXELS: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -102,7 +103,7 @@ def conv_bn_act_tma(
         pixel = tl.arange(0, PIXELS)
         rows_ok = (n + pixel // (BOX_H * BOX_W) < batch) & (h + pixel // BOX_W % BOX_H < out_height)
         pixel_ok = rows_ok & (w + pixel % BOX_W < out_width)
-        store_statistics(value, pixel_ok, out, out_ok, statistics, box, OUT_CHANNELS, 0)
+        store_statistics(value, pixel_ok, out, out_ok, statistics, box, OUT_CHANNELS, 0, EVEN)
     y.store([n, h, w, first_out], value.T.reshape(BOX_N, BOX_H, BOX_W, BLOCK_OUT))
 
 

@@ -81,7 +81,8 @@ def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
     """The cost model: the slowest of tensor cores, memory and L2, in whole waves of programs.
 
     Tensor cores lose to small tiles (operands are read from shared memory once per tile side) and to padding; the
-    last wave counts in full. Constants are from instruction counts of compiled kernels; `tune` replaces all this.
+    last wave counts in full; memory waits for programs that are alone on their multiprocessor. Constants are from
+    instruction counts of compiled kernels and from an H200 (benchmarks/NOTES.md); `tune` replaces all this.
     """
     if isinstance(problem, StemProblem):
         return _stem_seconds(config, problem, gpu)
@@ -102,15 +103,18 @@ def _seconds(config: Config, problem: Problem, gpu: Gpu, moved: int) -> float:
     """Of a launch that moves so many bytes to and from memory."""
     count = programs(config, problem)
     itemsize = ITEMSIZE[problem.dtype]
-    concurrent = max(1, gpu.shared_memory_per_multiprocessor // (shared_memory(config, problem) + 1024))
-    concurrent = max(1, min(concurrent, 16 // config.warps, 4)) * gpu.multiprocessors
+    together = max(1, gpu.shared_memory_per_multiprocessor // (shared_memory(config, problem) + 1024))
+    together = max(1, min(together, 16 // config.warps, 4))
+    concurrent = together * gpu.multiprocessors
     waves = math.ceil(count / concurrent) / (count / concurrent)
 
     issued, loaded = _issued_and_loaded(config, problem)
     intensity = 1 / (1 / config.block_pixels + 1 / config.block_out)
-    efficiency = min(1.0, intensity / 64) ** 0.5 * (0.85 if isinstance(config, _THROUGH_POINTERS) else 1.0)
+    addressing = 0.62 if isinstance(config, _THROUGH_POINTERS) else 1.0
+    efficiency = min(1.0, intensity / 64) ** 0.5 * addressing
+    efficiency *= (0.75 if config.warps == 4 else 0.5) if isinstance(config, TailConfig) else 1.0
     compute = count * issued / (gpu.peak(problem.dtype) * efficiency)
-    memory = moved / gpu.bandwidth
+    memory = moved / gpu.bandwidth / addressing**0.5 * (1 + 0.65 / together**2)
     l2 = count * loaded * itemsize / (3 * gpu.bandwidth)
     return max(compute * waves, memory, l2) + 0.15 * min(compute * waves, memory) + 2e-6
 

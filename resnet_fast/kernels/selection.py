@@ -5,6 +5,7 @@ Decided once per problem and GPU and remembered; nothing is tuned or timed insid
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -76,9 +77,18 @@ def choose(problem: Problem, gpu: Gpu) -> Choice:
     """The choice for `problem` on `gpu`."""
     if problem in _forced:
         return _forced[problem]
-    if problem.dtype == "float32" and not torch.backends.cudnn.allow_tf32:  # a flag that may change, so not remembered
-        return Choice(None, "library", "float32 without TF32 has no tensor cores, and without them cuDNN is faster")
+    if problem.dtype == "float32" and (reason := why_not_float32()):
+        return Choice(None, "library", reason)
     return _choose(problem, gpu)
+
+
+def why_not_float32() -> str | None:
+    """Why convolutions in float32 are the library's; None where Triton may compute them. It depends on flags."""
+    if not torch.backends.cudnn.allow_tf32:
+        return "float32 without TF32 has no tensor cores, and without them cuDNN is faster"
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":  # whose products are exact
+        return "Triton's TF32 products cut their operands' last bits off, which biases sums; cuDNN rounds them"
+    return None
 
 
 @functools.cache

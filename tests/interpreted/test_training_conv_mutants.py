@@ -47,6 +47,12 @@ STATISTICS = {
         "tl.sum(tl.where(ok, wide * wide, 0.0), 1 - AXIS) - count * mean * mean",
         LARGE_MEAN,
     ),
+    "even_count_of_channels": ("count = value.shape[1 - AXIS]", "count = value.shape[AXIS]", conv("tma_even")),
+    "even_m2_about_zero": (
+        "deviation = wide - tl.expand_dims(mean, 1 - AXIS)\n    else",
+        "deviation = wide\n    else",
+        conv("prologue_even"),
+    ),
     "nan_dropped": ("tl.where(ok, wide, 0.0)", "tl.where(ok & (wide == wide), wide, 0.0)", NAN),
     "rows_of_other_tiles": ("row.to(tl.int64) * CHANNELS", "0 * row.to(tl.int64)", conv("pointwise_tail_tile")),
     "no_channel_mask": ("mean, mask=channel_ok)", "mean)", conv("five_to_65_channels")),

@@ -11,6 +11,7 @@ in hardware) takes PyTorch's convolution and passes, or `reference`.
 import torch
 from torch import Tensor
 
+from ...layout import memory_format
 from ...memory import pooled
 from ...training import EPILOGUE
 from .. import native
@@ -200,7 +201,7 @@ def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, rel
 def _is_rows(x: Tensor) -> bool:
     """Whether CPU memory holds x pixel by pixel and its strides say so, which those of one pixel or channel may not."""
     wanted = torch.channels_last
-    suggested = torch._prims_common.suggest_memory_format(x)
+    suggested = memory_format(x)
     dense = suggested == wanted and x.is_contiguous(memory_format=wanted)
     return dense and x.device.type == "cpu" and x.numel() > 0
 

@@ -8,6 +8,7 @@ is pending.
 import torch
 from torch import Tensor
 
+from ...layout import memory_format
 from . import Geometry, Norm, Shortcut
 
 _WINDOW = [3, 3], [2, 2], [1, 1]  # kernel, stride and padding of a stem's max-pool
@@ -41,7 +42,7 @@ def apply(
     total = _normalised(conv_out, norm)
     if residual is not None:
         total = total + (_wide(residual) if residual_norm is None else _normalised(residual, residual_norm))
-    return (total.relu() if relu else total).to(conv_out.dtype, memory_format=_layout(conv_out))
+    return (total.relu() if relu else total).to(conv_out.dtype, memory_format=memory_format(conv_out))
 
 
 def pool(conv_out: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def pooled(activated: Tensor) -> tuple[Tensor, Tensor]:
     y, flat = torch.ops.aten.max_pool2d_with_indices(activated, *_WINDOW)
     width, (top, left) = activated.shape[3], _corners(y)
     index = (flat // width - top) * 3 + flat % width - left
-    return y, index.to(torch.uint8, memory_format=_layout(y))
+    return y, index.to(torch.uint8, memory_format=memory_format(y))
 
 
 def unpool(dy: Tensor, index: Tensor, conv_out: Tensor) -> Tensor:
@@ -98,13 +99,13 @@ def conv_join(
     if shortcut is not None:
         branch = _conv(_wide(shortcut.x), _wide(shortcut.conv_weight), shortcut.geometry)
         total = total + _normalised(branch, shortcut.norm)
-    return total.relu().to(x.dtype, memory_format=_layout(x))
+    return total.relu().to(x.dtype, memory_format=memory_format(x))
 
 
 def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
     """dz: dy where relu's output y lets it pass (where y is not <= 0, so that NaN does), in `layout_like`'s format."""
     dz = torch.ops.aten.threshold_backward(dy.to(y.dtype), y, 0)
-    return dz.contiguous(memory_format=_layout(layout_like))
+    return dz.contiguous(memory_format=memory_format(layout_like))
 
 
 def backward_reduce(
@@ -137,7 +138,7 @@ def backward_apply(
         centered = _wide(conv_out) - _vector(norm.mean, conv_out)
         dz = dz - _vector(mean_dz, dy) - centered * _vector(rstd * rstd * mean_dzx, dy)
     return (dz * _vector(norm.scale(dz.dtype), dy)).to(
-        dy.dtype, memory_format=_layout(dy if index is None else conv_out)
+        dy.dtype, memory_format=memory_format(dy if index is None else conv_out)
     )
 
 
@@ -193,7 +194,7 @@ def gram_dgrad(
         image = whole
     if add is not None:
         image = image + add
-    return image.to(x.dtype).contiguous(memory_format=_layout(x))
+    return image.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def _activated(x: Tensor, norm: Norm | None) -> Tensor:
@@ -243,7 +244,3 @@ def _wide(x: Tensor) -> Tensor:
 def _vector(vector: Tensor, like: Tensor) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return vector.to(dtype).view(1, -1, 1, 1)
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch._prims_common.suggest_memory_format(x)
