@@ -91,7 +91,7 @@ def _tests(settings: Settings) -> Iterable[Unit]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in path.read_text() and not (settings.rehearse and path.name != "test_gpu.py"):
             name = str(path.relative_to(ROOT / "tests").with_suffix(""))
-            unit = Unit(f"tests/{name}", "gpu_tests", (str(path),), 150.0, needs=("rich", "pytest"), check=True)
+            unit = Unit(f"tests/{name}", "gpu_tests", (str(path),), 60.0, needs=("rich", "pytest"), check=True)
             yield replace(unit, kind=unit.name)  # one file says nothing of another's time
     for tool in ("memcheck", "racecheck"):
         args = ("--tool", tool)

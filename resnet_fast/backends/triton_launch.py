@@ -148,6 +148,7 @@ def conv(
             "SHORTCUT_STRIDE_H": branch.stride[0],
             "SHORTCUT_STRIDE_W": branch.stride[1],
             "BLOCK_PIXELS": config.block_pixels,
+            "PIXEL_STRIDE": groups * group_in,
         }
         kernel, args = conv_bn_act_pointer, (*args, *sizes, branch.height, branch.width)
     else:

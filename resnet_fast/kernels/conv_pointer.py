@@ -53,6 +53,7 @@ def conv_bn_act_pointer(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    PIXEL_STRIDE: tl.constexpr,  # from a pixel of x to its neighbour: GROUPS * GROUP_IN, or less where pixels overlap
 ):
     # A program owns BLOCK_PIXELS output pixels times BLOCK_OUT output channels of one group. Neighbouring programs
     # share pixels, so that x is read from memory once and found in L2 after that.
@@ -74,7 +75,7 @@ def conv_bn_act_pointer(
     acc = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32)
     acc = _accumulate(
         acc, x_ptr + group * GROUP_IN, weight_ptr, image, row * STRIDE_H - PAD_H, column * STRIDE_W - PAD_W, pixel_ok,
-        out, out_ok, height, width, GROUPS * GROUP_IN, GROUP_IN, GROUP_OUT % BLOCK_OUT != 0,
+        out, out_ok, height, width, PIXEL_STRIDE, GROUP_IN, GROUP_OUT % BLOCK_OUT != 0,
         R, S, DILATION_H, DILATION_W, PAD_H + PAD_W != 0, PRECISION, BLOCK_IN,
     )  # fmt: skip
     if shortcut_ptr is not None:
