@@ -8,7 +8,7 @@ import torch
 from ptx import Report, compiled_all, report
 from triton import knobs
 
-from resnet_fast.backends import triton_batch_norm
+from resnet_fast.backends import triton_batch_norm, triton_launch, triton_pool
 from resnet_fast.backends.primitives import Geometry, Norm
 
 if knobs.runtime.interpret:
@@ -40,6 +40,22 @@ def flaws(found: Report) -> list[str]:
     return [text for flaw, text in checks if flaw]
 
 
+def pooled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dy and index of a stem's max-pool of x."""
+    dy = triton_launch.pooled_like(x)
+    return dy, torch.empty_like(dy, dtype=torch.uint8)
+
+
+def pooled_reduce(x: torch.Tensor, n: Norm):
+    dy, index = pooled(x)
+    return triton_pool.backward_reduce(dy, x, n, True, index)
+
+
+def pooled_apply(x: torch.Tensor, n: Norm):
+    dy, index = pooled(x)
+    return triton_pool.backward_apply(dy, x, n, True, *vectors(x.shape[1], 2), index)
+
+
 PASSES: dict[str, Callable[[torch.Tensor, Norm], object]] = {
     "batch_statistics": lambda x, n: triton_batch_norm.batch_statistics(x),
     "apply": lambda x, n: triton_batch_norm.apply(x, n),
@@ -47,6 +63,9 @@ PASSES: dict[str, Callable[[torch.Tensor, Norm], object]] = {
     "backward_reduce": lambda x, n: triton_batch_norm.backward_reduce(x, x, n, True),
     "backward_apply": lambda x, n: triton_batch_norm.backward_apply(x, x, n, True, *vectors(x.shape[1], 2)),
     "backward_apply_fixed": lambda x, n: triton_batch_norm.backward_apply(x, None, n, False, None, None),
+    "pool": triton_pool.pool,
+    "backward_reduce_pooled": pooled_reduce,
+    "backward_apply_pooled": pooled_apply,
 }
 
 

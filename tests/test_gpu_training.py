@@ -15,7 +15,8 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fast import gpus, numerics, optimize, training
-from resnet_fast.backends import triton
+from resnet_fast.backends import triton, triton_pool
+from resnet_fast.backends.primitives import Norm, reference
 from resnet_fast.cli import checks, training_problems, training_workload, tuning, workload
 from resnet_fast.cli.checks import BlockCase
 from resnet_fast.kernels.configs import candidates
@@ -77,6 +78,31 @@ def test_configurations(key):
             found = work.triton(config)()
         worst = numerics.worst(numerics.compare_all(found, stock, reference))
         assert worst.match, f"{tuning.label_of(config)}: {worst.name}: {worst.reason}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 112, 112), (3, 100, 57, 61)], ids=str)
+def test_pool_behind_batch_norm(shape, dtype):
+    """The stem's passes beside PyTorch's, which has its maxima in the same places: no result here is rounded."""
+    x = (draw(shape, torch.float32, "channels_last") * 2).round().to(dtype).cuda()
+    channels = torch.arange(shape[1], device="cuda")
+    weight = torch.where(channels % 3 == 0, -1.0, 0.5)
+    norm = Norm((channels % 4).float(), torch.full_like(weight, 4.0), weight, (channels % 2).float(), 0.0)
+    y, index = reference.pool(x, norm)
+    ours, places = triton_pool.pool(x, norm)
+    assert torch.equal(ours, y)
+    assert torch.equal(places, index)
+    dy, means = draw(y.shape, dtype, "channels_last").cuda(), torch.randn(2, shape[1], device="cuda")
+    wide = [tensor.double() for tensor in (dy, x)]
+    exact_norm = Norm(*(vector.double() for vector in norm[:4]), norm.eps)
+    for name, more in (("backward_reduce", ()), ("backward_apply", means)):
+        arguments = dy, x, norm, True, *more, index
+        exact = getattr(reference, name)(*wide, exact_norm, True, *(mean.double() for mean in more), index)
+        found, stock = (getattr(module, name)(*arguments) for module in (triton_pool, reference))
+        outputs = zip(*(each if isinstance(each, tuple) else (each,) for each in (found, stock, exact)), strict=True)
+        for number, each in enumerate(outputs):
+            verdict = numerics.compare(f"{name} {number}", *each, compute_dtype=dtype)
+            assert verdict.match, str(verdict)
 
 
 @STAGES

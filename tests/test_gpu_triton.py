@@ -23,6 +23,7 @@ from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
 from resnet_fast.planned import PlannedResNet
 from resnet_fast.planner import Section, build
+from resnet_fast.problems import Conv, StemProblem
 
 pytestmark = pytest.mark.gpu
 
@@ -182,6 +183,53 @@ def test_more_than_two_to_the_31_elements():
         for image in (0, 699):
             alone = functional.conv_bn_act(x[image : image + 1], weight, *statistics, backend="triton")
             torch.testing.assert_close(y[image : image + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 112, 112), (3, 100, 57, 61), (2, 5, 33, 1)], ids=str)
+def test_max_pool(shape, dtype):
+    """Its choice of a number is PyTorch's, NaN included."""
+    x = draw(shape, dtype, "channels_last").cuda()
+    x[0, 3, 0, 0] = x[-1, 4, -1, -1] = x[0, 0, 20, 0] = float("nan")
+    x[-1, 1] = -float("inf")
+    y = triton.max_pool(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, torch.nn.functional.max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
+
+
+def test_max_pool_of_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 16e9:
+        pytest.skip("needs 16 GB")
+    x = torch.randn(2700, 64, 112, 112, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    y = triton.max_pool(x)
+    for image in (0, 2699):
+        alone = torch.nn.functional.max_pool2d(x[image : image + 1], 3, 2, 1)
+        torch.testing.assert_close(y[image : image + 1], alone, rtol=0, atol=0)
+
+
+STEMS = {
+    "resnet": Conv(8, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3)),
+    "odd": Conv(3, 3, 97, 131, 64, (7, 7), (2, 2), (3, 3)),
+    "grey": Conv(5, 1, 64, 96, 32, (7, 7), (2, 2), (3, 3)),
+    "three_by_three": Conv(4, 4, 64, 64, 64, (3, 3), (2, 2), (1, 1)),
+    "even_kernel": Conv(2, 2, 61, 64, 64, (6, 8), (2, 2), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", STEMS)
+def test_stems(name, dtype):
+    """Every configuration, of images that are not ImageNet's too."""
+    problem, gpu = StemProblem(STEMS[name], dtype), gpus.of_device(torch.cuda.current_device())
+    work = workload.of(problem, "cuda")
+    reference, stock, wrong = work.reference(), work.stock(), {}
+    for config in candidates(problem, gpu):
+        work.poison()
+        verdict = numerics.worst(numerics.compare_all(work.triton(config)(), stock, reference))
+        if not verdict.match:
+            wrong[tuning.label_of(config)] = str(verdict)
+    assert not wrong
 
 
 def test_what_the_gpu_refuses_is_planned_around(monkeypatch, said):

@@ -85,7 +85,11 @@ def calls(case: Case, dtype: torch.dtype, layout: str) -> dict[str, tuple]:
     add, geometry = draw(case.shape, dtype, layout), case.geometry
     gradient = (dz, x, x_norm, geometry)
     statistics = ("conv_out", "mean", "var")
+    pooled, index = reference.pool(conv_out, norm)
+    dpooled = draw(pooled.shape, dtype, layout).masked_fill(pooled < 0.05, 0.0)
     return {
+        "backward_reduce_pooled": ("backward_reduce", (dpooled, conv_out, norm, True, index), ("sum_dz", "sum_dzx")),
+        "backward_apply_pooled": ("backward_apply", (dpooled, conv_out, norm, True, *means, index), ("dconv_out",)),
         "conv": ("conv", (x, None, conv_weight, geometry, 2, True), statistics),
         "conv_prologue": ("conv", (x, x_norm, conv_weight, geometry, 3, True), statistics),
         "conv_no_statistics": ("conv", (x, x_norm, conv_weight, geometry, 4, False), statistics),

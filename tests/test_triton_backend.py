@@ -147,6 +147,16 @@ def test_a_row_that_is_no_longer_valid_is_not_taken():
     assert selection.choose(PROBLEM, H200).source == "predicted"
 
 
+def test_rows_of_kernels_that_have_changed_are_left_out(said):
+    other = replace(PROBLEM, relu=False)
+    gone = {"kernel": "stem", "tile_h": 8, "tile_w": 16, "block_out": 64, "block_in": 32, "warps": 4, "stages": 2}
+    kept = {"config": None, "us": 1.0, "library_us": 1.0}
+    write_table({PROBLEM.key: {"config": gone, "us": 1.0, "library_us": 2.0}, other.key: kept})
+    assert selection.choose(PROBLEM, H200).source == "predicted"
+    assert selection.choose(other, H200).source == "tuned"
+    assert sum("1 rows are of kernels that have changed" in message for message in said()) == 1
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "other/9", "rows": {}}', '{"schema": "resnet_fast.tuned/1"}'])
 def test_a_broken_table_is_named_once_and_not_used(text, said):
     path = tables.paths(H200)[0]

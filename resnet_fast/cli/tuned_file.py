@@ -32,7 +32,8 @@ class TunedFile:
         found = _read(path, schema, gpu.name)
         self.timing: dict = found.get("timing", {})
         self.left: int | None = found.get("left")
-        self.rows: dict[str, dict] = found.get("rows", {})
+        rows = found.get("rows", {}).items()
+        self.rows: dict[str, dict] = {key: row for key, row in rows if tables.is_current(row.get("config"))}
         self.failed: dict[str, str] = found.get("failed", {})
         self.crashed: dict[str, dict[str, str]] = found.get("crashed", {})
         self.trying: list[str] | None = None

@@ -107,12 +107,24 @@ def read(path: Path, gpu: Gpu) -> dict[str, Row]:
             raise ValueError(f"schema {data['schema']!r} is not {SCHEMA!r}")
         if data["gpu"] != gpu.name:
             raise ValueError(f"it was measured on {data['gpu']}, not {gpu.name}")
-        return {key: _row(row) for key, row in data["rows"].items()}
+        rows = {key: _row(row) for key, row in data["rows"].items() if is_current(row["config"])}
+        if len(rows) < len(data["rows"]):
+            left = len(data["rows"]) - len(rows)
+            _log.once(f"tuned table {path}: {left} rows are of kernels that have changed since, and not used")
+        return rows
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.once(f"tuned table {path} is not used: {type(error).__name__}: {error}")
         return {}
+
+
+def is_current(config: dict | None) -> bool:
+    """Whether its kernel is there, with the same fields as when it was measured."""
+    try:
+        return config is None or from_dict(config) is not None
+    except (KeyError, TypeError):
+        return False
 
 
 def _row(row: dict) -> Row:

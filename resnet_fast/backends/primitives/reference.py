@@ -62,11 +62,14 @@ def pooled(activated: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpool(dy: Tensor, index: Tensor, conv_out: Tensor) -> Tensor:
-    """The gradient of `pool`'s activated input, in dy's dtype: of each pixel the sum of dy where it is the maximum."""
+    """The gradient of `pool`'s activated input, as conv_out: of each pixel the sum of dy where it is the maximum.
+
+    Rounded as PyTorch's; what spreads dy where it uses it need not round.
+    """
+    dy = dy.to(conv_out.dtype)
     local, (top, left) = index.long(), _corners(dy)
     flat = (local // 3 + top) * conv_out.shape[3] + local % 3 + left
-    like = torch.empty_like(conv_out, dtype=dy.dtype, memory_format=memory_format(conv_out))
-    return torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *_WINDOW, [1, 1], False, flat)
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, conv_out, *_WINDOW, [1, 1], False, flat)
 
 
 def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -206,7 +209,7 @@ def _normalised(conv_out: Tensor, norm: Norm) -> Tensor:
 
 
 def _masked(dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, index: Tensor | None) -> Tensor:
-    dz = _wide(dy) if index is None else unpool(_wide(dy), index, conv_out)
+    dz = _wide(dy if index is None else unpool(dy, index, conv_out))
     return dz.masked_fill(_normalised(conv_out, norm) <= 0, 0.0) if relu else dz
 
 
