@@ -22,6 +22,7 @@ from .layers import (
     why_not_module,
     why_not_normalised,
     why_not_stage,
+    why_not_worth_it,
 )
 
 
@@ -45,7 +46,7 @@ class _FastBlock:
 
     def _fused_or_none(self, x: Tensor) -> Tensor | None:
         """The block's output, or None where the stock forward has to compute it."""
-        reason = self.why_stock(x)
+        reason = why_not_worth_it(x, self.fast_backend) or self.why_stock(x)
         if reason is None:
             return self._fused(x)
         if not torch.compiler.is_compiling():

@@ -89,7 +89,7 @@ def check_convolution(backend: str, x, conv_weight, stride, padding, dilation, g
 def why_not_auto(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why "auto" passes backend `name` over; None where it may take it. What can run may still be by request only."""
     reason = why_not(name, op, device_type, dtype)
-    if reason is None and (reason := load(name).why_not_auto(device_type)):
+    if reason is None and (reason := load(name).why_not_auto(device_type, op)):
         return f"{reason}, so only by request (backend={name!r})"
     return reason
 

@@ -59,8 +59,21 @@ def why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str
     return None
 
 
+_LITTLE = 16 * 2**20
+"""Bytes: of a smaller input a GPU has done a layer's work before the host has launched the next."""
+
+
+def why_not_worth_it(x: Tensor, backend: str) -> str | None:
+    """Why a call that could be fused is better left to PyTorch; None where it is not, or was asked for by name."""
+    if x.is_cuda and x.nbytes < _LITTLE and dispatch.requested(backend) == "auto":
+        return f"input of less than {_LITTLE >> 20} MiB: launches set the time, not the GPU (freeze, or name a backend)"
+    return None
+
+
 def why_not_called(op: str, x: Tensor, conv: nn.Conv2d, backend: str) -> str | None:
     """Why this call, whose input `conv` is the first to take, cannot be fused; None where it can."""
+    if (reason := why_not_worth_it(x, backend)) is not None:
+        return reason
     if is_disabled() or os.environ.get("RESNET_FAST_DISABLE", "0") not in ("", "0"):
         return "fusion is disabled (resnet_fast.disabled() or RESNET_FAST_DISABLE)"
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:

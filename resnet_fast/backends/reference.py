@@ -25,7 +25,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_auto(device_type: str) -> str | None:
+def why_not_auto(device_type: str, op: str) -> str | None:
     """Always the last resort."""
     return None
 

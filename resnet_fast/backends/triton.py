@@ -100,10 +100,13 @@ def _why_not_gpu() -> str | None:
     return None
 
 
-def why_not_auto(device_type: str) -> str | None:
-    """Why "auto" passes this backend over where it can run: it takes only GPUs that something was measured on."""
+def why_not_auto(device_type: str, op: str) -> str | None:
+    """Why "auto" passes this backend over where it can run: it takes only GPUs that something was measured on, and ops
+    whose launches take the host no longer than the GPU."""
     if device_type != "cuda":
         return "Triton's interpreter is for tests"
+    if op.endswith(("_train", "_backward")) and not op.startswith("bn"):
+        return "its launches in training take the host longer than they save the GPU, unless a CUDA graph replays them"
     return tables.why_none(gpus.of_device(torch.cuda.current_device()))
 
 
