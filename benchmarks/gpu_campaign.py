@@ -101,7 +101,7 @@ class Campaign:
             self.waiting.append(unit.name)
 
     def wanted(self, unit: Unit) -> bool:
-        if not fnmatch.fnmatch(unit.name, self.args.only):
+        if not any(fnmatch.fnmatch(unit.name, glob) for glob in self.args.only):
             return False
         status = self.state.status(unit.name)
         if unit.name == "build" and status == DONE and not self.settings.rehearse:
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     flag = parser.add_argument
     flag("--out", required=True, type=Path, metavar="DIR")
     flag("--phases", nargs="+", choices=units.PHASES, default=list(units.PHASES), metavar="PHASE")
-    flag("--only", default="*", metavar="GLOB", help="units whose name matches, as in 'networks/ours/resnet50-*'")
+    only = "units whose name matches one of these, as in 'networks/ours/resnet50-*'"
+    flag("--only", nargs="+", default=["*"], metavar="GLOB", help=only)
     flag("--budget", type=float, default=540.0, metavar="SECONDS", help="of this slice (default: 540)")
     flag("--again", action="store_true", help="run again what was wrong, crashed or timed out")
     flag("--commit", metavar="HASH", help="where there is no .git (default: RESNET_FAST_COMMIT)")
@@ -194,8 +195,10 @@ def main(argv: list[str] | None = None) -> int:
     flag("--dtypes", nargs="+", default=defaults.dtypes, metavar="DTYPE")
     flag("--batches", nargs="+", type=int, default=defaults.batches, metavar="N", help="of inference")
     flag("--train-batches", nargs="+", type=int, default=defaults.train_batches, metavar="N")
+    flag("--top", type=int, default=defaults.top, metavar="N", help="configurations of each layer, by the cost model")
     args = parser.parse_args(argv)
-    settings = Settings(tuple(args.models), tuple(args.dtypes), tuple(args.batches), tuple(args.train_batches))
+    sizes = tuple(args.batches), tuple(args.train_batches)
+    settings = Settings(tuple(args.models), tuple(args.dtypes), *sizes, top=args.top)
     settings = Settings.rehearsal() if args.rehearse else settings
     args.out.mkdir(parents=True, exist_ok=True)
     try:

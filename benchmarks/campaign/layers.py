@@ -32,12 +32,14 @@ def main() -> int:
     parser.add_argument("--budget", required=True, type=float)
     parser.add_argument("--model", nargs="+")
     parser.add_argument("--task", choices=tuple(REHEARSED), default="infer")
-    for name in ("--dtype", "--batch-size", "--img-size", "--device"):
+    for name in ("--dtype", "--batch-size", "--img-size", "--device", "--top"):
         parser.add_argument(name)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     model, *few = REHEARSED[args.task]
-    models, extra = ([model], ["--only", few[0], "--top", str(few[1])]) if args.rehearse else (args.model, [])
+    models, extra = (
+        ([model], ["--only", few[0], "--top", str(few[1])]) if args.rehearse else (args.model, ["--top", args.top])
+    )
     command = [sys.executable, "-m", "resnet_fast", "tune", "--model", *models, "--output", str(args.output), *extra]
     command += ["--task", args.task]
     command += ["-b", args.batch_size, "--dtype", args.dtype, "--img-size", args.img_size, "--device", args.device]

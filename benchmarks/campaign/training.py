@@ -17,7 +17,7 @@ from resnet_fast.cli.harness import BASELINE
 from . import networks as networks_unit
 
 GROUPS = {
-    "ours": ([BASELINE, "eager_graph", "fast", "fast_graph"], (), training.STAGES),
+    "ours": ([BASELINE, "eager_graph", "fast", "fast_graph"], (), (training.LIBRARY, training.GRAM)),
     "compile": ([BASELINE, "compile", "fast"], ("default",), ()),
 }
 """Group -> the contenders that `cli.contenders` makes, torch.compile's modes, and stages of training."""

@@ -20,7 +20,7 @@ TRAINING_GROUPS = {"ours": 120.0, "compile": 240.0}
 @dataclass(frozen=True)
 class Settings:
     """What is measured, and on what. `rounds`: turns that a network's timing is spread over; `train_batches`: of steps
-    of training."""
+    of training; `top`: how many configurations of a layer."""
 
     models: tuple[str, ...] = ("resnet50", "resnet18", "resnext50_32x4d")
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
@@ -29,12 +29,13 @@ class Settings:
     img_size: int = 224
     device: str = "cuda"
     rounds: int = 10
+    top: int = 12
     rehearse: bool = False
 
     @classmethod
     def rehearsal(cls) -> "Settings":
         """Everything once, tiny, on the CPU under Triton's interpreter."""
-        return cls(("resnet_tiny",), ("float32",), (1,), (2,), 16, "cpu", 1, True)
+        return cls(("resnet_tiny",), ("float32",), (1,), (2,), 16, "cpu", 1, rehearse=True)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def _layers(settings: Settings) -> Iterable[Unit]:
             for batch in batches:
                 args = ("--model", *settings.models, "--dtype", dtype, "--batch-size", str(batch), "--task", task)
                 args += ("--img-size", str(settings.img_size), "--device", settings.device)
+                args += ("--top", str(settings.top))
                 name = f"layers/{prefix}{dtype}-b{batch}"
                 yield Unit(name, "layers", args, 60.0, needs=needs, stoppable=True, writes=True)
 
