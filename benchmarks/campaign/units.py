@@ -10,10 +10,10 @@ PHASES = ("environment", "build", "tests", "ceilings", "layers", "networks", "tr
 
 BACKENDS = ("triton", "native", "reference")
 
-GROUPS = {"ours": 45.0, "compile": 120.0, "jax": 60.0, "max-autotune": 400.0}
+GROUPS = {"ours": 30.0, "compile": 60.0, "jax": 60.0, "max-autotune": 400.0}
 """Contenders of a network that share a process, each beside eager channels_last: first guess of its seconds."""
 
-TRAINING_GROUPS = {"ours": 120.0, "compile": 240.0}
+TRAINING_GROUPS = {"ours": 45.0, "compile": 60.0}
 """The same of a training step; torch.compile is timed beside the stage that is taken by itself."""
 
 
