@@ -190,11 +190,13 @@ def test_a_gpu_with_little_shared_memory_gets_smaller_tiles():
     assert "shared memory" in selection.choose(PROBLEM, tiny).reason
 
 
-def test_float32_without_tf32_is_the_librarys(monkeypatch):
-    exact = ConvProblem(PROBLEM.conv, "float32")
-    assert selection.choose(exact, H200).config is not None
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    choice = selection.choose(exact, H200)
+@pytest.mark.parametrize(("allowed", "why"), [(False, "without TF32"), (True, "cut their operands' last bits off")])
+def test_float32_is_the_librarys(allowed, why, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    choice = selection.choose(ConvProblem(PROBLEM.conv, "float32"), H200)
     assert (choice.config, choice.source) == (None, "library")
-    assert "without TF32" in choice.reason
+    assert why in choice.reason
     assert selection.choose(PROBLEM, H200).config is not None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # whose products are exact
+    choice = selection.choose(ConvProblem(PROBLEM.conv, "float32"), H200)
+    assert (choice.config is not None) == allowed

@@ -90,7 +90,7 @@ def test_a_whole_resnet():
     assert kernels(engine)[0] == "stem"
     rows = {row.name: row for row in frozen.resnet_fast_report}
     assert rows.keys() == {f"layer{number}.0" for number in range(1, 5)}
-    assert all(row.fused and row.backend == "triton" and row.kernel == "conv_pointer" for row in rows.values())
+    assert all(row.fused and row.backend == "triton" and "conv_" in row.kernel for row in rows.values())
 
 
 def test_a_resnet_inside_another_model():
@@ -112,7 +112,8 @@ def test_the_report_says_why_a_layer_is_the_librarys(said):
     with torch.no_grad():
         frozen(x)
     row = frozen.resnet_fast_report.blocks[1]
-    assert (row.name, row.backend, row.kernel) == ("layer2.0", "triton", "library, conv_pointer")
+    assert (row.name, row.backend) == ("layer2.0", "triton")
+    assert row.kernel.startswith("library, conv_")
     assert row.reason == "layer2.0.conv1: it was too tired"
     assert "it was too tired" in str(frozen.resnet_fast_report)
     assert sum("layer2.0.conv1 takes the library's path: it was too tired" in message for message in said()) == 1
