@@ -1,7 +1,6 @@
 """float32 3x3s of frozen models by Winograd's F(4x4, 3x3) on the CPU: numbers, special values, and who takes them."""
 
 import copy
-import json
 import os
 import pickle
 import subprocess
@@ -10,24 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import draw
+from cases import CPU, draw
 from models import lively
 from numerics import assert_matches
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from resnet_fast import cli, cpus, freeze, twin
+from resnet_fast import cpus, freeze, twin
 from resnet_fast.backends import winograd as backend
-from resnet_fast.cli import info, tune, tuning
 from resnet_fast.frozen import FrozenConv2d
-from resnet_fast.kernels import configs, selection, tables
+from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import WinogradConfig
 from resnet_fast.problems import Conv, ConvProblem
 
-pytestmark = pytest.mark.usefixtures("native", "own_tables")
-
-CPU = cpus.Cpu("some CPU", 2)
+pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 
 SHAPES = {  # x, output channels
     "layer1": ((1, 64, 56, 56), 64),
@@ -38,18 +34,6 @@ SHAPES = {  # x, output channels
     "one_row_of_tiles": ((3, 64, 7, 37), 96),
     "many_slabs": ((7, 64, 30, 29), 64),
 }
-
-
-@pytest.fixture
-def own_tables(monkeypatch, tmp_path):
-    """A CPU that nothing is measured for: an empty cache, nothing shipped. The folder where `tune` writes."""
-    monkeypatch.setattr(cpus, "here", lambda: CPU)
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
-    selection.forget()
-    yield tmp_path / "cache" / "tuned"
-    monkeypatch.undo()
-    selection.forget()
 
 
 def layer(channels: int, outputs: int, relu: bool = True, bias: bool = True) -> FrozenConv2d:
@@ -72,10 +56,6 @@ def plain(conv: FrozenConv2d, x, residual=None, dtype=torch.float32) -> torch.Te
 
 def computed_by(conv: FrozenConv2d) -> str:
     return conv.kernel.split(" ")[0]
-
-
-def described(conv: FrozenConv2d) -> str:
-    return f"{conv.kernel}: {conv.reason}"
 
 
 @pytest.mark.usefixtures("poison")
@@ -218,48 +198,6 @@ def test_without_a_measurement_few_tiles_take_onednn():
     assert "392 tiles" in selection.choose(PROBLEM, many).reason
 
 
-def table(row, **changes) -> str:
-    head = {"schema": tables.SCHEMA, "cpu": CPU.name, "environment": {}}
-    return json.dumps(head | changes | {"rows": {PROBLEM.key: row}})
-
-
-ONEDNN = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
-OURS = {"config": {"kernel": "winograd"}, "us": 1.0, "library_us": 2.0, "variant": "onednn"}
-
-
-@pytest.mark.parametrize(("row", "name"), [(ONEDNN, "oneDNN: measured faster"), (OURS, "Winograd F(4x4, 3x3): tuned")])
-def test_a_tuned_table_decides(own_tables, row, name):
-    own_tables.mkdir(parents=True)
-    tables.paths(CPU)[0].write_text(table(row))
-    conv = layer(64, 64)
-    with torch.no_grad():
-        conv(image(PROBLEM.conv.x_shape))
-    assert described(conv).startswith(name)
-
-
-@pytest.mark.parametrize("text", [
-    pytest.param("{", id="no_json"),
-    pytest.param(table(ONEDNN, cpu="another CPU"), id="another_cpu"),
-    pytest.param(table(ONEDNN, schema="other/1"), id="another_schema"),
-    pytest.param(table({**ONEDNN, "config": {"kernel": "nothing"}}), id="unknown_kernel"),
-    pytest.param(table({"us": 1.0}), id="half_a_row"),
-])  # fmt: skip
-def test_a_table_that_cannot_be_read_is_not_used_and_said(own_tables, text, said):
-    own_tables.mkdir(parents=True)
-    path = tables.paths(CPU)[0]
-    path.write_text(text)
-    assert selection.choose(PROBLEM, CPU) == selection.Choice(WinogradConfig(), "predicted")
-    assert any(f"tuned table {path} is not used" in message for message in said())
-
-
-def test_a_gpus_kernel_in_a_cpus_table_is_not_taken(own_tables):
-    own_tables.mkdir(parents=True)
-    gpus_own = {"kernel": "conv_pointer", "block_pixels": 64, "block_out": 16, "block_in": 16, "warps": 4, "stages": 3}
-    tables.paths(CPU)[0].write_text(table({**OURS, "config": gpus_own}))
-    assert selection.choose(PROBLEM, CPU).source == "predicted"
-    assert configs.why_not(WinogradConfig(), PROBLEM, tune.REHEARSAL) == "winograd does not run on a GPU"
-
-
 def test_by_request_the_librarys_or_ours(monkeypatch):
     x = image((4, 64, 28, 28))
     for name, expected in (("reference", False), ("native", True), ("auto", True)):
@@ -332,88 +270,3 @@ print(reason, conv.kernel, conv.reason, sep="|")
     reason, kernel, why = done.stdout.strip().split("|")
     assert (reason, kernel, why) == ("None", "Winograd F(4x4, 3x3)", "predicted") if runs else (why, "oneDNN", why)
     assert runs or "need AVX2" in why
-
-
-@pytest.fixture
-def tuned(monkeypatch, own_tables):
-    """`tune --device cpu` for one layer, with few runs; its exit code and table."""
-    monkeypatch.setattr(tuning, "_CPU_RUNS", 3)
-    monkeypatch.setattr(tune.triton_backend, "interpreted", lambda: False)
-
-    def run(*arguments):
-        usual = ["--model", "resnet18", "-b", "4", "--img-size", "64", "--only", "* n4 64x16x16 k64 f3 p1 float32*"]
-        code = cli.main(["tune", "--device", "cpu", *usual, *arguments])
-        path = tables.paths(CPU)[0]
-        return code, json.loads(path.read_text()) if path.exists() else None
-
-    return run
-
-
-def test_tune_writes_the_table_that_freeze_reads(capsys, tuned):
-    code, written = tuned()
-    assert code == 0
-    assert written["cpu"] == CPU.name
-    assert set(written["rows"]) == {
-        "conv n4 64x16x16 k64 f3 p1 float32",
-        "conv n4 64x16x16 k64 f3 p1 float32 +residual",
-    }
-    for row in written["rows"].values():
-        assert set(row["times"]) == {"PyTorch", "library onednn", "winograd"}
-        assert row["us"] == min(row["times"]["winograd"], row["library_us"])
-        assert not row["rejected"]
-    assert "2 rows in" in capsys.readouterr().out
-    conv = layer(64, 64)
-    with torch.no_grad():
-        conv(image((4, 64, 16, 16)))
-    assert conv.reason in ("tuned", "measured faster than every kernel of ours")
-    [row] = [row for row in info.collect()["tuned"] if row["device"] == CPU.name]
-    assert (row["rows"], row["reason"]) == (2, "")
-    assert row["files"] == [str(tables.paths(CPU)[0])]
-    assert tuned() == (0, written)
-
-
-def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
-    right = backend.conv
-    monkeypatch.setattr(backend, "conv", lambda *call: right(*call) * (1 + 1e-5))
-    code, written = tuned()
-    assert code == 1
-    assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 2
-    assert all(row["config"] is None and "winograd" in row["rejected"] for row in written["rows"].values())
-
-
-def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
-    for arguments, message in (
-        (["--dtype", "bfloat16"], "frozen float32 networks alone"),
-        (["--task", "train"], "frozen float32 networks alone"),
-        (["--only", "nothing"], "matches no problem"),
-    ):
-        assert tuned(*arguments) == (2, None)
-        assert message in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(backend, "why_not", lambda: "no extension for the test")
-    assert tuned() == (2, None)
-    assert "no extension for the test" in capsys.readouterr().err
-
-
-def test_tune_refuses_a_file_that_is_no_table(own_tables, tuned, capsys):
-    own_tables.mkdir(parents=True)
-    path = tables.paths(CPU)[0]
-    path.write_text("{}")
-    assert tuned() == (2, {})
-    assert path.read_text() == "{}"
-    assert "name another --output" in capsys.readouterr().err
-
-
-def test_tune_lists_a_cpus_problems(tuned, capsys):
-    assert tuned("--list")[0] == 0
-    out = capsys.readouterr().out
-    assert "2 problems on" in out
-    assert "conv n4 64x16x16 k64 f3 p1 float32 +residual" in out
-
-
-def test_info_says_what_a_cpu_takes(monkeypatch):
-    text = info._frozen_cpu_by(torch.float32)
-    assert text == "AMX" or text.endswith("where predicted to be faster")
-    monkeypatch.setattr(info, "why_not_amx", lambda dtype: "no AMX for the test")
-    monkeypatch.setattr(backend, "why_not", lambda: "no vectors for the test")
-    assert "no Winograd F(4x4, 3x3): no vectors for the test" in info._frozen_cpu_by(torch.float32)
-    assert "Winograd" not in info._frozen_cpu_by(torch.bfloat16)
