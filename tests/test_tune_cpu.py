@@ -120,6 +120,12 @@ def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
     assert "no extension for the test" in capsys.readouterr().err
 
 
+def test_under_the_interpreter_it_rehearses_a_gpu_and_needs_a_file(tuned, monkeypatch, capsys):
+    monkeypatch.setattr(tune.triton_backend, "interpreted", lambda: True)
+    assert tuned() == (2, None)
+    assert "makes no table of anything" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_tune_refuses_a_file_that_is_no_table(unmeasured_cpu, tuned, capsys):
     unmeasured_cpu.write_text("{}")
     assert tuned() == (2, {})

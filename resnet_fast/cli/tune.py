@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--output", metavar="FILE", help="default: the table of this device in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
-    flag("--device", default="cuda", help="default: cuda")
+    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or Winograd for frozen 3x3s")
     flag("--list", action="store_true", help="print the problems, measure nothing")
     flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
 
