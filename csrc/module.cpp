@@ -12,6 +12,7 @@
 
 #include "cpu/activation_pool.h"
 #include "cpu/kernels.h"
+#include "cpu/winograd.h"
 #ifdef WITH_AMX
 #include <torch/csrc/utils/pybind.h>
 
@@ -137,6 +138,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
   m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, can run a Program.");
+  m.def("winograd_usable", &resnet_fast::cpu::winograd_usable, "Whether Winograd's kernels have vectors on this CPU.");
 #ifdef WITH_AMX
   bind_program(m);
 #endif

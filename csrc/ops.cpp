@@ -14,6 +14,7 @@
 #include "cpu/conv_bn_act.h"
 #include "cpu/conv_train.h"
 #include "cpu/residual_block.h"
+#include "cpu/winograd.h"
 #ifdef WITH_CUDA
 #include "cuda/ops.h"
 #endif
@@ -52,6 +53,11 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "SymInt[] geometry, float eps) -> Tensor");
+  // CPU only, float32: a 3x3 convolution with stride and padding 1, its weight packed once; false where NaN or Inf arose
+  m.def("winograd_pack(Tensor weight) -> Tensor");
+  m.def(
+      "winograd_conv(Tensor x, Tensor packed, Tensor? bias, int out_channels, Tensor? residual, bool relu) "
+      "-> (Tensor y, bool finite)");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -95,6 +101,8 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
   m.impl("stem", &resnet_fast::cpu::stem);
+  m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
+  m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);

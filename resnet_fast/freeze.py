@@ -41,17 +41,17 @@ def freeze(
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
         backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`) and AMX on
             CPUs that have it; "triton" takes those kernels or raises when called; "native" takes the extension's
-            convolutions (cuDNN's fused ones, or one of its own; on CPUs AMX, or oneDNN's) or raises when called on a
-            GPU without it; "reference" takes the library's.
+            convolutions (cuDNN's fused ones, or one of its own; on CPUs AMX, or oneDNN's and Winograd's) or raises when
+            called on a GPU without it; "reference" takes the library's.
         fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
             bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.
         cuda_graph: on a GPU, capture a ResNet's forward per input shape and replay it.
 
     Returns:
         The frozen copy, in eval mode, no parameter requiring a gradient, with a `Report` in `resnet_fast_report`.
-        It has no training mode, and its state_dict is its own; its weights are constants, packed when first used, which
-        only `load_state_dict` and `.to()` may change. Its activations are channels_last. It can be moved to
-        another device; what runs there is decided there, when it is called.
+        It has no training mode, and its state_dict is its own; its weights are constants, packed when first used (for
+        Winograd, 36 values for every 9), which only `load_state_dict` and `.to()` may change. Its activations are
+        channels_last. It can be moved to another device; what runs there is decided there, when it is called.
 
     Raises:
         TypeError: `model` is not a module or `dtype` not a float dtype. ValueError: `model` is in training mode,
@@ -196,7 +196,7 @@ def _kernel(frozen: FrozenBlock) -> str:
         if (why_not_amx(weight.dtype) or why_not_section(section)) is None:
             return "AMX conv + residual + ReLU, all layers in one call"
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
-        return "oneDNN conv + residual + ReLU, packed weights"
+        return "oneDNN or Winograd conv + residual + ReLU, packed weights, layer by layer"
     if weight.device.type == "cpu":
         return "folded conv2d"
     if dispatch.requested(frozen.convs[0].backend) == "native":

@@ -1,7 +1,8 @@
 """The modules a frozen model is made of: batch norm folded, activation and residual inside the convolution.
 
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
-the layout that oneDNN picks for the input's shape. Where those cannot run (CUDA, float64, torch.compile) the same
+the layout that oneDNN picks for the input's shape, or the extension's Winograd kernels for float32 3x3s that they are
+faster for (kernels/selection.py, `resnet-fast tune`). Where those cannot run (CUDA, float64, torch.compile) the same
 folded weights go through conv2d, or on CUDA through the native backend if it was asked for by name (cuDNN's fused
 convolutions); what runs as one, on a GPU or by AMX, is in `planned.py`. NaN is not everywhere what it is in PyTorch:
 oneDNN's and cuDNN's fused ReLU may turn it into 0; AMX and GPU kernels multiply by the zeros that groups packed
@@ -12,9 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch
-from .backends import native
+from . import cpus, dispatch
+from .backends import native, winograd
+from .kernels import selection
+from .kernels.selection import Choice
+from .kernels.winograd import NAME as WINOGRAD
+from .layers import conv_of
 from .memory import pooled
+from .problems import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
 
@@ -53,7 +59,7 @@ class FrozenConv2d(Frozen):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.relu = relu
-        self._packed: tuple[torch.Size, Tensor] | None = None
+        self._forget_packed()
         self.eval()
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
@@ -68,7 +74,8 @@ class FrozenConv2d(Frozen):
                 return self._conv_native(x, residual)
             if not self._onednn():
                 return self._conv2d(x, residual)
-            return self._conv_onednn(x, residual, overwrite_residual)
+            y = self.by_winograd(x, residual) if self._takes_winograd(x, residual) else None
+            return self.by_onednn(x, residual, overwrite_residual) if y is None else y
 
     def _conv2d(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -82,7 +89,8 @@ class FrozenConv2d(Frozen):
         conv = (self.stride, self.padding, self.dilation, self.groups)
         return native.conv_epilogue(x, self.weight, self.bias, [], 0.0, residual, *conv, self.relu, "auto")
 
-    def _conv_onednn(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
+    def by_onednn(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool = False) -> Tensor:
+        """What `forward` does by oneDNN; inside `no_grad`."""
         conv = (self._pack(x.shape), self.bias, self.padding, self.stride, self.dilation, self.groups)
         act = "relu" if self.relu else "none"
         if residual is None:
@@ -90,6 +98,46 @@ class FrozenConv2d(Frozen):
         # oneDNN's accumulating sum is faster than its out-of-place binary add, even with a copy before it
         y = residual if overwrite_residual else residual.clone(memory_format=torch.channels_last)
         return _mkldnn._convolution_pointwise_.binary(y, x, *conv, "add", 1.0, act, [], "")
+
+    def by_winograd(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The same by Winograd's kernels, for what `kernels.winograd` allows; None where a NaN or Inf arose."""
+        packed = self._transformed  # one read, as in `_pack`
+        if packed is None:
+            packed = self._transformed = winograd.pack(self.weight)
+        return winograd.conv(x, packed, self.bias, self.weight.shape[0], residual, self.relu)
+
+    def _takes_winograd(self, x: Tensor, residual: Tensor | None) -> bool:
+        if dispatch.requested(self.backend) == "reference":
+            return False
+        if x.dim() != 4 or x.shape[1] != self.weight.shape[1] * self.groups:  # oneDNN says what is wrong with it
+            return False
+        asked, chosen = (x.shape, residual is None), self._chosen
+        if chosen is None or chosen[0] != asked:
+            chosen = self._chosen = asked, self.choice(x.shape, residual is not None)
+        return chosen[1].config is not None
+
+    def choice(self, shape: torch.Size, residual: bool) -> Choice:
+        """oneDNN's path or Winograd's for inputs of this shape on this CPU, and why."""
+        reason = winograd.why_not()
+        if reason is not None:
+            return Choice(None, "library", reason)
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        problem = ConvProblem(conv_of(self, shape), dtype, residual=residual, relu=self.relu)
+        return selection.choose(problem, cpus.here())
+
+    @property
+    def kernel(self) -> str:
+        """What computed the last input on the CPU: for reports."""
+        if not self._onednn():
+            return "PyTorch conv2d"
+        return "oneDNN" if self._chosen is None or self._chosen[1].config is None else WINOGRAD
+
+    @property
+    def reason(self) -> str:
+        """Why `kernel` did: of a 3x3, why not Winograd, or how that was found to be faster; else ""."""
+        if self._chosen is None or tuple(self.weight.shape[2:]) != (3, 3):
+            return ""
+        return self._chosen[1].reason or self._chosen[1].source
 
     def _pack(self, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's layout for inputs of this shape, kept until another shape comes.
@@ -109,16 +157,23 @@ class FrozenConv2d(Frozen):
             return False
         return onednn_runs(weight.dtype)
 
+    def _forget_packed(self) -> None:
+        """Of the weight: what is made of it, and for which inputs."""
+        self._packed: tuple[torch.Size, Tensor] | None = None
+        self._transformed: Tensor | None = None
+        self._chosen: tuple[tuple[torch.Size, bool], Choice] | None = None
+
     def _apply(self, fn, recurse=True):
-        self._packed = None  # .to() and friends change the weight under it
+        self._forget_packed()  # .to() and friends change the weight under it
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **keywords) -> None:
         super()._load_from_state_dict(*args, **keywords)
-        self._packed = None
+        self._forget_packed()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": None}  # oneDNN's opaque tensors neither copy nor pickle
+        # oneDNN's opaque tensors neither copy nor pickle, and what is chosen may differ elsewhere
+        return {**self.__dict__, "_packed": None, "_transformed": None, "_chosen": None}
 
     def extra_repr(self) -> str:
         """As Conv2d's."""

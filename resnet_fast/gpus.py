@@ -7,6 +7,7 @@ Ceilings here are what large matrix products and copies are expected to reach, n
 import functools
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,8 @@ import torch
 @dataclass(frozen=True)
 class Gpu:
     """shared_memory: bytes one block can have; flops: FLOP/s by dtype name ("tf32" too); bandwidth: bytes/s."""
+
+    kind: ClassVar[str] = "gpu"
 
     name: str
     capability: tuple[int, int]
@@ -35,10 +38,15 @@ class Gpu:
     @property
     def slug(self) -> str:
         """The name as a file name: "NVIDIA H200" -> "nvidia-h200"."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return slug_of(self.name)
 
     def __hash__(self) -> int:
         return hash((self.name, self.capability, self.multiprocessors, self.shared_memory))
+
+
+def slug_of(name: str) -> str:
+    """A device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _gpu(name, capability, multiprocessors, shared_kib, shared_per_multiprocessor_kib, half, tf32, fp32, bandwidth):

@@ -14,6 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from . import dispatch
 from .context import autocasts, conv_dtype, plain_pytorch_reason
 from .functional import ConvBn
+from .problems import Conv
 
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _disabled_depth = 0
@@ -150,3 +151,10 @@ def process_group(bn: nn.Module) -> dist.ProcessGroup | None:
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def conv_of(module: nn.Module, shape: Sequence[int]) -> Conv:
+    """The shapes of a convolution, an nn.Conv2d or a FrozenConv2d, of an input of `shape` (N, C, H, W)."""
+    out_channels, _, *kernel = module.weight.shape
+    spatial = (tuple(kernel), module.stride, module.padding, module.dilation)
+    return Conv(*shape, out_channels, *spatial, module.groups)

@@ -21,7 +21,7 @@ from .backends import triton
 from .capture import CapturedCall
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
-from .frozen import FrozenStage, raise_for_gradient
+from .frozen import FrozenConv2d, FrozenStage, raise_for_gradient
 from .plan import Plan
 from .planner import Section, build
 from .report import BlockReport
@@ -32,7 +32,15 @@ SHAPES_KEPT = 4
 
 
 _building = threading.Lock()
-_NOT_COPIED = ("_engines_by_shape", "_planned_children", "_modules_inside", "_float32_twin", "_amx", "_weights_inside")
+_NOT_COPIED = (
+    "_engines_by_shape",
+    "_planned_children",
+    "_modules_inside",
+    "_float32_twin",
+    "_amx",
+    "_weights_inside",
+    "_told_shape",
+)
 
 
 class _Planned:
@@ -107,7 +115,14 @@ class _Planned:
         if torch.compiler.is_compiling() or self._hooked():
             return super().forward(x)
         twin = float32_twin(self, x, self._weight_dtype())
-        return super().forward(x) if twin is None else twin(x.float()).to(x.dtype)
+        y = super().forward(x) if twin is None else twin(x.float()).to(x.dtype)
+        if x.device.type == "cpu" and self.__dict__.get("_told_shape") != x.shape:
+            self.__dict__["_told_shape"] = x.shape
+            self._tell_layers(twin or self)
+        return y
+
+    def _tell_layers(self, network: nn.Module) -> None:
+        """Say what computed the layers of `network`, this module or its twin, for an input shape first seen."""
 
     def _kept(self, x: Tensor) -> tuple[Engine | None, str]:
         """The engine of x's shape, or why there is none."""
@@ -226,6 +241,13 @@ class PlannedResNet(_Planned, ResNet):
             rows = tuple(_row(row, blocks[row.name], plan) for row in report)
             self.resnet_fast_report = replace(report, blocks=rows)
 
+    def _tell_layers(self, network: nn.Module) -> None:
+        """Into the report as well."""
+        report = self.__dict__.get("resnet_fast_report")
+        if report is not None:
+            blocks = dict(network.named_modules())
+            self.resnet_fast_report = replace(report, blocks=tuple(_layers_row(row, blocks) for row in report))
+
     def _whole(self, engine: Engine, x: Tensor) -> Tensor:
         return self.fc(torch.flatten(self.avgpool(engine(x)), 1))
 
@@ -263,6 +285,14 @@ class PlannedResNet(_Planned, ResNet):
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
     """What changes when a tensor does; one made in inference mode counts no changes."""
     return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def _layers_row(row: BlockReport, blocks: dict[str, nn.Module]) -> BlockReport:
+    """`row` with what computed each convolution of its block, and why."""
+    inside = blocks[row.name].named_modules()
+    convs = [(f"{name} {conv.kernel}", conv.reason) for name, conv in inside if isinstance(conv, FrozenConv2d)]
+    kernels = [f"{kernel} ({reason})" if reason else kernel for kernel, reason in convs]
+    return replace(row, kernel=", ".join(kernels)) if kernels else row
 
 
 def _row(row: BlockReport, block: nn.Module, plan: Plan) -> BlockReport:

@@ -13,6 +13,7 @@ from torch import nn
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage
 from .gpus import Gpu
 from .kernels.selection import Choice, choose
+from .layers import conv_of
 from .plan import Plan, Shape, Step
 from .problems import ITEMSIZE, AveragePoolProblem, Conv, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
 
@@ -97,13 +98,6 @@ def _why_not_module(name: str, module: nn.Module, kind: type) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} has hooks, which a fused step would skip"
     return None
-
-
-def conv_of(module: nn.Module, shape: Sequence[int]) -> Conv:
-    """The shapes of a convolution, an nn.Conv2d or a FrozenConv2d, of an input of `shape` (N, C, H, W)."""
-    out_channels, _, *kernel = module.weight.shape
-    spatial = (tuple(kernel), module.stride, module.padding, module.dilation)
-    return Conv(*shape, out_channels, *spatial, module.groups)
 
 
 def build(

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resnet_fast.cpus import Cpu
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+CPU = Cpu("some CPU", 2)
+"""One that nothing is measured on."""
 
 
 @dataclass(frozen=True)

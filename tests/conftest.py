@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cases import CPU
 
-from resnet_fast import _log, dispatch
+from resnet_fast import _log, cpus, dispatch
+from resnet_fast.kernels import selection, tables
 
 
 def native_expected() -> bool:
@@ -77,6 +79,20 @@ def poison():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def unmeasured_cpu(monkeypatch, tmp_path):
+    """This machine is `cases.CPU`, which nothing is measured on; the path of its table in the user's cache."""
+    monkeypatch.setattr(cpus, "here", lambda: CPU)
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    selection.forget()
+    path = tables.paths(CPU)[0]
+    path.parent.mkdir(parents=True)
+    yield path
+    monkeypatch.undo()
+    selection.forget()
 
 
 @pytest.fixture

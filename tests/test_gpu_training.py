@@ -75,7 +75,7 @@ def test_configurations(key):
     reference, stock = work.reference(), work.stock()
     for config in candidates(problem, gpus.of_device(0))[:CONFIGURATIONS]:
         with checks.poisoned_memory():
-            found = work.triton(config)()
+            found = work.kernel(config)()
         worst = numerics.worst(numerics.compare_all(found, stock, reference))
         assert worst.match, f"{tuning.label_of(config)}: {worst.name}: {worst.reason}"
 

@@ -66,7 +66,7 @@ def test_configurations(key):
     wrong = {}
     for config in configs:
         work.poison()
-        verdict = numerics.worst(numerics.compare_all(work.triton(config)(), stock, reference))
+        verdict = numerics.worst(numerics.compare_all(work.kernel(config)(), stock, reference))
         if not verdict.match:
             wrong[tuning.label_of(config)] = str(verdict)
     assert not wrong

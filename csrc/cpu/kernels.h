@@ -93,6 +93,31 @@ struct BackwardArgs {
   Mask mask = Mask::none;
 };
 
+// A convolution by Winograd's F(4x4, 3x3), padding 1, in float32; tensors are channels_last. See winograd.h.
+struct WinogradConv {
+  const float* x = nullptr;
+  const float* zeros = nullptr;   // a pixel of padding
+  const float* weight = nullptr;  // [36][panel of 64 output channels][channels][64]
+  const float* bias = nullptr;
+  const float* residual = nullptr;  // may be null
+  float* y = nullptr;
+  bool relu = false;
+  int64_t channels = 0, outputs = 0, height = 0, width = 0;
+  int64_t tile_rows = 0, tile_columns = 0;  // of an image, 4x4 outputs each
+  int64_t panels = 0;                       // of 64 output channels
+  int64_t summed = 0;                       // channels that are summed up in one go
+};
+
+// Consecutive tiles of a WinogradConv, transformed: [36][block of 32 channels][tile][32], and their
+// products: [36][panel of 64 outputs][tile][64]. The steps are those between the 36.
+struct WinogradSlab {
+  int64_t first = 0, tiles = 0;
+  float* transformed = nullptr;
+  int64_t transformed_step = 0;
+  float* products = nullptr;
+  int64_t products_step = 0;
+};
+
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kDTypes = 4 };
 
 struct Kernels {
@@ -109,6 +134,12 @@ struct Kernels {
   void (*backward_apply_train[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
   // dx = scale * dz and dz, fixed statistics, no sums wanted
   void (*backward_apply_eval[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
+  // x -> slab.transformed, of the slab's tiles [begin, end)
+  void (*winograd_input)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
+  // slab.transformed -> slab.products, of the panels [begin, end) of weights, for all of the slab's tiles
+  void (*winograd_product)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
+  // slab.products -> y, of the slab's tiles [begin, end); whether all that was convolved is finite
+  bool (*winograd_output)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
 };
 
 // The best table this machine (and ATEN_CPU_CAPABILITY) allows among those compiled in; chosen once.

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..backends import native
 from ..frozen import FrozenBlock, FrozenConv2d
-from ..planner import Section, conv_of
+from ..layers import conv_of
+from ..planner import Section
 from ..problems import Conv
 from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed
 

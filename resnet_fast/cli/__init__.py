@@ -15,7 +15,7 @@ COMMANDS = {
     "verify": "every op, block and network against float64, in every dtype and layout, on every backend",
     "bench": "time a network: eager, torch.compile, fast and frozen side by side, verified first",
     "profile": "a frozen network, step by step: kernels, work, traffic, limits, times; or its plan for a GPU elsewhere",
-    "tune": "measure which kernel is fastest for every layer on this GPU, for `freeze` to read",
+    "tune": "measure which kernel is fastest for every layer on this GPU or CPU, for `freeze` to read",
     "demo": "stock and fast ResNets on real photos, then a training run on handwritten digits",
 }
 

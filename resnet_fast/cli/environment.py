@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import cpus
 from ..kernels import tables
 from . import UserError
 
@@ -67,7 +68,7 @@ def cpu() -> dict:
     """Model, cores, threads, the instruction sets that matter here, and what oneDNN does with them."""
     flags = _cpu_flags()
     return {
-        "model": _cpu_model(),
+        "model": cpus.model_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -121,7 +122,7 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpus.model_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def variables() -> dict[str, str]:
@@ -181,21 +182,7 @@ def _triton() -> str:
 
 
 def _cpu_flags() -> set[str]:
-    return set(_cpuinfo("flags").split()) | set(_cpuinfo("Features").split())
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.split(":")[0].strip() == key:
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return ""
+    return set(cpus.info("flags").split()) | set(cpus.info("Features").split())
 
 
 def _writable(path: Path) -> bool:

@@ -6,7 +6,8 @@ not a fault.
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
-"frozen_cpu": {dtype: what computes it}, "pool": {...}, "tuned": [{"gpu", "rows", "reason"}], "fallbacks": [...],
+"frozen_cpu": {dtype: what computes it}, "pool": {...}, "tuned": [{"device", "rows", "files": [], "reason"}],
+"fallbacks": [...],
 "self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}], "broken": [reasons]}
 """
 
@@ -17,9 +18,11 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import _log, dispatch, gpus, memory, numerics, training
+from .. import _log, cpus, dispatch, gpus, memory, numerics, training
 from ..amx.network import why_not as why_not_amx
+from ..backends import winograd
 from ..kernels import tables
+from ..kernels.winograd import NAME as WINOGRAD
 from . import checks, environment, output
 
 
@@ -88,19 +91,37 @@ def _extension_faults(native) -> list[str]:
 
 
 def _tuned() -> list[dict]:
-    """How much is measured for each GPU here; without any, "auto" leaves it to PyTorch."""
-    found = [gpus.of_device(index) for index in range(torch.cuda.device_count())]
-    return [{"gpu": gpu.name, "rows": tables.count(gpu), "reason": tables.why_none(gpu) or ""} for gpu in found]
+    """How much is measured for each GPU here and for the CPU, and in which files; without any, "auto" leaves GPUs to
+    PyTorch, and 3x3s on the CPU to a rule (kernels/winograd.py)."""
+    found = [*(gpus.of_device(index) for index in range(torch.cuda.device_count())), cpus.here()]
+    return [
+        {
+            "device": device.name,
+            "rows": tables.count(device),
+            "files": [str(path) for path in tables.paths(device) if path.exists()],
+            "reason": tables.why_none(device) or "",
+        }
+        for device in found
+    ]
 
 
 def _frozen_cpu() -> dict[str, str]:
-    """What computes a frozen ResNet here, by dtype: AMX, or the library, and then why."""
-    return {
-        str(dtype).removeprefix("torch."): f"PyTorch's convolutions: {reason}"
-        if (reason := why_not_amx(dtype))
-        else "AMX"
-        for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-    }
+    """What computes a frozen ResNet here, by dtype: AMX, or the library and in float32 Winograd, and then why."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+    return {str(dtype).removeprefix("torch."): _frozen_cpu_by(dtype) for dtype in dtypes}
+
+
+def _frozen_cpu_by(dtype: torch.dtype) -> str:
+    reason = why_not_amx(dtype)
+    if reason is None:
+        return "AMX"
+    text = f"PyTorch's convolutions: {reason}"
+    if dtype != torch.float32:
+        return text
+    if (reason := winograd.why_not()) is not None:
+        return f"{text}; no {WINOGRAD}: {reason}"
+    measured = tables.why_none(cpus.here()) is None
+    return f"{text}; 3x3s by {WINOGRAD} where {'measured' if measured else 'predicted'} to be faster"
 
 
 def _backends() -> list[dict]:
@@ -178,8 +199,8 @@ def _print(report: dict) -> None:
     console.print(table)
     _print_pairs("native build", report["native_build"] or {"resnet_fast._C": "not in use, see above"})
     _print_pairs("activation pool", report["pool"])
-    tuned = {row["gpu"]: row["reason"] or f"{row['rows']} problems measured" for row in report["tuned"]}
-    _print_pairs("tuned tables", tuned or {"none": "no GPU"})
+    tuned = {row["device"]: _tuned_words(row) for row in report["tuned"]}
+    _print_pairs("tuned tables", tuned)
     _print_pairs("environment variables in force", report["environment_variables"] or {"none": ""})
     table = Table("directory", "path", "exists", "writable", title="directories", title_justify="left")
     for row in report["directories"]:
@@ -198,6 +219,10 @@ def _print(report: dict) -> None:
         console.print(f"BROKEN: {reason}", style="bold red", markup=False)
     if not report["broken"]:
         console.print("everything that is here works", style="green")
+
+
+def _tuned_words(row: dict) -> str:
+    return row["reason"] or f"{row['rows']} problems measured, in {' and '.join(row['files'])}"
 
 
 def _grouped(rows: list[dict]) -> dict[tuple, list[str]]:

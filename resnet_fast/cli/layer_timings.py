@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ..amx.network import AmxNetwork
 from ..frozen import FrozenConv2d
-from ..planner import conv_of
+from ..kernels import winograd
+from ..layers import conv_of
 from ..twin import float32_twin
 
 
 @dataclass(frozen=True)
 class LayerTiming:
     """One step. name: as torchvision names the layers. kernel: what computes it. seconds: the median. flops: those of
-    real pixels, since a good kernel skips padding. bytes: every tensor once, of the input what is read."""
+    real pixels, since a good kernel skips padding; of Winograd's products. bytes: every tensor once, of the input what
+    is read."""
 
     name: str
     kernel: str
@@ -107,7 +109,7 @@ class _Step:
         if isinstance(module, FrozenConv2d):
             conv = conv_of(module, x.shape)
             self.residual = len(inputs) > 1 and inputs[1] is not None
-            self.flops = conv.real_flops
+            self.flops = winograd.flops(conv) if module.kernel == winograd.NAME else conv.real_flops
             self.bytes = sum(tensors) + conv.x_elements * x.itemsize + self.residual * output.nbytes
         else:
             self.flops = 2 * x.numel() * output.shape[-1] if isinstance(module, nn.Linear) else 0
@@ -116,6 +118,6 @@ class _Step:
     def _kernel(self) -> str:
         if not isinstance(self.module, FrozenConv2d):
             return f"PyTorch {type(self.module).__name__.removeprefix('Frozen')}"
-        parts = ["oneDNN conv" if self.module._onednn() else "PyTorch conv2d"]
+        parts = [self.module.kernel]
         parts += ["residual"] * self.residual + ["ReLU"] * self.module.relu
         return " + ".join(parts)

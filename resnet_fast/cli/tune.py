@@ -1,4 +1,4 @@
-"""`resnet-fast tune`: measure, for every layer of a network, which kernel is fastest on this GPU.
+"""`resnet-fast tune`: measure, for every layer of a network, which kernel is fastest on this GPU, or CPU.
 
 Each distinct layer of a frozen network or a training step, at each batch size and dtype, is a problem: its most
 promising configurations and the library's path are verified against float64, then timed (`tuning`); the fastest right
@@ -7,7 +7,10 @@ The table is written after every problem, and what is in it is not measured agai
 --budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
-With --list nothing is measured: the problems, and how many configurations each has, for the GPU here or --gpu NAME.
+With --device cpu the problems are the 3x3s of frozen float32 networks that Winograd can compute, and the library's
+path is oneDNN. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its times mean nothing.)
+
+With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
 
 import argparse
@@ -21,8 +24,10 @@ import torch
 from rich.table import Table
 from torchvision import models
 
-from .. import freeze, gpus, planner
+from .. import cpus, freeze, gpus, planner
 from ..backends import triton as triton_backend
+from ..backends import winograd
+from ..cpus import Cpu, Device
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
 from ..problems import KERNEL_DTYPES, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
@@ -33,7 +38,12 @@ MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 FUSIONS = ("conv", "tail")
 TASKS = ("infer", "train")
 REHEARSAL = replace(gpus.KNOWN["h200"], name="Triton's interpreter on a CPU, not a GPU")
-"""What is "tuned for" with --device cpu: an H200 by its limits, and by its name nothing that any table is read for."""
+"""What is "tuned for" under the interpreter: an H200 by its limits, by its name nothing that any table is read for."""
+
+_DEFAULTS = {
+    "gpu": {"batch_size": [1, 32, 256], "dtype": ["bfloat16", "float16"]},
+    "cpu": {"batch_size": [1, 4, 16], "dtype": ["float32"]},
+}
 
 _FIRST_GUESS_S = 10.0  # for a problem's time, before there is one
 
@@ -41,27 +51,19 @@ _FIRST_GUESS_S = 10.0  # for a problem's time, before there is one
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
-    flag(
-        "-b",
-        "--batch-size",
-        nargs="+",
-        type=output.positive,
-        default=[1, 32, 256],
-        metavar="N",
-        help="default: 1 32 256",
-    )
+    flag("-b", "--batch-size", nargs="+", type=output.positive, metavar="N", help="default: 1 32 256; CPU 1 4 16")
     flag("--img-size", type=output.positive, default=224, metavar="N")
-    flag("--dtype", nargs="+", choices=KERNEL_DTYPES, default=["bfloat16", "float16"], metavar="DTYPE")
+    flag("--dtype", nargs="+", choices=KERNEL_DTYPES, metavar="DTYPE", help="default: bfloat16 float16; CPU float32")
     flag("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="layers by themselves, tails of blocks")
     flag("--task", nargs="+", choices=TASKS, default=list(TASKS), help="layers of frozen networks, of training steps")
     flag("--only", metavar="PATTERN", help="problems whose key matches, as in 'conv n256 64x56x56 *'")
     flag(
         "--top", type=output.positive, default=12, metavar="N", help="configurations of each problem, by the cost model"
     )
-    flag("--output", metavar="FILE", help="default: the table of this GPU in the user's cache")
+    flag("--output", metavar="FILE", help="default: the table of this device in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
-    flag("--device", default="cuda", help="default: cuda; cpu rehearses under Triton's interpreter")
+    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or Winograd for frozen 3x3s")
     flag("--list", action="store_true", help="print the problems, measure nothing")
     flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
 
@@ -70,33 +72,39 @@ def run(args: argparse.Namespace) -> int:
     """List, or measure and write. Returns 1 if a candidate was wrong or took the GPU down."""
     for name in args.model:
         networks.check_name(name)
-    gpu = _gpu(args)
-    chosen = [problem for problem in problems(args, gpu) if fnmatch.fnmatch(problem.key, args.only or "*")]
+    target = _target(args)
+    for name, values in _DEFAULTS[target.kind].items():
+        vars(args)[name] = vars(args)[name] or values
+    chosen = [problem for problem in problems(args, target) if fnmatch.fnmatch(problem.key, args.only or "*")]
     if not chosen:
         raise UserError(f"--only {args.only!r} matches no problem; --list prints them all")
     if args.list:
-        _print_list(chosen, gpu)
+        _print_list(chosen, target)
         return 0
-    if (reason := triton_backend.available()) is not None:
+    reason = winograd.why_not() if isinstance(target, Cpu) else triton_backend.available()
+    if reason is not None:
         raise UserError(f"nothing can be tuned: {reason}")
-    path = Path(args.output) if args.output else tables.paths(gpu)[0]
+    path = Path(args.output) if args.output else tables.paths(target)[0]
     output.check_writable(path)
-    file = TunedFile(path, gpu, environment.record(), rehearsal=gpu is REHEARSAL)
+    file = TunedFile(path, target, environment.record(), rehearsal=target is REHEARSAL)
     if args.again:
         for problem in chosen:
             file.forget(problem.key)
-    return _measure(args, chosen, gpu, file)
+    return _measure(args, chosen, target, file)
 
 
-def problems(args: argparse.Namespace, gpu: Gpu) -> list[Problem]:
+def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
     """The distinct problems of the networks' plans and those that a planner weighs them against, and of training steps.
 
     In the order asked for, tasks before dtypes before batch sizes before models; tails after the layers they are made
-    of.
+    of. On a CPU, of them those that there is something to choose for.
     """
+    if isinstance(target, Cpu):
+        layers = (problem for problem in _infer(args, REHEARSAL) if configs.candidates(problem, target))
+        return list({problem.key: problem for problem in layers}.values())
     found: dict[str, Problem] = {}
     for task in args.task:
-        for problem in (_infer if task == "infer" else _train)(args, gpu):
+        for problem in (_infer if task == "infer" else _train)(args, target):
             found.setdefault(problem.key, problem)
     return list(found.values())
 
@@ -149,7 +157,7 @@ def separate_steps(problem: TailProblem) -> list[Problem]:
     return [ConvProblem(problem.conv2, problem.dtype), last, *following]
 
 
-def _measure(args: argparse.Namespace, chosen: Sequence[Problem], gpu: Gpu, file: TunedFile) -> int:
+def _measure(args: argparse.Namespace, chosen: Sequence[Problem], target: Device, file: TunedFile) -> int:
     todo = [problem for problem in chosen if not file.known(problem.key)]
     started, longest, wrong = time.monotonic(), _FIRST_GUESS_S, []
     file.left = len(todo)
@@ -164,7 +172,7 @@ def _measure(args: argparse.Namespace, chosen: Sequence[Problem], gpu: Gpu, file
                 break
             progress.update(line, description=problem.key)
             try:
-                _measure_one(args, problem, gpu, file)
+                _measure_one(args, problem, target, file)
             except tuning.DeviceLost as error:
                 file.crash(problem.key, error.label, error.reason)
                 _say(f"{problem.key}: {error} took the GPU down; run the command again to go on behind it", "bold red")
@@ -182,7 +190,7 @@ def _measure(args: argparse.Namespace, chosen: Sequence[Problem], gpu: Gpu, file
     return 1 if wrong else 0
 
 
-def _measure_one(args: argparse.Namespace, problem: Problem, gpu: Gpu, file: TunedFile) -> None:
+def _measure_one(args: argparse.Namespace, problem: Problem, target: Device, file: TunedFile) -> None:
     """Put `problem` into the file, as a row or with why there is none."""
     key, crashed = problem.key, file.crashed.get(problem.key, {})
     if tuning.STOCK in crashed:
@@ -191,7 +199,7 @@ def _measure_one(args: argparse.Namespace, problem: Problem, gpu: Gpu, file: Tun
     try:
         row = tuning.measure(
             problem,
-            gpu,
+            target,
             args.device,
             top=args.top,
             crashed=crashed,
@@ -221,7 +229,7 @@ def _report(place: str, key: str, file: TunedFile) -> list[str]:
     beside += [f"separate steps {row['separate_us']:.1f}"] if row.get("separate_us") is not None else []
     wrong = [label for label, reason in row["rejected"].items() if reason.startswith(tuning.WRONG)]
     beside += [f"{len(row['rejected'])} rejected"] if row["rejected"] else []
-    rates = f"{row['tflop_per_s']:.0f} TFLOP/s, {row['gb_per_s']:.0f} GB/s"
+    rates = f"{row['tflop_per_s']:.3g} TFLOP/s, {row['gb_per_s']:.0f} GB/s"
     found = f"{row['kernel']} {row['us']:.1f} us, {rates}"
     _say(f"{place} {key}: {'; '.join([found, *beside])}", "yellow" if wrong else None)
     return [f"{key}: {label}: {row['rejected'][label]}" for label in wrong]
@@ -229,25 +237,26 @@ def _report(place: str, key: str, file: TunedFile) -> list[str]:
 
 def _timing(device: str) -> dict:
     """How times are taken, and what a kernel that does nothing takes by it."""
-    how = "CUDA graph replays, L2 overwritten before each" if _is_cuda(device) else "wall clock, interpreted"
+    how = "wall clock, caches overwritten before each run"
+    if _is_cuda(device):
+        how = "CUDA graph replays, L2 overwritten before each"
+    elif triton_backend.interpreted():
+        how = "wall clock, interpreted"
     empty = round(tuning.launch_time(device).us, 2)
     return {"how": how, "empty_us": empty, "cudnn_benchmark": torch.backends.cudnn.benchmark}
 
 
-def _gpu(args: argparse.Namespace) -> Gpu:
+def _target(args: argparse.Namespace) -> Device:
+    """What is tuned for."""
     if args.gpu:
         if not args.list:
-            raise UserError("--gpu goes with --list; what is measured is the GPU that is here")
+            raise UserError("--gpu goes with --list; what is measured is the device that is here")
         try:
             return gpus.named(args.gpu)
         except ValueError as error:
             raise UserError(f"--gpu {args.gpu}: {error}") from None
     if args.device == "cpu":
-        if not triton_backend.interpreted():
-            raise UserError("--device cpu rehearses under Triton's interpreter: set TRITON_INTERPRET=1")
-        if not args.output:
-            raise UserError("--device cpu makes no table for any GPU: name a file for it with --output")
-        return REHEARSAL
+        return _rehearsal(args) if triton_backend.interpreted() else _cpu(args)
     if not torch.cuda.is_available():
         raise UserError("tuning needs a GPU and there is none here; --list --gpu h200 prints what would be measured")
     device = torch.device(environment.check_device(args.device))
@@ -256,19 +265,32 @@ def _gpu(args: argparse.Namespace) -> Gpu:
     return gpus.of_device(torch.cuda.current_device())
 
 
+def _rehearsal(args: argparse.Namespace) -> Gpu:
+    if not args.output:
+        raise UserError("under TRITON_INTERPRET=1 --device cpu makes no table of anything: name a file with --output")
+    return REHEARSAL
+
+
+def _cpu(args: argparse.Namespace) -> Cpu:
+    if set(args.dtype or ["float32"]) != {"float32"} or "infer" not in args.task or "conv" not in args.fusion:
+        raise UserError("on a CPU there is a choice of kernels for layers of frozen float32 networks alone")
+    return cpus.here()
+
+
 def _section(name: str, dtype: str) -> planner.Section:
     with torch.device("meta"):
         model = models.get_model(name, weights=None).eval()
     return planner.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
 
 
-def _print_list(chosen: Sequence[Problem], gpu: Gpu) -> None:
-    table = Table("problem", title=f"{len(chosen)} problems on {gpu.name}", title_justify="left")
+def _print_list(chosen: Sequence[Problem], target: Device) -> None:
+    table = Table("problem", title=f"{len(chosen)} problems on {target.name}", title_justify="left")
     for heading in ("GFLOP", "MB", "configurations", "predicted us"):
         table.add_column(heading, justify="right")
     for problem in chosen:
-        valid = configs.candidates(problem, gpu)
-        best = f"{configs.predicted_seconds(valid[0], problem, gpu) * 1e6:.1f}" if valid else "-"
+        valid = configs.candidates(problem, target)
+        known = valid and not isinstance(target, Cpu)  # there is no cost model of CPUs
+        best = f"{configs.predicted_seconds(valid[0], problem, target) * 1e6:.1f}" if known else "-"
         table.add_row(problem.key, f"{problem.flops / 1e9:.2f}", f"{problem.bytes / 1e6:.1f}", str(len(valid)), best)
     output.console.print(table)
 

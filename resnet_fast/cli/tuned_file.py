@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from ..gpus import Gpu
+from ..cpus import Device
 from ..kernels import tables
 from . import UserError
 
@@ -20,16 +20,16 @@ DIED = "the process ended while this ran: a crash, a hang or a kill"
 class TunedFile:
     """`rows` and the rest in memory and on disk; every change is written at once, whole or not at all."""
 
-    def __init__(self, path: Path, gpu: Gpu, environment: dict, *, rehearsal: bool = False) -> None:
+    def __init__(self, path: Path, device: Device, environment: dict, *, rehearsal: bool = False) -> None:
         """Reads `path` where it exists.
 
         Raises:
-            UserError: it holds something else, or another GPU's results.
+            UserError: it holds something else, or another device's results.
         """
         self.path = path
         schema = f"{tables.SCHEMA} rehearsal, not of a GPU" if rehearsal else tables.SCHEMA
-        self.head = {"schema": schema, "gpu": gpu.name, "environment": environment}
-        found = _read(path, schema, gpu.name)
+        self.head = {"schema": schema, device.kind: device.name, "environment": environment}
+        found = _read(path, schema, device)
         self.timing: dict = found.get("timing", {})
         self.left: int | None = found.get("left")
         rows = found.get("rows", {}).items()
@@ -70,18 +70,18 @@ class TunedFile:
         os.replace(temporary, self.path)
 
 
-def _read(path: Path, schema: str, gpu: str) -> dict:
+def _read(path: Path, schema: str, device: Device) -> dict:
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text())
-        found_schema, found_gpu = found["schema"], found["gpu"]
+        found_schema, found_name = found["schema"], found[device.kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no tuned table ({type(error).__name__}: {error}); name another --output") from None
     if found_schema != schema:
         raise UserError(f"{path} has schema {found_schema!r}, not {schema!r}; name another --output")
-    if found_gpu != gpu:
-        raise UserError(f"{path} holds the results of {found_gpu}, and this is {gpu}; name another --output")
+    if found_name != device.name:
+        raise UserError(f"{path} holds the results of {found_name}, and this is {device.name}; name another --output")
     return found
 
 

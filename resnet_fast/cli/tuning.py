@@ -1,7 +1,9 @@
 """Measuring one problem: every candidate verified against float64, then timed. `tune` decides what is measured.
 
 On a GPU a candidate is timed as the engine runs it, in a CUDA graph, so that the host's part of a launch is in no time;
-L2 is overwritten before every replay. Under Triton's interpreter, on a CPU, times are wall-clock and mean nothing.
+L2 is overwritten before every replay. On a CPU what a layer reads is out of the caches before every run, too: in a
+network other layers' weights and activations have passed through them. Under Triton's interpreter times are wall-clock
+and mean nothing.
 """
 
 import concurrent.futures
@@ -10,17 +12,18 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
+from time import perf_counter
 
 import numpy as np
 import torch
 
 from .. import numerics
 from ..backends import triton as triton_backend
-from ..gpus import Gpu
+from ..cpus import Cpu, Device
 from ..kernels import configs
 from ..kernels.configs import Config
 from ..problems import Problem
-from . import checks, workload
+from . import checks, cpu_workload, workload
 from .workload import Outputs, Run
 
 STOCK = "PyTorch"
@@ -30,6 +33,7 @@ WRONG = "wrong: "
 """How the reason begins why a candidate was rejected that ran and gave other numbers."""
 
 _WARMUP_MS, _TIMED_MS = 10, 40
+_CPU_RUNS, _CPU_CACHES = 31, 64 << 20  # bytes, more than the caches of a few cores
 
 
 class DeviceLost(RuntimeError):
@@ -51,7 +55,7 @@ class Timing:
 
 def measure(
     problem: Problem,
-    gpu: Gpu,
+    target: Device,
     device: str,
     *,
     top: int,
@@ -61,6 +65,7 @@ def measure(
     """The table's row for `problem`: the fastest right one of its `top` most promising configurations and the library.
 
     Args:
+        target: what is tuned for. device: where it runs, PyTorch's name of it.
         crashed: label -> reason of candidates that are not to be run again.
         trying: called with the label of each candidate before it first runs.
 
@@ -71,11 +76,11 @@ def measure(
     Raises:
         DeviceLost. Whatever PyTorch's own ops raise.
     """
-    work = workload.of(problem, device)
-    valid = configs.candidates(problem, gpu)
+    work = cpu_workload.of(problem) if isinstance(target, Cpu) else workload.of(problem, device)
+    valid = configs.candidates(problem, target)
     runs: dict[str, tuple[Config | None, str, Run]] = {}
     for config in valid[:top]:
-        runs[label_of(config)] = (config, "", work.triton(config))
+        runs[label_of(config)] = (config, "", work.kernel(config))
     for variant, run in work.library.items():
         runs[f"library {variant}"] = (None, variant, run)
     rejected = dict(crashed)
@@ -111,21 +116,35 @@ def measure(
 def label_of(config: Config) -> str:
     """Short and exact: "conv_tma 2x8x8-64-64-4-3", the fields in the order of the configuration's."""
     values = ("x".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in astuple(config))
-    return f"{configs.kernel_name(config)} {'-'.join(values)}"
+    return f"{configs.kernel_name(config)} {'-'.join(values)}".rstrip()
 
 
 def time(run: Run, device: str) -> Timing:
     """How long `run`, which has run before, takes."""
     if torch.device(device).type == "cpu":
-        from torch.utils.benchmark import Timer  # which looks for CUDA's compiler, and warns where there is none
-
-        samples = Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=1e-3).times
+        samples = _interpreted_seconds(run) if triton_backend.interpreted() else _cpu_seconds(run)
         return Timing(*(np.quantile(samples, (0.5, 0.2, 0.8)) * 1e6).tolist())
     from triton.testing import do_bench
 
     graph, _outputs = _captured(run)
     milliseconds = do_bench(graph.replay, warmup=_WARMUP_MS, rep=_TIMED_MS, quantiles=[0.5, 0.2, 0.8])
     return Timing(*(value * 1e3 for value in milliseconds))
+
+
+def _interpreted_seconds(run: Run) -> list[float]:
+    from torch.utils.benchmark import Timer  # which looks for CUDA's compiler, and warns where there is none
+
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=1e-3).times
+
+
+def _cpu_seconds(run: Run) -> list[float]:
+    passing, samples = torch.empty(_CPU_CACHES // 4), []
+    for _ in range(_CPU_RUNS):
+        passing.fill_(1.0)
+        start = perf_counter()
+        run()
+        samples.append(perf_counter() - start)
+    return samples
 
 
 def launch_time(device: str) -> Timing:

@@ -28,12 +28,12 @@ _IMAGES_AT_ONCE = 32  # of the float64 reference, so that its workspaces stay sm
 class Workload:
     """reference: in float64. stock: PyTorch's ops, one by one, in the problem's dtype. library: by variant.
 
-    triton: the run of one configuration, which writes to `outputs`.
+    kernel: the run of one configuration; Triton's write to `outputs`.
     """
 
     reference: Run
     stock: Run
-    triton: Callable[[Config], Run]
+    kernel: Callable[[Config], Run]
     library: dict[str, Run]
     outputs: Outputs
 
@@ -77,12 +77,18 @@ class Source:
         return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
 
 
-def _conv(problem: ConvProblem, source: Source) -> Workload:
+def conv_inputs(problem: ConvProblem, source: Source) -> tuple[Outputs, Outputs]:
+    """Images, then weights, by their names in `library.conv`."""
     conv, branch = problem.conv, problem.shortcut
     images = {"x": source.image(conv.x_shape)}
     images |= {"residual": source.image(conv.y_shape)} if problem.residual else {}
     images |= {"shortcut": source.image(branch.x_shape)} if branch else {}
-    weights = source.conv(conv) | (source.conv(branch, "shortcut_") if branch else {})
+    return images, source.conv(conv) | (source.conv(branch, "shortcut_") if branch else {})
+
+
+def _conv(problem: ConvProblem, source: Source) -> Workload:
+    conv, branch = problem.conv, problem.shortcut
+    images, weights = conv_inputs(problem, source)
     outputs = {"y": source.empty(conv.y_shape)}
 
     def stock(x, weight, bias, residual=None, shortcut=None, shortcut_weight=None, shortcut_bias=None) -> Outputs:

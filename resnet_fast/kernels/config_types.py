@@ -65,7 +65,12 @@ class GramDgradConfig:
     stages: int
 
 
-Config = PointerConfig | TmaConfig | TailConfig | StemConfig | PrologueConfig | GramDgradConfig
+@dataclass(frozen=True)
+class WinogradConfig:
+    """winograd, on CPUs: the one there is, F(4x4, 3x3)."""
+
+
+Config = PointerConfig | TmaConfig | TailConfig | StemConfig | PrologueConfig | GramDgradConfig | WinogradConfig
 KERNELS: dict[str, type] = {
     "conv_pointer": PointerConfig,
     "conv_tma": TmaConfig,
@@ -73,6 +78,7 @@ KERNELS: dict[str, type] = {
     "stem": StemConfig,
     "conv_prologue": PrologueConfig,
     "gram_dgrad": GramDgradConfig,
+    "winograd": WinogradConfig,
 }
 """Kernel name -> its configuration's type."""
 

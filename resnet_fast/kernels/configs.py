@@ -1,4 +1,4 @@
-"""Launch configurations: which exist, which are valid for a problem on a GPU, and which should be fastest.
+"""Launch configurations: which exist, which are valid for a problem on a device, and which should be fastest.
 
 `why_not` is the one validity function, `candidates` what tuning measures, ranked by the cost model (`cost`). A kernel's
 tile sizes are chosen nowhere else.
@@ -6,6 +6,7 @@ tile sizes are chosen nowhere else.
 
 from collections.abc import Iterator
 
+from ..cpus import Cpu, Device
 from ..gpus import Gpu
 from ..problems import (
     ITEMSIZE,
@@ -20,6 +21,7 @@ from ..problems import (
     StemProblem,
     TailProblem,
 )
+from . import winograd
 from .config_types import (
     KERNELS,
     BoxConfig,
@@ -30,6 +32,7 @@ from .config_types import (
     StemConfig,
     TailConfig,
     TmaConfig,
+    WinogradConfig,
     from_dict,
     kernel_name,
     to_dict,
@@ -46,6 +49,7 @@ __all__ = [
     "StemConfig",
     "TailConfig",
     "TmaConfig",
+    "WinogradConfig",
     "box_count",
     "boxes",
     "candidates",
@@ -64,8 +68,14 @@ _PROLOGUE_CHANNELS = 512
 """More leave no room in shared memory for two tiles of weights beside them."""
 
 
-def why_not(config: Config, problem: Problem, gpu: Gpu) -> str | None:
-    """Why `config` cannot compute `problem` on `gpu`; None where it can."""
+def why_not(config: Config, problem: Problem, device: Device) -> str | None:
+    """Why `config` cannot compute `problem` on `device`; None where it can."""
+    if isinstance(config, WinogradConfig) != isinstance(device, Cpu):
+        return f"{kernel_name(config)} does not run on a {device.kind.upper()}"
+    return winograd.why_not(problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
+
+
+def _why_not_on_gpu(config: Config, problem: Problem, gpu: Gpu) -> str | None:
     if gpu.capability < (8, 0):
         return f"{gpu.name} is sm_{gpu.capability[0]}{gpu.capability[1]}; the kernels need sm_80 or newer"
     if problem.dtype not in KERNEL_DTYPES:
@@ -280,8 +290,10 @@ _WHY_NOT = {
 }
 
 
-def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
-    """Every valid configuration there is for `problem` on `gpu`, the most promising first."""
+def candidates(problem: Problem, device: Device) -> list[Config]:
+    """Every valid configuration there is for `problem` on `device`, the most promising first."""
+    if isinstance(device, Cpu):
+        return [config for config in (WinogradConfig(),) if why_not(config, problem, device) is None]
     if isinstance(problem, ConvProblem):
         everything: Iterator[Config] = _conv_configs(problem)
     elif isinstance(problem, PrologueProblem):
@@ -297,8 +309,8 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
             for warps in (4, 8)
             for stages in (2, 3)
         )
-    valid = [config for config in everything if why_not(config, problem, gpu) is None]
-    return sorted(valid, key=lambda config: predicted_seconds(config, problem, gpu))
+    valid = [config for config in everything if why_not(config, problem, device) is None]
+    return sorted(valid, key=lambda config: predicted_seconds(config, problem, device))
 
 
 _BOXES = {

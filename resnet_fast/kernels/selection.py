@@ -1,6 +1,6 @@
 """Which kernel runs a problem: what a tuned table measured, else what the cost model predicts, else the library.
 
-Decided once per problem and GPU and remembered; nothing is tuned or timed inside a call.
+Decided once per problem and device and remembered; nothing is tuned or timed inside a call.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..gpus import Gpu
+from ..cpus import Cpu, Device
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, StemProblem
-from . import tables
+from . import tables, winograd
 from .configs import (
     Config,
     GramDgradConfig,
@@ -22,6 +22,7 @@ from .configs import (
     StemConfig,
     TailConfig,
     TmaConfig,
+    WinogradConfig,
     candidates,
     kernel_name,
     why_not,
@@ -30,10 +31,10 @@ from .configs import (
 
 @dataclass(frozen=True)
 class Choice:
-    """config: of the Triton kernel, or None for the library's path (backends.library), in its `variant`.
+    """config: of the kernel, or None for the library's path (backends.library; on CPUs oneDNN), in its `variant`.
 
-    source: "tuned" (measured on this GPU), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model),
-    "library" (no kernel was considered) or "refused" (the launch failed).
+    source: "tuned" (measured on this device), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model;
+    on CPUs `winograd.why_not_unmeasured`), "library" (no kernel was considered) or "refused" (the launch failed).
     reason: why the library's path was taken.
     """
 
@@ -48,7 +49,7 @@ class Choice:
         return "library" if self.config is None else kernel_name(self.config)
 
 
-_refused: dict[tuple[Problem, Gpu], str] = {}
+_refused: dict[tuple[Problem, Device], str] = {}
 _forced: dict[Problem, Choice] = {}
 
 
@@ -67,19 +68,19 @@ def is_forced(problem: Problem) -> bool:
     return problem in _forced
 
 
-def refuse(problem: Problem, gpu: Gpu, reason: str) -> None:
+def refuse(problem: Problem, device: Device, reason: str) -> None:
     """Take the library's path for `problem` from now on: what was chosen did not run."""
-    _refused[problem, gpu] = reason
+    _refused[problem, device] = reason
     _choose.cache_clear()
 
 
-def choose(problem: Problem, gpu: Gpu) -> Choice:
-    """The choice for `problem` on `gpu`."""
+def choose(problem: Problem, device: Device) -> Choice:
+    """The choice for `problem` on `device`."""
     if problem in _forced:
         return _forced[problem]
-    if problem.dtype == "float32" and (reason := why_not_float32()):
+    if problem.dtype == "float32" and not isinstance(device, Cpu) and (reason := why_not_float32()):
         return Choice(None, "library", reason)
-    return _choose(problem, gpu)
+    return _choose(problem, device)
 
 
 def why_not_float32() -> str | None:
@@ -92,21 +93,23 @@ def why_not_float32() -> str | None:
 
 
 @functools.cache
-def _choose(problem: Problem, gpu: Gpu) -> Choice:
-    if (problem, gpu) in _refused:
-        return Choice(None, "refused", _refused[problem, gpu])
-    measured = tables.lookup(measured_as(problem), gpu)
+def _choose(problem: Problem, device: Device) -> Choice:
+    if (problem, device) in _refused:
+        return Choice(None, "refused", _refused[problem, device])
+    measured = tables.lookup(measured_as(problem), device)
     if measured is not None:
         row, key = measured
         source = "tuned" if key == measured_as(problem).key else f"tuned at {tables.batch_of(key)}"
         if row.config is None:
-            return Choice(None, source, "measured faster than every Triton configuration", row.variant)
-        if why_not(row.config, problem, gpu) is None:  # a table may be older than the kernels
+            return Choice(None, source, "measured faster than every kernel of ours", row.variant)
+        if why_not(row.config, problem, device) is None:  # a table may be older than the kernels
             return Choice(row.config, source)
-    ranked = candidates(problem, gpu)
-    if ranked:
-        return Choice(ranked[0], "predicted")
-    return Choice(None, "predicted", why_no_kernel(problem, gpu))
+    ranked = candidates(problem, device)
+    if not ranked:
+        return Choice(None, "predicted", why_no_kernel(problem, device))
+    if isinstance(device, Cpu) and (reason := winograd.why_not_unmeasured(problem, device)):
+        return Choice(None, "predicted", reason)
+    return Choice(ranked[0], "predicted")
 
 
 def measured_as(problem: Problem) -> Problem:
@@ -125,10 +128,12 @@ def forget() -> None:
     tables.forget()
 
 
-def why_no_kernel(problem: Problem, gpu: Gpu) -> str:
-    """Why no Triton configuration fits `problem`: the validity function's reasons, each once."""
+def why_no_kernel(problem: Problem, device: Device) -> str:
+    """Why no configuration fits `problem`: the validity function's reasons, each once."""
     tried: tuple[Config, ...]
-    if isinstance(problem, ConvProblem):
+    if isinstance(device, Cpu):
+        tried = (WinogradConfig(),)
+    elif isinstance(problem, ConvProblem):
         tried = (PointerConfig(64, 16, 16, 4, 3), TmaConfig((1, 8, 8), 64, 64, 4, 3))
     elif isinstance(problem, PrologueProblem):
         tried = (PrologueConfig(64, 64, 16, 1, 4, 1),)
@@ -138,5 +143,5 @@ def why_no_kernel(problem: Problem, gpu: Gpu) -> str:
         tried = (StemConfig((1, 8, 16), 64, 32, 4, 3), PointerConfig(128, 64, 32, 4, 1))
     else:
         tried = (TailConfig((1, 8, 8), 64, 64, 8, 2),)
-    reasons = [f"{kernel_name(config)}: {why_not(config, problem, gpu)}" for config in tried]
+    reasons = [f"{kernel_name(config)}: {why_not(config, problem, device)}" for config in tried]
     return "; ".join(dict.fromkeys(reasons))

@@ -1,9 +1,9 @@
-"""Tuned tables: what was measured fastest for a problem on one GPU, by `resnet-fast tune`.
+"""Tuned tables: what was measured fastest for a problem on one device, by `resnet-fast tune`.
 
-One JSON file a GPU: those under kernels/tuned/ ship with the package, and a user's own, in the cache directory, goes
-first. {"schema": "resnet_fast.tuned/1", "gpu", "environment": {...}, "rows": {problem key: row}}, with a row
-{"config": {...} or null for the library's path (cuDNN), "us", "library_us": microseconds, medians, "variant": which of
-the library's paths was its fastest}.
+One JSON file a GPU or CPU model: those under kernels/tuned/ ship with the package, and a user's own, in the cache
+directory, goes first. {"schema": "resnet_fast.tuned/1", "gpu" or "cpu": name, "environment": {...}, "rows": {problem
+key: row}}, with a row {"config": {...} or null for the library's path (cuDNN, oneDNN), "us", "library_us": medians in
+microseconds, "variant": which of the library's paths was its fastest}.
 """
 
 import functools
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _log
-from ..gpus import Gpu
+from ..cpus import Device
 from ..problems import Problem
 from .configs import Config, from_dict
 
@@ -39,28 +39,29 @@ def user_directory() -> Path:
     return Path(os.environ.get("RESNET_FAST_CACHE") or Path(cache) / "resnet_fast")
 
 
-def paths(gpu: Gpu) -> tuple[Path, Path]:
+def paths(device: Device) -> tuple[Path, Path]:
     """The user's table and the shipped one, whether they exist or not."""
-    return user_directory() / "tuned" / f"{gpu.slug}.json", SHIPPED / f"{gpu.slug}.json"
+    return user_directory() / "tuned" / f"{device.slug}.json", SHIPPED / f"{device.slug}.json"
 
 
-def why_none(gpu: Gpu) -> str | None:
-    """Why there is nothing measured for this GPU; None where there is."""
-    return None if _rows(gpu) else f"nothing measured for {gpu.name}: run `resnet-fast tune` on it"
+def why_none(device: Device) -> str | None:
+    """Why there is nothing measured for this device; None where there is."""
+    command = "resnet-fast tune --device cpu" if device.kind == "cpu" else "resnet-fast tune"
+    return None if _rows(device) else f"nothing measured for {device.name}: run `{command}` on it"
 
 
-def count(gpu: Gpu) -> int:
-    """How many problems were measured on this GPU."""
-    return len(_rows(gpu))
+def count(device: Device) -> int:
+    """How many problems were measured on this device."""
+    return len(_rows(device))
 
 
-def lookup(problem: Problem, gpu: Gpu) -> tuple[Row, str] | None:
+def lookup(problem: Problem, device: Device) -> tuple[Row, str] | None:
     """What was measured for this problem and the key it was measured under: its own, or the nearest batch size's."""
-    rows = _rows(gpu)
+    rows = _rows(device)
     if problem.key in rows:
         return rows[problem.key], problem.key
     size = _batch(problem.key)
-    same_shape = _by_shape(gpu).get(_BATCH.sub("n", problem.key), ())
+    same_shape = _by_shape(device).get(_BATCH.sub("n", problem.key), ())
     nearest = min(same_shape, key=lambda key: abs(math.log(_batch(key) / size)), default=None)
     return None if nearest is None else (rows[nearest], nearest)
 
@@ -78,9 +79,9 @@ def _batch(key: str) -> int:
 
 
 @functools.cache
-def _by_shape(gpu: Gpu) -> dict[str, list[str]]:
+def _by_shape(device: Device) -> dict[str, list[str]]:
     shapes: dict[str, list[str]] = {}
-    for key in _rows(gpu):
+    for key in _rows(device):
         shapes.setdefault(_BATCH.sub("n", key), []).append(key)
     return shapes
 
@@ -92,21 +93,21 @@ def forget() -> None:
 
 
 @functools.cache
-def _rows(gpu: Gpu) -> dict[str, Row]:
+def _rows(device: Device) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    for path in reversed(paths(gpu)):
-        rows |= read(path, gpu)
+    for path in reversed(paths(device)):
+        rows |= read(path, device)
     return rows
 
 
-def read(path: Path, gpu: Gpu) -> dict[str, Row]:
+def read(path: Path, device: Device) -> dict[str, Row]:
     """The rows of one file; none, with a logged reason, where it cannot be used."""
     try:
         data = json.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r} is not {SCHEMA!r}")
-        if data["gpu"] != gpu.name:
-            raise ValueError(f"it was measured on {data['gpu']}, not {gpu.name}")
+        if data[device.kind] != device.name:
+            raise ValueError(f"it was measured on {data[device.kind]}, not {device.name}")
         rows = {key: _row(row) for key, row in data["rows"].items() if is_current(row["config"])}
         if len(rows) < len(data["rows"]):
             left = len(data["rows"]) - len(rows)

@@ -19,5 +19,9 @@ void backward_apply_train(const Plan& plan, const BackwardArgs& args, int64_t be
 template <typename scalar_t>
 void backward_apply_eval(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);
 
+void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+
 }  // namespace CPU_CAPABILITY
 }  // namespace resnet_fast::cpu

@@ -20,6 +20,9 @@ const Kernels& table() {
       RF_ALL_DTYPES(backward_reduce),
       RF_ALL_DTYPES(backward_apply_train),
       RF_ALL_DTYPES(backward_apply_eval),
+      &winograd_input,
+      &winograd_product,
+      &winograd_output,
   };
   return kernels;
 }

@@ -1,0 +1,29 @@
+// 3x3 convolutions by Winograd's F(4x4, 3x3) in float32: see csrc/ops.cpp for the schemas.
+//
+// 36 products where the convolution has 144. x is in channels_last; packing makes 36 values of each kernel's nine.
+// An output's error follows the largest values of its tile of 6x6 pixels, not of its own 3x3.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace resnet_fast::cpu {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Whether the kernels in use have vectors, without which the library is faster.
+bool winograd_usable();
+
+// (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64], the last panel filled up with zeros
+Tensor winograd_pack(const Tensor& weight);
+
+// act(conv2d(x, weight, padding=1) + bias + residual), and whether every value of the convolution was finite. Where
+// not, y is of no use: the transforms spread NaN and Inf over a tile.
+std::tuple<Tensor, bool> winograd_conv(
+    const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
+    const OptionalTensor& residual, bool relu);
+
+}  // namespace resnet_fast::cpu
