@@ -70,7 +70,7 @@ class Campaign:
         if known and known["name"] != found["name"]:
             return f"{self.out} holds the results of {known['name']}, and this is {found['name']}: name another --out"
         environment = outcome.data["environment"]
-        environment["commit"] = environment["commit"] or self.commit
+        environment["commit"] = self.args.commit or environment["commit"] or self.commit
         self.commit = environment["commit"]
         self.state.data |= {**outcome.data, "environment": environment}
         self.note(unit, outcome)

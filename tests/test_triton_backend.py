@@ -130,6 +130,8 @@ def test_a_measured_row_decides_and_the_nearest_batch_stands_in():
     assert selection.choose(bigger, H200).config == config
     near = selection.choose(ConvProblem(replace(PROBLEM.conv, batch=128), "bfloat16"), H200)
     assert (near.config, near.source) == (config, "tuned at n256")
+    far = ConvProblem(replace(PROBLEM.conv, batch=8192), "bfloat16")
+    assert selection.choose(far, H200).source == "predicted"
     assert selection.choose(ConvProblem(PROBLEM.conv, "float16"), H200).source == "predicted"
 
 

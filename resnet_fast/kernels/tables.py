@@ -56,15 +56,20 @@ def count(device: Device) -> int:
 
 
 def lookup(problem: Problem, device: Device) -> tuple[Row, str] | None:
-    """What was measured for this problem and the key it was measured under: its own, or the nearest batch size's."""
+    """What was measured for this problem and the key it was measured under: its own, or a near batch size's."""
     rows = _rows(device)
     if problem.key in rows:
         return rows[problem.key], problem.key
     size = _batch(problem.key)
     same_shape = _by_shape(device).get(_BATCH.sub("n", problem.key), ())
-    nearest = min(same_shape, key=lambda key: abs(math.log(_batch(key) / size)), default=None)
-    return None if nearest is None else (rows[nearest], nearest)
+    distances = {key: abs(math.log(_batch(key) / size)) for key in same_shape}
+    nearest = min(distances, key=distances.get, default=None)
+    near = nearest is not None and distances[nearest] <= math.log(_FARTHEST)
+    return (rows[nearest], nearest) if near else None
 
+
+_FARTHEST = 8
+"""How many times larger or smaller a batch may be that a row was measured for: beyond, other kernels are fastest."""
 
 _BATCH = re.compile(r"\bn(\d+)\b")
 
