@@ -132,7 +132,8 @@ def test_a_measured_row_decides_and_the_nearest_batch_stands_in():
     assert (near.config, near.source) == (config, "tuned at n256")
     far = ConvProblem(replace(PROBLEM.conv, batch=8192), "bfloat16")
     assert selection.choose(far, H200).source == "predicted"
-    assert selection.choose(ConvProblem(PROBLEM.conv, "float16"), H200).source == "predicted"
+    half = selection.choose(ConvProblem(bigger.conv, "float16"), H200)
+    assert (half.config, half.source) == (config, "tuned at n256 in the other half type")
 
 
 def test_batch_norm_in_the_epilogue_goes_by_the_folded_row():

@@ -150,7 +150,6 @@ def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tenso
         "STRIDE_H": down,
         "STRIDE_W": right,
         "STEPS": steps,
-        "PRECISION": triton_launch._precision(x.dtype),
         "BLOCK_PIXELS": _BLOCK,
         "BLOCK_ROWS": block_rows,
         "BLOCK_CHANNELS": _BLOCK,

@@ -134,7 +134,6 @@ def conv(
         "DILATION_W": geometry.dilation[1],
         "SHORTCUT_IN": branch.in_channels,
         "RELU": problem.relu,
-        "PRECISION": _precision(y.dtype),
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
     }
@@ -199,7 +198,6 @@ def conv_prologue(
         "CHANNELS": geometry.in_channels,
         "OUT_CHANNELS": geometry.out_channels,
         "RELU": problem.joined,
-        "PRECISION": _precision(x.dtype),
         "BLOCK_PIXELS": config.block_pixels,
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
@@ -229,7 +227,6 @@ def gram_dgrad(
     constants = {
         "CHANNELS": problem.conv.in_channels,
         "OUT_CHANNELS": problem.conv.out_channels,
-        "PRECISION": _precision(x.dtype),
         "BLOCK_PIXELS": config.block_pixels,
         "BLOCK_OUT": config.block_out,
         "BLOCK_IN": config.block_in,
@@ -412,8 +409,3 @@ def _kernel_stride(geometry: Conv) -> int:
 
 def _box(box: tuple[int, int, int]) -> dict[str, int]:
     return dict(zip(("BOX_N", "BOX_H", "BOX_W"), box, strict=True))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: exact, because Triton's TF32 cuts off what cuDNN's rounds (`selection.why_not_float32`)."""
-    return "ieee"

@@ -49,7 +49,6 @@ def conv_bn_act_pointer(
     SHORTCUT_STRIDE_H: tl.constexpr,
     SHORTCUT_STRIDE_W: tl.constexpr,
     RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -76,14 +75,14 @@ def conv_bn_act_pointer(
     acc = _accumulate(
         acc, x_ptr + group * GROUP_IN, weight_ptr, image, row * STRIDE_H - PAD_H, column * STRIDE_W - PAD_W, pixel_ok,
         out, out_ok, height, width, PIXEL_STRIDE, GROUP_IN, GROUP_OUT % BLOCK_OUT != 0,
-        R, S, DILATION_H, DILATION_W, PAD_H + PAD_W != 0, PRECISION, BLOCK_IN,
+        R, S, DILATION_H, DILATION_W, PAD_H + PAD_W != 0, BLOCK_IN,
     )  # fmt: skip
     if shortcut_ptr is not None:
         if norm[1] is None:  # both folded: the shortcut is more terms of the same sum
             acc = _shortcut(
                 acc, shortcut_ptr, shortcut_weight_ptr, image, row, column, pixel_ok, out, out_ok, shortcut_height,
                 shortcut_width, SHORTCUT_IN, GROUP_OUT % BLOCK_OUT != 0, SHORTCUT_STRIDE_H, SHORTCUT_STRIDE_W,
-                PRECISION, BLOCK_IN,
+                BLOCK_IN,
             )  # fmt: skip
             acc = batch_norm(acc, out, out_ok, norm, 1)
             acc = batch_norm(acc, out, out_ok, shortcut_norm, 1)
@@ -93,7 +92,7 @@ def conv_bn_act_pointer(
             other = _shortcut(
                 other, shortcut_ptr, shortcut_weight_ptr, image, row, column, pixel_ok, out, out_ok, shortcut_height,
                 shortcut_width, SHORTCUT_IN, GROUP_OUT % BLOCK_OUT != 0, SHORTCUT_STRIDE_H, SHORTCUT_STRIDE_W,
-                PRECISION, BLOCK_IN,
+                BLOCK_IN,
             )  # fmt: skip
             acc += batch_norm(other, out, out_ok, shortcut_norm, 1)
     else:
@@ -115,11 +114,11 @@ def conv_bn_act_pointer(
 def _shortcut(
     acc, x_ptr, weight_ptr, image, row, column, pixel_ok, out, out_ok, height, width,
     CHANNELS: tl.constexpr, MASK_OUT: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     return _accumulate(
         acc, x_ptr, weight_ptr, image, row * STRIDE_H, column * STRIDE_W, pixel_ok, out, out_ok, height, width,
-        CHANNELS, CHANNELS, MASK_OUT, 1, 1, 1, 1, False, PRECISION, BLOCK_IN,
+        CHANNELS, CHANNELS, MASK_OUT, 1, 1, 1, 1, False, BLOCK_IN,
     )  # fmt: skip
 
 
@@ -127,7 +126,7 @@ def _shortcut(
 def _accumulate(
     acc, x_ptr, weight_ptr, image, top, left, pixel_ok, out, out_ok, height, width,
     PIXEL_STRIDE: tl.constexpr, CHANNELS: tl.constexpr, MASK_OUT: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     # One flat loop over taps and channel blocks: a nested one stops prefetching at the end of each tap. Its trip count
@@ -158,5 +157,5 @@ def _accumulate(
             b = tl.load(weight_at, mask=out_ok[None, :], other=0.0)
         else:
             b = tl.load(weight_at)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc

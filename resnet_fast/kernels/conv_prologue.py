@@ -26,7 +26,6 @@ def conv_prologue(
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -58,7 +57,7 @@ def conv_prologue(
         acc = tl.zeros((BLOCK_OUT, BLOCK_PIXELS), tl.float32)
         for block in tl.static_range(blocks):
             weight = load_matrix(weight_ptr, out, out_ok, block * BLOCK_IN, CHANNELS, OUT_CHANNELS, BLOCK_OUT, BLOCK_IN)
-            acc = tl.dot(weight, activations[block].T, acc, input_precision=PRECISION)
+            acc = tl.dot(weight, activations[block].T, acc, input_precision="ieee")
         acc = batch_norm(acc, out, out_ok, norm, 0)
         offset = pixel[None, :] * OUT_CHANNELS + out[:, None]
         ok = pixel_ok[None, :] & out_ok[:, None]

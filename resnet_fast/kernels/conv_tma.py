@@ -43,7 +43,6 @@ def conv_bn_act_tma(
     DILATION_W: tl.constexpr,
     SHORTCUT_IN: tl.constexpr,
     RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -73,23 +72,19 @@ def conv_bn_act_tma(
             x, n, h, w, tap // S * DILATION_H - PAD_H, tap % S * DILATION_W - PAD_W, first_in + channel,
             STRIDE, IN_CHANNELS, PIXELS, BLOCK_IN,
         )  # fmt: skip
-        acc = tl.dot(weight.load([first_out, step * BLOCK_IN]), pixels.T, acc, input_precision=PRECISION)
+        acc = tl.dot(weight.load([first_out, step * BLOCK_IN]), pixels.T, acc, input_precision="ieee")
 
     out = first_out + tl.arange(0, BLOCK_OUT)
     out_ok = out < OUT_CHANNELS
     if shortcut is not None:
         if norm[1] is None:  # both folded: the shortcut is more terms of the same sum
-            acc = _shortcut(
-                acc, shortcut, shortcut_weight, n, h, w, first_out, SHORTCUT_IN, PIXELS, PRECISION, BLOCK_IN
-            )
+            acc = _shortcut(acc, shortcut, shortcut_weight, n, h, w, first_out, SHORTCUT_IN, PIXELS, BLOCK_IN)
             acc = batch_norm(acc, out, out_ok, norm, 0)
             acc = batch_norm(acc, out, out_ok, shortcut_norm, 0)
         else:
             acc = batch_norm(acc, out, out_ok, norm, 0)
             other = tl.zeros((BLOCK_OUT, PIXELS), tl.float32)
-            other = _shortcut(
-                other, shortcut, shortcut_weight, n, h, w, first_out, SHORTCUT_IN, PIXELS, PRECISION, BLOCK_IN
-            )
+            other = _shortcut(other, shortcut, shortcut_weight, n, h, w, first_out, SHORTCUT_IN, PIXELS, BLOCK_IN)
             acc += batch_norm(other, out, out_ok, shortcut_norm, 0)
     else:
         acc = batch_norm(acc, out, out_ok, norm, 0)
@@ -122,9 +117,9 @@ def load_tap(
 @triton.jit
 def _shortcut(
     acc, x, weight, n, h, w, first_out,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_IN: tl.constexpr,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
     for step in range((CHANNELS + BLOCK_IN - 1) // BLOCK_IN):
         pixels = x.load([n, h, w, step * BLOCK_IN]).reshape(PIXELS, BLOCK_IN)
-        acc = tl.dot(weight.load([first_out, step * BLOCK_IN]), pixels.T, acc, input_precision=PRECISION)
+        acc = tl.dot(weight.load([first_out, step * BLOCK_IN]), pixels.T, acc, input_precision="ieee")
     return acc

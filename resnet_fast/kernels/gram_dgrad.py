@@ -24,7 +24,6 @@ def gram_dgrad(
     pixels,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -45,14 +44,14 @@ def gram_dgrad(
             ok &= (channel < OUT_CHANNELS)[None, :]
         dz = tl.load(dz_ptr + pixel[:, None] * OUT_CHANNELS + channel[None, :], mask=ok, other=0.0)
         matrix = load_matrix(dz_matrix_ptr, out, out_ok, step * BLOCK_IN, OUT_CHANNELS, CHANNELS, BLOCK_OUT, BLOCK_IN)
-        acc = tl.dot(matrix, dz.T, acc, input_precision=PRECISION)
+        acc = tl.dot(matrix, dz.T, acc, input_precision="ieee")
     for step in range((CHANNELS + BLOCK_IN - 1) // BLOCK_IN):
         channel = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         activated = load_activated(x_ptr, x_norm, pixel, pixel_ok, channel, CHANNELS, CHANNELS % BLOCK_IN != 0)
         mean = tl.load(mean_ptr + channel, mask=channel < CHANNELS, other=0.0)
         centred = (activated - mean[None, :]).to(x_ptr.dtype.element_ty)
         matrix = load_matrix(x_matrix_ptr, out, out_ok, step * BLOCK_IN, CHANNELS, CHANNELS, BLOCK_OUT, BLOCK_IN)
-        acc = tl.dot(matrix, centred.T, acc, input_precision=PRECISION)
+        acc = tl.dot(matrix, centred.T, acc, input_precision="ieee")
 
     acc += tl.load(constant_ptr + out, mask=out_ok, other=0.0)[:, None]
     offset = pixel[None, :] * CHANNELS + out[:, None]

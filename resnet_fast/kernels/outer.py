@@ -30,7 +30,6 @@ def outer(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     STEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -64,7 +63,7 @@ def outer(
         else:
             a = tl.load(dz_ptr + pixel[:, None] * ROWS + row[None, :], mask=ok[:, None] & row_ok[None, :], other=0.0)
             exact = a.to(tl.float32)
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a.T, b, acc, input_precision="ieee")
         sums += tl.sum(exact, 0)
     out = out_ptr + (split * ROWS + row[:, None]) * CHANNELS + channel[None, :]
     tl.store(out, acc, mask=row_ok[:, None] & channel_ok[None, :])

@@ -100,6 +100,7 @@ def _choose(problem: Problem, device: Device) -> Choice:
     if measured is not None:
         row, key = measured
         source = "tuned" if key == measured_as(problem).key else f"tuned at {tables.batch_of(key)}"
+        source += "" if problem.dtype in key.split() else " in the other half type"
         if row.config is None:
             return Choice(None, source, "measured faster than every kernel of ours", row.variant)
         if why_not(row.config, problem, device) is None:  # a table may be older than the kernels

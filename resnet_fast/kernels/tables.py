@@ -56,12 +56,16 @@ def count(device: Device) -> int:
 
 
 def lookup(problem: Problem, device: Device) -> tuple[Row, str] | None:
-    """What was measured for this problem and the key it was measured under: its own, or a near batch size's."""
-    rows = _rows(device)
+    """What was measured for this problem and the key it was measured under: its own, or a near batch size's, on a GPU
+    of either half type, which are equally fast there."""
+    rows, halves = _rows(device), ("bfloat16", "float16")
     if problem.key in rows:
         return rows[problem.key], problem.key
-    size = _batch(problem.key)
-    same_shape = _by_shape(device).get(_BATCH.sub("n", problem.key), ())
+    size, shape = _batch(problem.key), _BATCH.sub("n", problem.key)
+    same_shape = _by_shape(device).get(shape, ())
+    if not same_shape and problem.dtype in halves and device.kind == "gpu":
+        other = halves[problem.dtype == "bfloat16"]
+        same_shape = _by_shape(device).get(shape.replace(f" {problem.dtype}", f" {other}"), ())
     distances = {key: abs(math.log(_batch(key) / size)) for key in same_shape}
     nearest = min(distances, key=distances.get, default=None)
     near = nearest is not None and distances[nearest] <= math.log(_FARTHEST)
