@@ -226,7 +226,7 @@ def test_stems(name, dtype):
     reference, stock, wrong = work.reference(), work.stock(), {}
     for config in candidates(problem, gpu):
         work.poison()
-        verdict = numerics.worst(numerics.compare_all(work.triton(config)(), stock, reference))
+        verdict = numerics.worst(numerics.compare_all(work.kernel(config)(), stock, reference))
         if not verdict.match:
             wrong[tuning.label_of(config)] = str(verdict)
     assert not wrong

@@ -375,13 +375,21 @@ def launch(kernel, x: Tensor, grid: int, args: tuple, constants: dict, config) -
         if (compiled := _compiled.get(key)) is not None:
             compiled[grid, 1, 1](*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
             return
-        options = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
-        compiled = kernel[(grid,)](*args, **constants, **options)
+        compiled = kernel[(grid,)](*args, **constants, **_options(config))
         if isinstance(compiled, CompiledKernel):  # Triton's interpreter compiles nothing
             _compiled[key] = compiled
 
 
 _compiled: dict[tuple, CompiledKernel] = {}
+
+
+def compile_only(kernel, x: Tensor, grid: int, args: tuple, constants: dict, config) -> None:
+    """Compile what `launch`, in whose place this is put, would start."""
+    kernel.warmup(*args, grid=(grid,), **constants, **_options(config))
+
+
+def _options(config) -> dict[str, int]:
+    return {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def _kinds(args: tuple, found: list) -> list:

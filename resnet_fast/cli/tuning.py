@@ -175,16 +175,6 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-class _CompileOnly:
-    """Stands in for a kernel: what would launch it compiles it."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple) -> Callable:
-        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
-
-
 def _compile(runs: list[Run], device: str) -> None:
     """Compile what `runs` launch, on every core at once. What does not compile fails when it is launched."""
     if torch.device(device).type == "cpu" or not runs:
@@ -193,7 +183,7 @@ def _compile(runs: list[Run], device: str) -> None:
 
     module = triton_backend.launcher()
     launch, cores = module.launch, len(os.sched_getaffinity(0))
-    module.launch = lambda kernel, *rest: launch(_CompileOnly(kernel), *rest)
+    module.launch = module.compile_only
     try:
         with (
             concurrent.futures.ThreadPoolExecutor(cores) as pool,
