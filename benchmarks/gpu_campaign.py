@@ -3,6 +3,8 @@
     python3 benchmarks/gpu_campaign.py --out DIR [--phases tests layers ...] [--only GLOB] [--budget 540]
     python3 benchmarks/gpu_campaign.py --out DIR --rehearse        # all of it, tiny, on a CPU, in a minute
 
+What `precompile.py` has compiled beforehand need not be compiled there.
+
 On a bare checkout, with the machine's own Python, PyTorch and Triton: nothing is installed, the extension is built in
 place. Call it again with the same DIR until it says that nothing is left: what is done is not done again, whatever
 ended the last call, and DIR may be carried to another machine with the same GPU. Results are DIR/<device>-<phase>.json,
