@@ -370,8 +370,8 @@ def launch(kernel, x: Tensor, grid: int, args: tuple, constants: dict, config) -
     and a training step has hundreds of launches.
     """
     key = (kernel.fn, x.device, config, *constants.values(), *_kinds(args, []))
-    device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with device:
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
         if (compiled := _compiled.get(key)) is not None:
             compiled[grid, 1, 1](*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
             return
@@ -395,14 +395,16 @@ def _options(config) -> dict[str, int]:
 def _kinds(args: tuple, found: list) -> list:
     """What Triton compiles a kernel for, of each argument: dtypes, alignment, blocks, sizes that are 1 or multiples."""
     for arg in args:
-        if isinstance(arg, Tensor):
+        if arg is None:
+            found.append(None)
+        elif isinstance(arg, Tensor):
             found += arg.dtype, arg.data_ptr() % 16 == 0
-        elif isinstance(arg, TensorDescriptor):
-            found += arg.base.dtype, *arg.block_shape
         elif isinstance(arg, tuple):
             _kinds(arg, found)
         elif isinstance(arg, int):
             found += arg == 1, arg % 16 == 0, arg > _INT32_MAX
+        elif isinstance(arg, TensorDescriptor):
+            found += arg.base.dtype, *arg.block_shape
         else:
             found.append(type(arg))
     return found
