@@ -32,7 +32,7 @@ from resnet_fast.problems import (
 GPUS = {"sm_80": KNOWN["a100"], "sm_90": KNOWN["h200"], "sm_100": KNOWN["b200"]}
 MAIN_ARCH = "sm_90"
 NETWORKS = {  # name -> dtype -> batch sizes
-    "resnet18": {"bfloat16": (1, 32, 256), "float32": (32,)},
+    "resnet18": {"bfloat16": (1, 32, 256)},
     "resnet50": {"bfloat16": (1, 32, 256)},
     "resnext50_32x4d": {"bfloat16": (1, 32, 256)},
     "wide_resnet50_2": {"bfloat16": (1, 32, 256)},
@@ -54,15 +54,11 @@ PROBLEMS = (
     ConvProblem(Conv(32, 128, 56, 56, 128, **_THREE, stride=(2, 2)), "float16", folded=False),
     ConvProblem(Conv(32, 1024, 7, 7, 1024, **_THREE, groups=32), "bfloat16"),
     ConvProblem(Conv(32, 100, 28, 28, 100, **_THREE), "float16", residual=True, folded=False),
-    ConvProblem(Conv(32, 65, 28, 28, 5, **_THREE), "float32", folded=False),
     ConvProblem(_STEM, "float16", folded=False),
     StemProblem(_STEM, "float16"),
     ConvProblem(Conv(32, 100, 28, 28, 100, **_THREE), "float16", relu=False, statistics=True),
-    ConvProblem(Conv(32, 64, 56, 56, 64, **_THREE), "float32", relu=False, statistics=True),
-    PrologueProblem(Conv(32, 64, 56, 56, 256), "float32", statistics=True),
     PrologueProblem(Conv(32, 100, 28, 28, 200), "float16", statistics=True),
     PrologueProblem(Conv(32, 65, 28, 28, 100), "bfloat16", joined=True, residual=True),
-    GramDgradProblem(Conv(32, 64, 56, 56, 256), "float32", prologue=True),
     GramDgradProblem(Conv(32, 100, 28, 28, 200), "float16", prologue=True, add=True),
     TailProblem(_MID, Conv(32, 64, 56, 56, 256), "float16", Conv(32, 64, 56, 56, 256), Conv(32, 256, 56, 56, 64)),
 )

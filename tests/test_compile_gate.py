@@ -76,7 +76,7 @@ def bad_product(x_ptr, y_ptr, steps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 def flaws(job: Job, found: Report) -> list[str]:
     """What is wrong with what `job` compiled to; nothing if it is as it should be."""
-    promised, half = shared_memory(job.config, job.problem), job.problem.dtype != "float32"
+    promised = shared_memory(job.config, job.problem)
     uses_tma = isinstance(job.config, BoxConfig)
     relu = getattr(job.problem, "relu", getattr(job.problem, "prologue", True))
     checks = (
@@ -85,8 +85,8 @@ def flaws(job: Job, found: Report) -> list[str]:
         (found.shared > job.gpu.shared_memory, f"{found.shared} bytes of shared memory do not fit {job.gpu.name}"),
         ("C7515" in found.warnings, "ptxas serialises wgmma (C7515)"),
         (found.wgmma_from_registers, "wgmma takes its first operand from registers"),
-        (half and job.arch == "sm_90" and not found.wgmma, "no wgmma"),
-        (half and job.arch != "sm_90" and not found.mma, "no tensor core instruction"),
+        (job.arch == "sm_90" and not found.wgmma, "no wgmma"),
+        (job.arch != "sm_90" and not found.mma, "no tensor core instruction"),
         (uses_tma and not (found.tma_loads and found.tma_stores), "TMA is not used"),
         (relu and not found.max_keeping_nan, "no ReLU"),
         (found.max_dropping_nan, "a maximum drops NaN"),

@@ -145,7 +145,8 @@ def _why_not_tma(config: TmaConfig, problem: ConvProblem, gpu: Gpu) -> str | Non
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
     even = box_count(config.box, conv) * config.block_pixels == conv.pixels
-    limit = 64 if problem.statistics and not even else 128
+    much = problem.residual_norm or (problem.statistics and (not even or gpu.capability >= (10, 0)))
+    limit = 64 if much else 128
     return _why_not_box(config, conv, problem) or _why_not_warps(config, problem, limit)
 
 
