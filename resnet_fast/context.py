@@ -19,9 +19,12 @@ def plain_pytorch_reason() -> str | None:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether somebody follows the ops that x goes through: torch.compile, a dispatch mode, or x by its own type."""
+    """Whether somebody follows the ops that x goes through: torch.compile, a dispatch mode, or x by what it is."""
     return (
-        torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter) or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or type(x) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
-from resnet_fast.backends.primitives import Norm
+from resnet_fast.backends.primitives import Norm, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -86,13 +86,17 @@ def mask(dy: Tensor, y: Tensor, layout_like: Tensor) -> Tensor:
     return dz
 
 
-def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tuple[Tensor, Tensor]:
+def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool, index=None) -> tuple[Tensor, Tensor]:
     """`reference.backward_reduce`."""
+    dy = dy if index is None else reference.unpool(dy, index, conv_out)
     return _reduce(dy, conv_out, norm, FROM_X if relu else NO_MASK)[:2]
 
 
-def backward_apply(dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, mean_dz, mean_dzx) -> Tensor:
+def backward_apply(
+    dy: Tensor, conv_out: Tensor | None, norm: Norm, relu: bool, mean_dz, mean_dzx, index=None
+) -> Tensor:
     """`reference.backward_apply`."""
+    dy = dy if index is None else reference.unpool(dy, index, conv_out)
     x = _dense(dy if conv_out is None else conv_out)
     needed = x if relu or mean_dz is not None else None
     sums, dx = [_wide(x, vector) for vector in (mean_dz, mean_dzx)], torch.empty_like(x)

@@ -449,7 +449,7 @@ def test_training_is_asked_in_every_stage_beside_eager_and_compile():
     assert units.TRAINING_GROUPS.keys() == training.GROUPS.keys()
     assert found[0].name == "training/ours/resnet50-bfloat16-b256"
     assert [unit.check for unit in found] == [unit.name.startswith("training/ours/") for unit in found]
-    assert training.GROUPS["ours"][2] == (1, 2, 3, 4)
+    assert training.GROUPS["ours"][2] == (1, 4)  # "auto" is 3, and 2 is close
     assert "compile" in training.GROUPS["compile"][0]
 
 

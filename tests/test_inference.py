@@ -164,15 +164,23 @@ def test_what_is_not_finite_comes_out_as_pytorchs(where, name, value, dtype, bac
 @pytest.mark.parametrize("name", ["bottleneck", "stride2_to_small", "basic_stride2", "narrow_groups"])
 def test_thread_counts_and_repeats_change_no_bit(name, dtype, native):
     stock, _, image = blocks_of(name)
-    fast = optimize(stock, backend=native, strict=True)
+    fast, judged = optimize(copy.deepcopy(stock), backend=native, strict=True), False
     for batch in (1, 5, 17):
         x = draw((batch, *image), dtype, "channels_last")
-        results = []
+        results: dict = {stock: [], fast: []}
         for threads in (1, 2, 3, 8, 1):
             torch.set_num_threads(threads)
-            results.append(run(fast, x, dtype))
-        for other in results[1:]:
-            assert torch.equal(other, results[0])
+            for block, found in results.items():
+                found.append(run(block, x, dtype))
+        changes = {
+            block: any(not torch.equal(other, found[0]) for other in found[1:]) for block, found in results.items()
+        }
+        assert torch.equal(results[fast][-1], results[fast][0])
+        if not changes[stock]:  # oneDNN, whose convolutions these are, splits some sums by threads on some CPUs
+            judged = True
+            assert not changes[fast]
+    if not judged:
+        pytest.skip("PyTorch's own convolutions change bits with the number of threads here")
 
 
 @DTYPES

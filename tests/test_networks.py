@@ -13,6 +13,7 @@ import torchvision
 from cases import draw
 from models import assert_trains_alike, count_fused_calls, fast_blocks, first_tensor, lively, pair
 from numerics import assert_all_match
+from torch import nn
 
 import resnet_fast
 
@@ -77,8 +78,16 @@ def test_inference(name, dtype, backend):
 
 
 def test_float32_training_is_as_near_to_float64_as_stock(backend):
-    """One step of resnet18: every gradient's and buffer's error against float64 beside stock PyTorch's."""
+    """One step of resnet18: every gradient's and buffer's error against float64 beside stock PyTorch's.
+
+    No value is near a ReLU's kink, where rounding would decide which of two gradients, far apart, is compared."""
     model, _ = network("resnet18")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.clamp_(-1, 1)
+            module.bias.data.fill_(12.0)
+            if not name.endswith(("bn2", "downsample.1")):  # what is joined stays above zero
+                module.bias.data[::2] = -12.0
     stock_model, fast_model = pair(model.train(), backend)
     exact_model = copy.deepcopy(stock_model).double()
     x = draw((4, 3, 64, 64), torch.float32, "channels_last")

@@ -27,6 +27,7 @@ PROBLEM = ConvProblem(Conv(8, 64, 14, 14, 64, (3, 3), padding=(1, 1)), "bfloat16
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     cached = triton.available  # a test may put another in its place
     cached.cache_clear()
     selection.forget()

@@ -48,13 +48,20 @@ def test_a_tuned_table_decides(unmeasured_cpu, row, name):
     pytest.param("{", id="no_json"),
     pytest.param(table(ONEDNN, cpu="another CPU"), id="another_cpu"),
     pytest.param(table(ONEDNN, schema="other/1"), id="another_schema"),
-    pytest.param(table({**ONEDNN, "config": {"kernel": "nothing"}}), id="unknown_kernel"),
     pytest.param(table({"us": 1.0}), id="half_a_row"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_read_is_not_used_and_said(unmeasured_cpu, text, said):
     unmeasured_cpu.write_text(text)
     assert selection.choose(PROBLEM, CPU) == selection.Choice(WinogradConfig(), "predicted")
     assert any(f"tuned table {unmeasured_cpu} is not used" in message for message in said())
+
+
+def test_a_row_of_an_unknown_kernel_is_skipped_and_said(unmeasured_cpu, said):
+    unmeasured_cpu.write_text(table({**ONEDNN, "config": {"kernel": "nothing"}}))
+    assert selection.choose(PROBLEM, CPU) == selection.Choice(WinogradConfig(), "predicted")
+    assert any(
+        f"tuned table {unmeasured_cpu}: 1 rows are of kernels that have changed" in message for message in said()
+    )
 
 
 def test_a_gpus_kernel_in_a_cpus_table_is_not_taken(unmeasured_cpu):

@@ -23,6 +23,7 @@ constexpr int64_t kMinSlab = 256;           // rows; fewer, and packing the weig
 constexpr int64_t kMaxSlab = 1024;
 // Rows that are summed over: of more, the library's order of sums depends on how many threads call it side by side.
 constexpr int64_t kMaxSummed = 256;
+constexpr int64_t kMinSummed = 32;    // where there are few, a chain of sums is kept as short as PyTorch's
 constexpr int64_t kEvenSlabs = 16;    // as many or fewer are a power of two, which divides evenly among threads
 constexpr int64_t kGroups = 16;       // of slabs, each with its partial product
 constexpr int64_t kShiftPixels = 64;  // whose mean is near enough to the mean for sums of squares not to cancel
@@ -35,7 +36,7 @@ struct Slabs {
   int64_t rows, step, count;
 
   Slabs(int64_t rows, int64_t row_bytes, int64_t longest = kMaxSlab) : rows(rows) {
-    const int64_t most = std::clamp(kSlabBytes / row_bytes, kMinSlab, longest);
+    const int64_t most = std::clamp(kSlabBytes / row_bytes, std::min(kMinSlab, longest), longest);
     // Two at least: a single one would leave the threads to the library, and the order of its sums with them.
     for (count = 2; count < kEvenSlabs && count * most < rows;) count *= 2;
     count = std::max(count, (rows + most - 1) / most);
@@ -45,6 +46,9 @@ struct Slabs {
 
   Slab at(int64_t number) const { return {number, number * step, std::min(step, rows - number * step)}; }
 };
+
+// The longest slab whose rows are summed over.
+int64_t longest_sum(int64_t rows) { return std::clamp(rows / kEvenSlabs, kMinSummed, kMaxSummed); }
 
 // What every thread works in, without a fresh allocation a slab.
 class Scratch {
@@ -392,7 +396,7 @@ std::tuple<Tensor, Tensor> gram(const Tensor& x, const NormTensors& x_norm, doub
   const OpGuard guard;
   Pixels pixels(x, x_norm, x_eps, stride);
   const int64_t channels = pixels.channels;
-  const Slabs slabs(pixels.rows, channels * static_cast<int64_t>(c10::elementSize(pixels.acc)), kMaxSummed);
+  const Slabs slabs(pixels.rows, channels * static_cast<int64_t>(c10::elementSize(pixels.acc)), longest_sum(pixels.rows));
   const DType acc = dtype_index(at::empty({0}, pixels.acc));
 
   // The first pixels' mean, as a shift.
@@ -437,7 +441,7 @@ std::tuple<Tensor, Tensor> outer(
   const int64_t item = static_cast<int64_t>(x.element_size());
   const bool widened = pixels.scalar != pixels.acc;
   const int64_t row_bytes = (channels + out_channels) * static_cast<int64_t>(c10::elementSize(pixels.acc));
-  const Slabs slabs(pixels.rows, row_bytes, kMaxSummed);
+  const Slabs slabs(pixels.rows, row_bytes, longest_sum(pixels.rows));
   pixels.prepare(slabs.step, channel_param(channels, pixels.acc, mean, "mean"));
 
   const Scratch gather(pixels.strided() ? slabs.step * channels : 0, pixels.scalar);
