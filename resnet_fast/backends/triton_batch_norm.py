@@ -9,6 +9,7 @@ import triton as triton_package
 from torch import Tensor
 
 from ..kernels import batch_norm as kernels
+from ..kernels import selection
 from ..kernels.outer import outer as outer_kernel
 from ..layout import memory_format
 from ..problems import KERNEL_DTYPES
@@ -103,7 +104,7 @@ def backward_apply(
 
 def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """`reference.gram`."""
-    if is_foreign(x):
+    if _has_no_product(x):
         return reference.gram(x, x_norm, geometry)
     down, right = geometry.stride
     few = x[:1, :, ::down, ::right]
@@ -120,7 +121,7 @@ def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Te
 
 def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.outer`."""
-    if is_foreign(x):
+    if _has_no_product(x):
         return reference.outer(dz, x, x_norm, geometry, mean)
     rounded = mean.to(x.dtype).float()
     product, total, _ = _outer(_dense(dz.to(x.dtype)), x, x_norm, geometry, rounded)
@@ -162,6 +163,11 @@ def is_foreign(x: Tensor) -> bool:
     """Whether no kernel reads x: its layout or dtype is another, or it is empty."""
     layout = memory_format(x)
     return layout != torch.channels_last or triton.dtype_name(x.dtype) not in KERNEL_DTYPES or x.numel() == 0
+
+
+def _has_no_product(x: Tensor) -> bool:
+    """Whether products of x are the reference's: float32's would be without tensor cores, and spill."""
+    return is_foreign(x) or (x.dtype == torch.float32 and selection.why_not_float32() is not None)
 
 
 def _tile(channels: int) -> dict[str, int]:
