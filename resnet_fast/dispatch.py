@@ -22,7 +22,6 @@ class BackendUnavailable(RuntimeError):
 
 
 @functools.cache
-@functools.cache
 def load(name: str) -> ModuleType:
     """The backend's module. It imports everywhere; whether it can run is `why_not`'s business."""
     return importlib.import_module(f"resnet_fast.backends.{name}")

@@ -157,11 +157,14 @@ class FrozenConv2d(Frozen):
             return False
         return onednn_runs(weight.dtype)
 
+    # what is made of the weight, and for which inputs
+    _packed: tuple[torch.Size, Tensor] | None
+    _transformed: Tensor | None
+    _chosen: tuple[tuple[torch.Size, bool], Choice] | None
+    _MADE = dict.fromkeys(("_packed", "_transformed", "_chosen"))
+
     def _forget_packed(self) -> None:
-        """Of the weight: what is made of it, and for which inputs."""
-        self._packed: tuple[torch.Size, Tensor] | None = None
-        self._transformed: Tensor | None = None
-        self._chosen: tuple[tuple[torch.Size, bool], Choice] | None = None
+        self.__dict__ |= self._MADE
 
     def _apply(self, fn, recurse=True):
         self._forget_packed()  # .to() and friends change the weight under it
@@ -173,7 +176,7 @@ class FrozenConv2d(Frozen):
 
     def __getstate__(self) -> dict:
         # oneDNN's opaque tensors neither copy nor pickle, and what is chosen may differ elsewhere
-        return {**self.__dict__, "_packed": None, "_transformed": None, "_chosen": None}
+        return self.__dict__ | self._MADE
 
     def extra_repr(self) -> str:
         """As Conv2d's."""

@@ -36,12 +36,12 @@ def main() -> int:
         parser.add_argument(name)
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    model, *few = REHEARSED[args.task]
-    models, extra = (
-        ([model], ["--only", few[0], "--top", str(few[1])]) if args.rehearse else (args.model, ["--top", args.top])
-    )
-    command = [sys.executable, "-m", "resnet_fast", "tune", "--model", *models, "--output", str(args.output), *extra]
-    command += ["--task", args.task]
+    if args.rehearse:
+        model, only, top = REHEARSED[args.task]
+        chosen = ["--model", model, "--only", only, "--top", str(top)]
+    else:
+        chosen = ["--model", *args.model, "--top", args.top]
+    command = [sys.executable, "-m", "resnet_fast", "tune", *chosen, "--output", str(args.output), "--task", args.task]
     command += ["-b", args.batch_size, "--dtype", args.dtype, "--img-size", args.img_size, "--device", args.device]
     end, deaths = time.monotonic() + args.budget, 0
     while True:

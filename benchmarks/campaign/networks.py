@@ -18,6 +18,7 @@ from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from resnet_fast import dispatch, freeze, numerics, optimize
+from resnet_fast.capture import CapturedStep
 from resnet_fast.cli import contenders, harness, networks
 from resnet_fast.cli.contenders import CHECKED_IMAGES, Setting
 from resnet_fast.cli.harness import BASELINE, Contender
@@ -195,22 +196,8 @@ def _cudnn_benchmark():
 
 def _graphed(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """`model` on `images`, captured; a call replays that."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(images)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = model(images)
-
-    def replay(_: Tensor) -> Tensor:
-        graph.replay()
-        return logits
-
-    replay.model = model  # whose weights the graph reads
-    return replay
+    step = CapturedStep(lambda: model(images))
+    return lambda _: step()
 
 
 def tiny(weights=None) -> ResNet:

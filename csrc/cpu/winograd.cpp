@@ -159,7 +159,7 @@ std::tuple<Tensor, bool> winograd_conv(
   conv.width = x.size(3);
   conv.tile_rows = div_up(conv.height, kWinogradOut);
   conv.tile_columns = div_up(conv.width, kWinogradOut);
-    conv.panels = packed.size(1);
+  conv.panels = packed.size(1);
   conv.summed = conv.channels < kNarrow ? kNarrowSum : kSum;
 
   const int64_t tiles = x.size(0) * conv.tile_rows * conv.tile_columns, threads = at::get_num_threads();

@@ -14,7 +14,6 @@ import logging
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _log, gpus
@@ -248,7 +247,7 @@ def max_pool(x: Tensor) -> Tensor:
     """max_pool2d(x, 3, stride 2, padding 1), of the kernel where it reads x: channels_last, of KERNEL_DTYPES."""
     dense = x.dim() == 4 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
     if not dense or why_not("bn_act", x.device.type, x.dtype) is not None:
-        return F.max_pool2d(x, 3, 2, 1)
+        return inference.max_pool(x)
     y = launcher().pooled_like(x)
     launcher().max_pool(x, y)
     return y

@@ -26,7 +26,7 @@ def batch_statistics(conv_out: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.batch_statistics`."""
     if is_foreign(conv_out):
         return reference.batch_statistics(conv_out)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     pixels, channels = _size(conv_out)
     tile, slab, slabs = _slabs(pixels, channels)
     means, m2s = torch.empty(2, slabs, channels, dtype=torch.float32, device=conv_out.device)
@@ -53,11 +53,11 @@ def apply(
     """`reference.apply`."""
     if is_foreign(conv_out):
         return reference.apply(conv_out, norm, residual, residual_norm, relu)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     pixels, channels = _size(conv_out)
     y, tile = torch.empty_like(conv_out), _tile(channels)
-    residual = None if residual is None else _dense(residual.to(conv_out.dtype))
-    args = (conv_out, _norm(norm), residual, _norm(residual_norm), y, pixels)
+    residual = None if residual is None else dense(residual.to(conv_out.dtype))
+    args = (conv_out, kernel_norm(norm), residual, kernel_norm(residual_norm), y, pixels)
     constants = {"CHANNELS": channels, "RELU": relu, **tile}
     programs = -(-pixels // tile["BLOCK_PIXELS"]) * _tiles(channels, tile)
     triton_launch.launch(kernels.bn_apply, conv_out, programs, args, constants, None)
@@ -71,11 +71,11 @@ def backward_reduce(dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool) -> tup
     """`reference.backward_reduce`."""
     if is_foreign(conv_out):
         return reference.backward_reduce(dy, conv_out, norm, relu)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     pixels, channels = _size(conv_out)
     tile, slab, slabs = _slabs(pixels, channels)
     sums = torch.empty(slabs, 2, channels, dtype=torch.float32, device=conv_out.device)
-    args = (_dense(dy.to(conv_out.dtype)), conv_out, _norm(norm), sums, pixels)
+    args = (dense(dy.to(conv_out.dtype)), conv_out, kernel_norm(norm), sums, pixels)
     constants = {"CHANNELS": channels, "RELU": relu, "SLAB": slab, **tile}
     triton_launch.launch(kernels.bn_backward_reduce, conv_out, slabs * _tiles(channels, tile), args, constants, None)
     sum_dz, sum_dzx = sums.sum(0)
@@ -89,13 +89,13 @@ def backward_apply(
     like = dy if conv_out is None else conv_out
     if is_foreign(like):
         return reference.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx)
-    dy = _dense(dy.to(like.dtype))
+    dy = dense(dy.to(like.dtype))
     pixels, channels = _size(dy)
     dx, tile = torch.empty_like(dy), _tile(channels)
     if not relu and mean_dz is None:
         conv_out = None
-    conv_out = None if conv_out is None else _dense(conv_out)
-    args = (dy, conv_out, _norm(norm), mean_dz, mean_dzx, dx, pixels)
+    conv_out = None if conv_out is None else dense(conv_out)
+    args = (dy, conv_out, kernel_norm(norm), mean_dz, mean_dzx, dx, pixels)
     constants = {"CHANNELS": channels, "RELU": relu, **tile}
     programs = -(-pixels // tile["BLOCK_PIXELS"]) * _tiles(channels, tile)
     triton_launch.launch(kernels.bn_backward_apply, dy, programs, args, constants, None)
@@ -124,13 +124,13 @@ def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: 
     if _has_no_product(x):
         return reference.outer(dz, x, x_norm, geometry, mean)
     rounded = mean.to(x.dtype).float()
-    product, total, _ = _outer(_dense(dz.to(x.dtype)), x, x_norm, geometry, rounded)
+    product, total, _ = _outer(dense(dz.to(x.dtype)), x, x_norm, geometry, rounded)
     return product - torch.outer(total, mean - rounded), total
 
 
 def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor, int]:
     """The sums over pixels of the products and of the first operand, and how many pixels there are."""
-    x = _dense(x)
+    x = dense(x)
     (batch, channels, x_height, x_width), (down, right) = x.shape, geometry.stride
     height, width = -(-x_height // down), -(-x_width // right)
     pixels, rows = batch * height * width, channels if dz is None else dz.shape[1]
@@ -144,7 +144,7 @@ def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tenso
     splits = -(-blocks // steps)
     product = torch.empty(splits, rows, channels, dtype=torch.float32, device=x.device)
     sums = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
-    args = (dz, x, _norm(x_norm), mean, product, sums, pixels, height, width, x_height, x_width)
+    args = (dz, x, kernel_norm(x_norm), mean, product, sums, pixels, height, width, x_height, x_width)
     constants = {
         "ROWS": rows,
         "CHANNELS": channels,
@@ -192,9 +192,11 @@ def _size(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[1], x.shape[1]
 
 
-def _norm(norm: Norm | None) -> tuple:
+def kernel_norm(norm: Norm | None) -> tuple:
+    """A pending norm, or none, as kernels take it."""
     return tuple(triton_launch.Norm() if norm is None else triton_launch.Norm(None, *norm))
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
+    """x in channels_last, which is what kernels read; x itself where it is that already."""
     return x.contiguous(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from ..problems import Conv, ConvProblem, GramDgradProblem, Problem, ProloguePro
 from ..training import EPILOGUE, PROLOGUE
 from . import triton, triton_batch_norm
 from .primitives import Geometry, Norm, Shortcut, reference
+from .triton_batch_norm import dense
 
 Result = TypeVar("Result")
 Output = tuple[Tensor, Tensor | None, Tensor | None]
@@ -108,7 +109,7 @@ def gram_dgrad(
     if triton_batch_norm.is_foreign(x):
         return reference.gram_dgrad(*arguments)
     down, right = geometry.stride
-    read, added = (image if image is None else _dense(image[:, :, ::down, ::right]) for image in (x, add))
+    read, added = (image if image is None else dense(image[:, :, ::down, ::right]) for image in (x, add))
     batch, channels, height, width = read.shape
     layer = Conv(batch, channels, height, width, dz.shape[1])
     problem = GramDgradProblem(layer, triton.dtype_name(x.dtype), x_norm is not None, add is not None)
@@ -117,7 +118,7 @@ def gram_dgrad(
         dx = _blank(layer.x_shape, x)
         matrices = (matrix.t().to(x.dtype).contiguous() for matrix in (dz_matrix, x_matrix))
         triton.launcher().gram_dgrad(
-            _dense(dz), read, _norm(x_norm), *matrices, mean, constant, added, dx, problem, config
+            dense(dz), read, _norm(x_norm), *matrices, mean, constant, added, dx, problem, config
         )
         return dx
 
@@ -126,7 +127,7 @@ def gram_dgrad(
         return reference.gram_dgrad(*arguments)
     if (down, right) == (1, 1):
         return dx
-    whole = torch.zeros_like(x, memory_format=torch.channels_last) if add is None else _dense(add.clone())
+    whole = torch.zeros_like(x, memory_format=torch.channels_last) if add is None else dense(add.clone())
     whole[:, :, ::down, ::right] = dx
     return whole
 
@@ -139,7 +140,7 @@ def _conv_prologue(x, x_norm, conv_weight, geometry: Geometry, statistics: bool)
         y, partial = _blank(layer.y_shape, x), _partial(config, problem, x)
         launch = triton.launcher()
         launch.conv_prologue(
-            _dense(x), _norm(x_norm), _packed(conv_weight, layer, x), y, problem, config, statistics=partial
+            dense(x), _norm(x_norm), _packed(conv_weight, layer, x), y, problem, config, statistics=partial
         )
         return y, *_merged(partial)
 
@@ -154,7 +155,7 @@ def _conv_epilogue(x, conv_weight, geometry: Geometry, statistics: bool) -> Outp
         y, partial = _blank(layer.y_shape, x), _partial(config, problem, x)
         launch = triton.launcher()
         weight = _packed(conv_weight, layer, x)
-        launch.conv(_dense(x), weight, y, problem, config, launch.Norm(), statistics=partial)
+        launch.conv(dense(x), weight, y, problem, config, launch.Norm(), statistics=partial)
         return y, *_merged(partial)
 
     return _in_own_kernel(problem, x, run, "cuDNN and a pass for its statistics")
@@ -169,10 +170,10 @@ def _join_prologue(x, x_norm, conv_weight, geometry, norm, residual, residual_no
 
     def run(config):
         y = _blank(layer.y_shape, x)
-        added = _branch(shortcut) if shortcut is not None else None if residual is None else _dense(residual)
+        added = _branch(shortcut) if shortcut is not None else None if residual is None else dense(residual)
         weight = _packed(conv_weight, layer, x)
         norms = _norm(norm), added, _norm(residual_norm)
-        triton.launcher().conv_prologue(_dense(x), _norm(x_norm), weight, y, problem, config, *norms)
+        triton.launcher().conv_prologue(dense(x), _norm(x_norm), weight, y, problem, config, *norms)
         return y
 
     return _in_own_kernel(problem, x, run, "a pass before its convolution")
@@ -197,10 +198,10 @@ def _join(x, conv_weight, geometry, norm, residual, residual_norm, shortcut, rel
         more = {}
         if shortcut is not None:
             packed = _packed(shortcut.conv_weight, branch, x)
-            more = {"shortcut": _dense(shortcut.x), "shortcut_weight": packed, "shortcut_norm": _norm(shortcut.norm)}
+            more = {"shortcut": dense(shortcut.x), "shortcut_weight": packed, "shortcut_norm": _norm(shortcut.norm)}
         elif has_residual:
-            more = {"residual": _dense(residual), "residual_norm": _norm(residual_norm)}
-        triton.launcher().conv(_dense(x), _packed(conv_weight, layer, x), y, problem, config, _norm(norm), **more)
+            more = {"residual": dense(residual), "residual_norm": _norm(residual_norm)}
+        triton.launcher().conv(dense(x), _packed(conv_weight, layer, x), y, problem, config, _norm(norm), **more)
         return y
 
     y = _in_own_kernel(problem, x, run, "cuDNN and a pass behind it")
@@ -230,8 +231,8 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
     def run(config):
         dx = _blank(layer.y_shape, x)
         launch = triton.launcher()
-        weight, added = _packed(turned, layer, x), None if add is None else _dense(add)
-        launch.conv(_dense(dconv_out), weight, dx, problem, config, launch.Norm(), added)
+        weight, added = _packed(turned, layer, x), None if add is None else dense(add)
+        launch.conv(dense(dconv_out), weight, dx, problem, config, launch.Norm(), added)
         return dx
 
     return _in_own_kernel(problem, x, run, "cuDNN")
@@ -301,7 +302,3 @@ def _blank(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _blank_sums(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

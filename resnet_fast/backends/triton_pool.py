@@ -12,6 +12,7 @@ from ..kernels.pool_train import pool_backward_apply as backward_apply_kernel
 from ..kernels.pool_train import pool_backward_reduce as backward_reduce_kernel
 from . import triton_batch_norm, triton_launch
 from .primitives import Norm, reference
+from .triton_batch_norm import dense, kernel_norm
 
 _VALUES = 1024  # of y, or of dy, that a program has in registers at once: more spend them on predicates
 _SLABS = 1024  # at most this many programs share a channel: a few for each multiprocessor
@@ -21,12 +22,12 @@ def pool(conv_out: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """`reference.pool`."""
     if triton_batch_norm.is_foreign(conv_out):
         return reference.pool(conv_out, norm)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     (batch, channels, height, width), y = conv_out.shape, triton_launch.pooled_like(conv_out)
     index = torch.empty_like(y, dtype=torch.uint8)
     rows, columns = y.shape[2:]
     tile, count = triton_launch.pool_tile(channels, batch, rows, columns, _VALUES)
-    args = (conv_out, _norm(norm), y, index, height, width, rows, columns)
+    args = (conv_out, kernel_norm(norm), y, index, height, width, rows, columns)
     triton_launch.launch(pool_kernel, conv_out, count, args, {"CHANNELS": channels, **tile}, None)
     return y, index
 
@@ -39,12 +40,12 @@ def backward_reduce(
         return triton_batch_norm.backward_reduce(dy, conv_out, norm, relu)
     if triton_batch_norm.is_foreign(conv_out):
         return reference.backward_reduce(dy, conv_out, norm, relu, index)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     dy, index, sizes, constants, tiles, blocks = _pooled(dy, index, conv_out)
     steps = -(-tiles // _SLABS)
     slabs, channels = -(-tiles // steps), conv_out.shape[1]
     sums = torch.empty(slabs, 2, channels, dtype=torch.float32, device=conv_out.device)
-    args = (dy, index, conv_out, _norm(norm), sums, *sizes, tiles, steps)
+    args = (dy, index, conv_out, kernel_norm(norm), sums, *sizes, tiles, steps)
     triton_launch.launch(backward_reduce_kernel, conv_out, slabs * blocks, args, constants, None)
     sum_dz, sum_dzx = sums.sum(0)
     return sum_dz, sum_dzx
@@ -64,10 +65,10 @@ def backward_apply(
         return triton_batch_norm.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx)
     if triton_batch_norm.is_foreign(conv_out):
         return reference.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx, index)
-    conv_out = _dense(conv_out)
+    conv_out = dense(conv_out)
     dx = torch.empty_like(conv_out)
     dy, index, sizes, constants, tiles, blocks = _pooled(dy, index, conv_out)
-    args = (dy, index, conv_out, _norm(norm), mean_dz, mean_dzx, dx, *sizes)
+    args = (dy, index, conv_out, kernel_norm(norm), mean_dz, mean_dzx, dx, *sizes)
     triton_launch.launch(backward_apply_kernel, conv_out, tiles * blocks, args, constants, None)
     return dx
 
@@ -78,12 +79,4 @@ def _pooled(dy: Tensor, index: Tensor, conv_out: Tensor):
     tile, count = triton_launch.pool_tile(channels, batch, rows, columns, _VALUES)
     blocks = -(-channels // tile["BLOCK_CHANNELS"])
     sizes, constants = (height, width, rows, columns), {"CHANNELS": channels, **tile}
-    return _dense(dy.to(conv_out.dtype)), _dense(index), sizes, constants, count // blocks, blocks
-
-
-def _norm(norm: Norm) -> tuple:
-    return tuple(triton_launch.Norm(None, *norm))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return dense(dy.to(conv_out.dtype)), dense(index), sizes, constants, count // blocks, blocks

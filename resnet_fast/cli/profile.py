@@ -251,7 +251,7 @@ def _stage(step: Step, plan: Plan) -> str:
 
 def _short(config: Config) -> str:
     fields = to_dict(config)
-    sides = fields.get("box") or [fields[key] for key in ("block_pixels",) if key in fields]
+    sides = fields.get("box") or [config.block_pixels]
     pixels = "x".join(map(str, sides))
     return f"{pixels} px {config.block_out}/{config.block_in} w{config.warps} s{config.stages}"
 

@@ -200,7 +200,7 @@ def _why_not_stem(config: StemConfig | PointerConfig, problem: StemProblem, gpu:
     if config.block_in != STEM_WINDOW * STEM_CHANNELS:
         return f"block_in={config.block_in} is not the {STEM_WINDOW * STEM_CHANNELS} numbers of a window"
     if conv.out_channels * ITEMSIZE[problem.dtype] % 16:
-        return "channels are not a multiple of 16 bytes, which descriptors need"
+        return "channels are not a multiple of 16 bytes, which pooling reads at a time"
     if config.block_out > max(64, conv.out_channels):
         return f"block_out={config.block_out} is mostly empty beside {conv.out_channels} output channels"
     if isinstance(config, PointerConfig):

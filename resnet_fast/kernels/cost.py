@@ -89,7 +89,7 @@ def predicted_seconds(config: Config, problem: Problem, gpu: Gpu) -> float:
     return _seconds(config, problem, gpu, problem.bytes)
 
 
-def _stem_seconds(config: StemConfig, problem: StemProblem, gpu: Gpu) -> float:
+def _stem_seconds(config: StemConfig | PointerConfig, problem: StemProblem, gpu: Gpu) -> float:
     """Three launches, of which packing and pooling wait for memory alone."""
     itemsize = ITEMSIZE[problem.dtype]
     packed, conv_out, pooled = map(math.prod, (problem.packed_shape, problem.conv.y_shape, problem.y_shape))

@@ -2,7 +2,11 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from interpreted.forked import PASSED, outcome
 
 from resnet_fast.backends import triton_launch, triton_pool
 
@@ -22,8 +26,41 @@ KERNELS = {  # what a launcher calls a kernel -> its module, and its name there
 }
 
 
-def write(directory: Path, file: str, old: str, new: str) -> None:
+@dataclass(frozen=True)
+class Mutant:
+    """In resnet_fast/kernels/`file`, `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    notices: Callable[[], None]
+
+
+def check_noticed(mutant: Mutant, directory: Path) -> None:
+    """Assert that `mutant.notices` fails, or dies, with the mutant, which is written to `directory`."""
+    _write(directory, mutant.file, mutant.old, mutant.new)
+    became = _outcome_with(directory, mutant.notices)
+    assert became.startswith(("AssertionError", "SIGSEGV", "SIGBUS")), became
+
+
+def check_copy_passes(directory: Path, *notices: Callable[[], None]) -> None:
+    """Assert that each passes with a faithful copy, so that what fails with a mutant fails because of it."""
+    _write(directory, "", "", "")
+    for notice in notices:
+        assert _outcome_with(directory, notice) == PASSED
+
+
+def _outcome_with(directory: Path, notices: Callable[[], None]) -> str:
+    def run() -> None:
+        _launch(directory)
+        notices()
+
+    return outcome(run)
+
+
+def _write(directory: Path, file: str, old: str, new: str) -> None:
     """Copy every kernel into `directory`, with `old` replaced by `new` in `file`, where it must stand exactly once."""
+    directory.mkdir()
     for path in SOURCES.glob("*.py"):
         source = path.read_text()
         if "@triton.jit" not in source:
@@ -35,7 +72,7 @@ def write(directory: Path, file: str, old: str, new: str) -> None:
     (directory / "__init__.py").touch()
 
 
-def launch(directory: Path) -> None:
+def _launch(directory: Path) -> None:
     """From here on the launchers start the kernels in `directory`. There is no way back: call it in a child process."""
     sys.path.insert(0, str(directory.parent))
     importlib.invalidate_caches()

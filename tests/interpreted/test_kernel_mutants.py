@@ -5,15 +5,14 @@ finds a mismatch, or the kernel leaves its tensors' memory and dies.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from cases import bn_tensors, draw
 from interpreted import drive, huge, mutated
-from interpreted.forked import PASSED, outcome
 from interpreted.kernel_cases import POINTER_CASES, POOL_SHAPES, STEM_CASES, TAIL_CASES, TMA_CASES
+from interpreted.mutated import Mutant
 
 POINTER, TMA, STEM, TAIL = (
     {case.name: case for case in cases} for cases in (POINTER_CASES, TMA_CASES, STEM_CASES, TAIL_CASES)
@@ -50,16 +49,6 @@ def pack(name: str) -> Callable[[], None]:
 def max_pool(name: str) -> Callable[[], None]:
     """Of negative numbers, which padding with zeros would hide."""
     return lambda: drive.check_max_pool(-draw(POOL_SHAPES[name], torch.float32, "channels_last").abs())
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """In resnet_fast/kernels/`file`, `old` becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-    notices: Callable[[], None]
 
 
 EPILOGUE = {
@@ -181,22 +170,9 @@ MUTANTS = {
 }
 
 
-def outcome_with(directory, notices: Callable[[], None]) -> str:
-    def run() -> None:
-        mutated.launch(directory)
-        notices()
-
-    return outcome(run)
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_noticed(name, tmp_path):
-    mutant = MUTANTS[name]
-    directory = tmp_path / "mutated_kernels"
-    directory.mkdir()
-    mutated.write(directory, mutant.file, mutant.old, mutant.new)
-    became = outcome_with(directory, mutant.notices)
-    assert became.startswith(("AssertionError", "SIGSEGV", "SIGBUS")), became
+    mutated.check_noticed(MUTANTS[name], tmp_path / "mutated_kernels")
 
 
 @pytest.mark.parametrize("notices", [
@@ -209,7 +185,4 @@ def test_every_mutant_is_noticed(name, tmp_path):
     pytest.param(max_pool("several_tiles"), id="max_pool"),
 ])  # fmt: skip
 def test_an_unmutated_copy_passes(notices, tmp_path):
-    directory = tmp_path / "copied_kernels"
-    directory.mkdir()
-    mutated.write(directory, "", "", "")
-    assert outcome_with(directory, notices) == PASSED
+    mutated.check_copy_passes(tmp_path / "copied_kernels", notices)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from interpreted import mutated, test_training_conv
 from interpreted import training_drive as drive
-from interpreted.forked import PASSED
-from interpreted.test_kernel_mutants import Mutant, outcome_with
+from interpreted.mutated import Mutant
 from interpreted.training_drive import CONV_CASES, GRAM_CASES, JOIN_CASES
 
 CONV, JOIN, GRAM = ({case.name: case for case in cases} for cases in (CONV_CASES, JOIN_CASES, GRAM_CASES))
@@ -118,17 +117,9 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_noticed(name, tmp_path):
-    mutant = MUTANTS[name]
-    directory = tmp_path / "mutated_kernels"
-    directory.mkdir()
-    mutated.write(directory, mutant.file, mutant.old, mutant.new)
-    became = outcome_with(directory, mutant.notices)
-    assert became.startswith(("AssertionError", "SIGSEGV", "SIGBUS")), became
+    mutated.check_noticed(MUTANTS[name], tmp_path / "mutated_kernels")
 
 
 def test_an_unmutated_copy_passes(tmp_path):
-    directory = tmp_path / "copied_kernels"
-    directory.mkdir()
-    mutated.write(directory, "", "", "")
-    for notices in (conv("prologue_eps_0"), join("tma_residual_norm"), gram("several_tiles", True), LARGE_MEAN, NAN):
-        assert outcome_with(directory, notices) == PASSED
+    notices = conv("prologue_eps_0"), join("tma_residual_norm"), gram("several_tiles", True), LARGE_MEAN, NAN
+    mutated.check_copy_passes(tmp_path / "copied_kernels", *notices)
