@@ -15,6 +15,7 @@
 #include "cpu/conv_train.h"
 #include "cpu/residual_block.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_gradient.h"
 #ifdef WITH_CUDA
 #include "cuda/ops.h"
 #endif
@@ -49,15 +50,18 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool relu, str path) -> Tensor");
   m.def(
       "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
-      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample) -> Tensor");
+      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, int[] winograd) "
+      "-> Tensor");
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "SymInt[] geometry, float eps) -> Tensor");
-  // CPU only, float32: a 3x3 convolution with stride and padding 1, its weight packed once; false where NaN or Inf arose
-  m.def("winograd_pack(Tensor weight) -> Tensor");
+  // CPU only, float32: a 3x3 convolution with stride and padding 1, its weight packed, and the weight's gradient; false
+  // where NaN or Inf arose
+  m.def("winograd_pack(Tensor weight, Tensor? scale, bool turned) -> Tensor");
   m.def(
       "winograd_conv(Tensor x, Tensor packed, Tensor? bias, int out_channels, Tensor? residual, bool relu) "
       "-> (Tensor y, bool finite)");
+  m.def("winograd_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -103,6 +107,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);
+  m.impl("winograd_weight_gradient", &resnet_fast::cpu::winograd_weight_gradient);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);

@@ -126,7 +126,8 @@ class ConvProblem:
     """act(bn(conv(x)) [+ residual | + bn(residual) | + bn(shortcut(s))]): one convolution with its epilogue.
 
     shortcut: a 1x1 on a second input whose output is added before the activation; then there is no residual.
-    folded: batch norm is in the weights already, so that one accumulator serves convolution and shortcut.
+    folded: batch norm is in the weights already, so that one accumulator serves convolution and shortcut. Otherwise the
+    weights are a model's own, which may change from call to call.
     residual_norm: a batch norm is pending on the residual. statistics: those of the output are wanted too. Both are of
     training.
     """
@@ -216,6 +217,26 @@ class GramDgradProblem:
     def key(self) -> str:
         parts = ["gram_dgrad", self.conv.key, self.dtype]
         return " ".join(parts + ["+prologue"] * self.prologue + ["+add"] * self.add)
+
+
+@dataclass(frozen=True)
+class WeightGradientProblem:
+    """The gradient of a convolution's weight, from x and the gradient of y; on CPUs."""
+
+    conv: Conv
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        return self.conv.flops
+
+    @property
+    def bytes(self) -> int:
+        return (self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements) * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        return f"weight_gradient {self.conv.key} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -358,5 +379,5 @@ def _residual_parts(problem: ConvProblem | PrologueProblem) -> list[str]:
     return ["+bn(residual)" if problem.residual_norm else "+residual"]
 
 
-Problem = ConvProblem | StemProblem | TailProblem | PrologueProblem | GramDgradProblem
-"""What a Triton kernel computes that has configurations; pools have none."""
+Problem = ConvProblem | StemProblem | TailProblem | PrologueProblem | GramDgradProblem | WeightGradientProblem
+"""What a kernel of ours computes that has configurations; pools have none."""

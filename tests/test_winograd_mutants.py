@@ -1,4 +1,4 @@
-"""Mutants of the Winograd kernels' source: every one must be noticed by a convolution that the original gets right."""
+"""Mutants of the Winograd kernels' source: every one must be noticed by what the original gets right."""
 
 import ctypes
 import os
@@ -14,15 +14,14 @@ from torch.nn import functional as F
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "csrc" / "cpu" / "kernels" / "winograd.cpp"
+SOURCES = [ROOT / "csrc" / "cpu" / "kernels" / f"winograd{name}" for name in ("_parts.h", ".cpp", "_gradient.cpp")]
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
-    "point": ("out[3 * out_step] = fma(q, odd_q, even_q)", "out[3 * out_step] = fma(p, odd_q, even_q)"),
+    "point": ("out[3 * out_step] = fma(q, odd_q, even_q);\n  out[4 * out_step] = fma(-q, odd_q, even_q);\n  out[5 * out_step] = fma(p2", "out[3 * out_step] = fma(p, odd_q, even_q);\n  out[4 * out_step] = fma(-q, odd_q, even_q);\n  out[5 * out_step] = fma(p2"),
     "last_row": ("fma(-(p2 + q2), x3, x[5 * step])", "fma(-(p2 - q2), x3, x[5 * step])"),
     "output_power": ("fma(q2 * q, odd_q,", "fma(q2, odd_q,"),
-    "no_padding": ("place.row + i - 1", "place.row + i"),
-    "padding_right": ("column >= conv.width;", "false;"),
+    "no_padding": ("  for (int64_t tile = begin; tile < end; ++tile) {\n    const Place place = place_of<kOut, kOut>(conv, slab.first + tile);\n    const float* pixels", "  for (int64_t tile = begin; tile < end; ++tile) {\n    Place place = place_of<kOut, kOut>(conv, slab.first + tile);\n    ++place.row;\n    const float* pixels"),
     "tile_edge": ("i >= place.rows || j", "i > place.rows || j"),
     "rows_for_columns": ("place.rows || j >= place.columns", "place.columns || j >= place.rows"),
     "channel_lost": ("channels = smaller(conv.summed, ", "channels = smaller(conv.summed - 1, "),
@@ -31,7 +30,21 @@ MUTANTS = {  # name -> (before, after)
     "no_residual": ("conv.residual != nullptr", "false"),
     "no_bias": ("L{{row[j]}} + bias", "L{{row[j]}}"),
     "no_relu": ("if (conv.relu) out", "if (false) out"),
-    "nan_unnoticed": ("zero_if_finite = fma(0, row[j], zero_if_finite)", "(void)zero_if_finite"),
+    "nan_unnoticed": ("zero_if_finite = fma(0, row[j], zero_if_finite);\n          if", "if"),
+    "weight_point": ("fma(-kOverQ * kQ, w1, even_q)", "fma(-kOverQ, w1, even_q)"),
+    "no_scale": ("scale * at::vec::gather", "at::vec::gather"),
+    "beyond_the_outputs": ("smaller(output + lane, conv.outputs - 1)", "smaller(lane, conv.outputs - 1)"),
+    "gradient_point": ("const Vec even_q = fma(q2, y2, y0), odd_q", "const Vec even_q = fma(p2, y2, y0), odd_q"),
+    "gradient_columns": ("out[3] = x[3] - x[1]", "out[3] = x[3] - x[2]"),
+    "gradient_dy_columns": ("out[2] = dy[0] - dy[1]", "out[2] = dy[1] - dy[0]"),
+    "gradient_edge": ("i < place.rows && j < place.columns", "i < place.rows"),
+    "gradient_sums": ("fma(kQ * kQ, even_q, m[5 * step])", "fma(kQ * kQ, even_q, m[4 * step])"),
+    "gradient_sums_columns": ("out[0] = even - m[0]", "out[0] = even + m[0]"),
+    "gradient_slab_lost": ("slab.first == 0 ? own : Vec::loadu(whole + i) + own", "own"),
+    "gradient_sum_restarts": ("tiles, tile == 0, next", "tiles, true, next"),
+    "gradient_tail": ("smaller(kRows, channels - channel) - 1", "0"),
+    "gradient_turned": ("c * kAll + tap : tap * group + c", "c * kAll + tap : c * kAll + tap"),
+    "gradient_nan_unnoticed": ("zero_if_finite = fma(0, row[j], zero_if_finite);\n            row", "row"),
 }  # fmt: skip
 
 
@@ -41,7 +54,7 @@ def kernels(tmp_path_factory):
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
-    if not SOURCE.is_file():
+    if not SOURCES[0].is_file():
         pytest.skip("csrc/ is not beside the tests")
     folder = tmp_path_factory.mktemp("winograd")
     (folder / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
@@ -56,14 +69,21 @@ def kernels(tmp_path_factory):
 
 
 def copy_of(name: str) -> str:
-    """The source with its mutation, in a namespace `name`, without its includes."""
+    """The sources with their mutation, in a namespace `name`, without their includes."""
     before, after = MUTANTS[name]
-    text = SOURCE.read_text()
+    text = "\n".join(source.read_text() for source in SOURCES)
     assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
-    lines = [line for line in text.replace(before, after).splitlines() if not line.startswith("#include")]
+    lines = [line for line in text.replace(before, after).splitlines() if not line.startswith("#")]
     opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
     body = "\n".join(lines)
     return body.replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "height", "width")),
+        *((name, ctypes.c_bool) for name in ("relu", "turned", "taps_together")),
+    )
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
@@ -73,33 +93,53 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     return inside.as_strided(x.shape, x.stride(), inside.storage_offset()).copy_(x)
 
 
-def check(run) -> None:
-    """A convolution with everything odd, and one with a NaN."""
-    channels, outputs, height, width = 35, 70, 9, 14
-    x = guarded(draw((1, channels, height, width), torch.float32, "channels_last"))
-    weight, bias = draw((outputs, channels, 3, 3), torch.float32), draw((outputs,), torch.float32)
-    residual = draw((1, outputs, height, width), torch.float32, "channels_last")
-    packed = torch.ops.resnet_fast_native.winograd_pack(weight)
-    y = guarded(torch.full_like(residual, float("nan")))
-    sizes = (ctypes.c_int64 * 6)(channels, outputs, height, width, packed.shape[1], 1)
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
-    def call() -> bool:
-        return run(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, packed, bias, residual, y)), sizes)
 
-    assert call()
+def close(y: torch.Tensor, wide: torch.Tensor) -> None:
     assert int(y._base.isnan().sum()) == 2 * y.numel()
-    wide = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
-    torch.testing.assert_close(y, wide.relu().float(), rtol=1e-5, atol=1e-4)
-    x[0, 3, 8, 13] = float("nan")
-    assert not call()
+    scale = float(wide.abs().max())
+    torch.testing.assert_close(y / scale, (wide / scale).float(), rtol=1e-5, atol=1e-5)
+
+
+IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH = 3, 35, 70, 9, 15  # everything odd
+
+
+def check(conv, gradient) -> None:
+    """A convolution of every kind, and its weight's gradient, and both with a NaN."""
+    x = guarded(draw((IMAGES, CHANNELS, HEIGHT, WIDTH), torch.float32, "channels_last"))
+    residual = draw((IMAGES, OUTPUTS, HEIGHT, WIDTH), torch.float32, "channels_last")
+    y, bias, scale = guarded(torch.full_like(residual, float("nan"))), draw((OUTPUTS,), torch.float32), None
+
+    for turned, layout in ((False, "nchw"), (True, "channels_last")):
+        shape = (CHANNELS, OUTPUTS, 3, 3) if turned else (OUTPUTS, CHANNELS, 3, 3)
+        weight = draw(shape, torch.float32, layout)
+        scale = None if turned else draw((OUTPUTS,), torch.float32)
+        sizes = Sizes(IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH, True, turned, layout == "nchw")
+        assert conv(*pointers(x, weight, scale, bias, residual, y), ctypes.byref(sizes))
+        kernel = weight.double().transpose(0, 1).flip(2, 3) if turned else weight.double() * scale[:, None, None, None]
+        close(y, (F.conv2d(x.double(), kernel, bias.double(), padding=1) + residual.double()).relu())
+
+    dy = guarded(residual)
+    for layout in ("nchw", "channels_last"):
+        dweight = guarded(torch.full_like(draw((OUTPUTS, CHANNELS, 3, 3), torch.float32, layout), float("nan")))
+        sizes.taps_together = layout == "nchw"
+        assert gradient(*pointers(dy, x, dweight), ctypes.byref(sizes))
+        close(dweight, torch.nn.grad.conv2d_weight(x.double(), dweight.shape, dy.double(), padding=1))
+
+    x[1, 3, 8, 13] = float("nan")
+    assert not conv(*pointers(x, weight, scale, bias, residual, y), ctypes.byref(sizes))
+    assert not gradient(*pointers(dy, x, dweight), ctypes.byref(sizes))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_it_is_noticed(name, kernels, native):
-    run = getattr(kernels, name)
-    run.restype = ctypes.c_bool
+    runs = [getattr(kernels, f"{name}_{part}") for part in ("conv", "gradient")]
+    for run in runs:
+        run.restype = ctypes.c_bool
     if name == "original":
-        check(run)
+        check(*runs)
     else:
         with pytest.raises(AssertionError):
-            check(run)
+            check(*runs)

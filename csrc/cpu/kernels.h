@@ -108,8 +108,30 @@ struct WinogradConv {
   int64_t summed = 0;                       // channels that are summed up in one go
 };
 
+// Its weight: kernels as the model has them, and packed.
+struct WinogradWeight {
+  const float* weight = nullptr;  // [outputs][channels][9] by these steps
+  int64_t output_step = 0, channel_step = 0, tap_step = 0;
+  const float* scale = nullptr;  // of the outputs; may be null
+  float* packed = nullptr;       // [36][panel of 64 outputs][channels][64]
+  int64_t outputs = 0, channels = 0, panels = 0;
+};
+
+// The gradient of its weight: F(4x2) of dy, 4x2 pixels of which and 6x4 of x make a tile. See winograd_gradient.h.
+struct WinogradGradient {
+  const float* x = nullptr;
+  const float* dy = nullptr;
+  const float* zeros = nullptr;  // a pixel of padding
+  float* sums = nullptr;         // [24][panel of 64 outputs][channels][64]
+  float* dweight = nullptr;      // as WinogradWeight's
+  int64_t output_step = 0, channel_step = 0, tap_step = 0;
+  int64_t channels = 0, outputs = 0, height = 0, width = 0;
+  int64_t tile_rows = 0, tile_columns = 0, panels = 0;
+};
+
 // Consecutive tiles of a WinogradConv, transformed: [36][block of 32 channels][tile][32], and their
-// products: [36][panel of 64 outputs][tile][64]. The steps are those between the 36.
+// products: [36][panel of 64 outputs][tile][64]. The steps are those between the 36. Of a WinogradGradient there are
+// 24, and the products are the tiles of dy, transformed.
 struct WinogradSlab {
   int64_t first = 0, tiles = 0;
   float* transformed = nullptr;
@@ -140,6 +162,15 @@ struct Kernels {
   void (*winograd_product)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
   // slab.products -> y, of the slab's tiles [begin, end); whether all that was convolved is finite
   bool (*winograd_output)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
+  // weight -> packed, of the channels [begin, end)
+  void (*winograd_pack)(const WinogradWeight&, int64_t begin, int64_t end);
+  // x and dy -> slab.transformed and slab.products, of the slab's tiles [begin, end)
+  void (*winograd_gradient_input)(const WinogradGradient&, const WinogradSlab&, int64_t begin, int64_t end);
+  // slab.transformed and slab.products -> sums, set by the first slab, else added to: of 32 channels by 64 outputs each
+  // [begin, end) of 24 times panels times blocks of channels
+  void (*winograd_gradient_product)(const WinogradGradient&, const WinogradSlab&, int64_t begin, int64_t end);
+  // sums -> dweight, of the channels [begin, end); whether all of it is finite
+  bool (*winograd_gradient_output)(const WinogradGradient&, int64_t begin, int64_t end);
 };
 
 // The best table this machine (and ATEN_CPU_CAPABILITY) allows among those compiled in; chosen once.

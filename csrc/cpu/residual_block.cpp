@@ -1,9 +1,12 @@
 #include "residual_block.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/rsqrt.h>
 
 #include "conv_bn_act.h"
 #include "guards.h"
+#include "winograd.h"
 #ifdef WITH_AMX
 #include "program/block.h"
 #endif
@@ -16,7 +19,22 @@ at::Tensor or_undefined(const at::Tensor& t) { return t.numel() == 0 ? at::Tenso
 
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
 
+// The layer by Winograd, batch norm folded into the weight as it is packed; none where a NaN or Inf arose.
+std::optional<at::Tensor> by_winograd(
+    const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
+  at::Tensor scale = at::rsqrt(layer.var.to(at::kFloat) + layer.eps);
+  if (layer.weight.defined()) scale = scale * layer.weight.to(at::kFloat);
+  at::Tensor shift = -layer.mean.to(at::kFloat) * scale;
+  if (layer.bias.defined()) shift = shift + layer.bias.to(at::kFloat);
+  const at::Tensor packed = winograd_pack(layer.conv_weight, scale, /*turned=*/false);
+  auto [y, finite] = winograd_conv(x, packed, shift, layer.conv_weight.size(0), optional(residual), relu);
+  return finite ? std::make_optional(y) : std::nullopt;
+}
+
 at::Tensor apply(const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
+  if (layer.winograd && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
+    if (auto y = by_winograd(layer, x, residual, relu)) return *y;
+  }
   return conv_bn_act(
       x, layer.conv_weight.to(x.scalar_type()), std::nullopt, optional(layer.weight), optional(layer.bias), layer.mean,
       layer.var, optional(residual), layer.stride, layer.padding, layer.dilation, layer.groups, layer.eps, relu);
@@ -44,13 +62,14 @@ at::Tensor layer_by_layer(const ResidualBlock& block) {
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample) {
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd) {
   const OpGuard guard;
   ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
   for (size_t i = 0; i < conv_weights.size(); ++i) {
     block.layers.push_back(make_layer(conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]),
                                       running_means[i], running_vars[i], geometry.slice(7 * i, 7), eps[i]));
   }
+  for (const int64_t number : winograd) block.layers.at(number).winograd = true;
 #ifdef WITH_AMX
   if (auto y = amx_residual_block(block)) return *y;
 #endif

@@ -14,6 +14,7 @@ struct BlockLayer {
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
   double eps;
+  bool winograd = false;  // wherever its kernels can
 };
 
 // layers: in order, the downsample's last. residual: undefined where x or the downsample is the shortcut.
@@ -24,11 +25,12 @@ struct ResidualBlock {
   bool downsample;
 };
 
-// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones.
+// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd: the
+// numbers of the layers that it is faster for.
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample);
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd);
 
 // max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to.
 at::Tensor stem(

@@ -6,13 +6,13 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <utility>
 
 #include "guards.h"
 #include "kernels.h"
@@ -32,19 +32,6 @@ constexpr int64_t kLine = 16;  // floats
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
-
-// The rows of G: powers of a point, over the product of its distances to the others.
-std::array<std::array<double, 3>, kWinogradIn> weight_transform() {
-  const std::array<double, 5> points = {0, kPointP, -kPointP, kPointQ, -kPointQ};
-  std::array<std::array<double, 3>, kWinogradIn> out{};
-  for (size_t i = 0; i < points.size(); ++i) {
-    double scale = 1;
-    for (size_t j = 0; j < points.size(); ++j) scale *= i == j ? 1 : points[i] - points[j];
-    out[i] = {1 / scale, points[i] / scale, points[i] * points[i] / scale};
-  }
-  out.back() = {0, 0, 1};
-  return out;
-}
 
 // A thread's, or all threads', transformed input and products.
 class Scratch {
@@ -96,32 +83,48 @@ bool run_together(const WinogradConv& conv, int64_t tiles) {
 
 }  // namespace
 
+Tensor winograd_dense(const Tensor& weight) {
+  TORCH_CHECK(weight.numel() < (int64_t{1} << 31), "winograd: weight has 2^31 elements or more");
+  const bool usable = weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return usable ? weight : weight.contiguous();
+}
+
+std::array<int64_t, 3> winograd_steps(const Tensor& weight) {
+  const int64_t channels = weight.size(1), contiguous = weight.is_contiguous();
+  return {9 * channels, contiguous ? 9 : 1, contiguous ? 1 : channels};
+}
+
 bool winograd_usable() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
 
-Tensor winograd_pack(const Tensor& weight) {
-  const int64_t outputs = weight.size(0), channels = weight.size(1);
-  const Tensor w = weight.to(at::kFloat).contiguous();
-  const int64_t panels = div_up(outputs, kWinogradPanel);
-  Tensor packed = at::zeros({kWinogradElements, panels, channels, kWinogradPanel}, at::kFloat);
-  const float* from = w.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  const auto g = weight_transform();
-  at::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* taps = from + (k * channels + c) * 9;
-        for (int64_t i = 0; i < kWinogradIn; ++i) {
-          for (int64_t j = 0; j < kWinogradIn; ++j) {
-            double value = 0;
-            for (int64_t r = 0; r < 3; ++r) {
-              for (int64_t s = 0; s < 3; ++s) value += g[i][r] * g[j][s] * taps[r * 3 + s];
-            }
-            const int64_t panel = (i * kWinogradIn + j) * panels + k / kWinogradPanel;
-            to[(panel * channels + c) * kWinogradPanel + k % kWinogradPanel] = static_cast<float>(value);
-          }
-        }
-      }
-    }
+Tensor winograd_pack(const Tensor& weight, const OptionalTensor& scale, bool turned) {
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == at::kFloat,
+      "winograd_pack: weight must be (K, C, 3, 3) and float32");
+  const OpGuard guard;
+  const Tensor w = winograd_dense(weight);
+  const auto [output_step, channel_step, tap_step] = winograd_steps(w);
+  WinogradWeight conv;
+  conv.weight = w.const_data_ptr<float>();
+  conv.outputs = w.size(0);
+  conv.channels = w.size(1);
+  conv.output_step = output_step;
+  conv.channel_step = channel_step;
+  conv.tap_step = tap_step;
+  if (turned) {
+    conv.weight += 8 * conv.tap_step;
+    conv.tap_step = -conv.tap_step;
+    std::swap(conv.outputs, conv.channels);
+    std::swap(conv.output_step, conv.channel_step);
+  }
+  conv.panels = div_up(conv.outputs, kWinogradPanel);
+  const Tensor scales = scale.has_value() ? scale->to(at::kFloat).contiguous() : Tensor();
+  TORCH_CHECK(!scales.defined() || scales.numel() == conv.outputs, "winograd_pack: scale must have an element an output");
+  if (scales.defined()) conv.scale = scales.const_data_ptr<float>();
+  Tensor packed = at::empty({kWinogradElements, conv.panels, conv.channels, kWinogradPanel}, w.options());
+  if (packed.numel() == 0) return packed;
+  conv.packed = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, conv.channels, 1, [&](int64_t begin, int64_t end) {
+    kernels().winograd_pack(conv, begin, end);
   });
   return packed;
 }

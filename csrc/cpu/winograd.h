@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -17,13 +18,20 @@ using OptionalTensor = std::optional<Tensor>;
 // Whether the kernels in use have vectors, without which the library is faster.
 bool winograd_usable();
 
-// (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64], the last panel filled up with zeros
-Tensor winograd_pack(const Tensor& weight);
+// (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64]; beyond K, in the last panel, the last is repeated.
+// scale: (K,), multiplied on. turned: for the gradient of x, the convolution of that of y with the kernels turned by 180
+// degrees, from K channels to C.
+Tensor winograd_pack(const Tensor& weight, const OptionalTensor& scale, bool turned);
 
 // act(conv2d(x, weight, padding=1) + bias + residual), and whether every value of the convolution was finite. Where
 // not, y is of no use: the transforms spread NaN and Inf over a tile.
 std::tuple<Tensor, bool> winograd_conv(
     const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
     const OptionalTensor& residual, bool relu);
+
+// The weight as it is where its nine taps are evenly apart, else a copy; and how far apart its outputs, channels and taps
+// are.
+Tensor winograd_dense(const Tensor& weight);
+std::array<int64_t, 3> winograd_steps(const Tensor& weight);
 
 }  // namespace resnet_fast::cpu

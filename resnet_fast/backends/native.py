@@ -5,6 +5,7 @@ Functions have the arguments of `resnet_fast.ops` without `backend` and return t
 extension is imported once, on first use, and a failure is remembered: `available()` says what is wrong and what helps.
 """
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -18,7 +19,7 @@ from . import inference, train_ops
 TILE_DTYPES = (torch.float32, torch.bfloat16)
 """Of the convolutions that a CPU with AMX computes itself."""
 
-_TILED = ("residual_block", "residual_block_train")
+_BLOCKS = ("residual_block", "residual_block_train")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _names: list[str] = []  # of the extension's ops that this package calls
@@ -126,8 +127,11 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         halves = dtype in (torch.float16, torch.bfloat16) and op in ("conv_bn_act", "conv_bn_shortcut_act")
         conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
-    tiles = op in _TILED and dtype in TILE_DTYPES and has_tiles()
-    conv = "" if op.startswith("bn") else "AMX conv + " if tiles else "oneDNN conv + "
+    conv = "" if op.startswith("bn") else "oneDNN conv + "
+    if op in _BLOCKS and dtype in TILE_DTYPES and has_tiles():
+        conv = "AMX conv + "
+    elif op in _BLOCKS and dtype == torch.float32 and load() is not None and _module.winograd_usable():
+        conv = "oneDNN or Winograd conv + "
     return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 
 
@@ -210,12 +214,20 @@ _by_layer_residual_block, _by_layer_stem = inference.make(conv_bn_act, conv_bn_s
 
 def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
     """`ops.residual_block`: one call on the CPU, one op a convolution on CUDA."""
-    return (_cpu_residual_block if x.device.type == "cpu" else _by_layer_residual_block)(x, *args)
+    if x.device.type != "cpu":
+        return _by_layer_residual_block(x, *args)
+    _, conv_weights, *_, geometry, _, downsample = args
+    return _cpu_residual_block(x, *args, _winograd().layers(x, conv_weights, geometry, downsample))
 
 
 def stem(x: torch.Tensor, *args) -> torch.Tensor:
     """`ops.stem`, as `residual_block`."""
     return (_cpu_stem if x.device.type == "cpu" else _by_layer_stem)(x, *args)
+
+
+@functools.cache
+def _winograd() -> ModuleType:
+    return importlib.import_module(".winograd", __package__)  # which is made of what is here
 
 
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(

@@ -1,9 +1,23 @@
-"""float32 3x3 convolutions of frozen models by the extension's Winograd kernels: see csrc/cpu/winograd.h."""
+"""float32 3x3 convolutions by the extension's Winograd kernels: see csrc/cpu/winograd.h.
+
+Of frozen models, whose weights are transformed once, and of models whose weights may change, where they are in every
+call: those of optimized blocks, and in training both gradients. There is a choice by shape, `takes` and its like, which
+is as `kernels.selection` says.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import cpus
+from ..kernels import selection
+from ..problems import Conv, ConvProblem, Problem, WeightGradientProblem
 from . import native
+from .primitives import Geometry
+
+DTYPE = torch.float32
+"""Of all that Winograd computes."""
 
 
 def why_not() -> str | None:
@@ -14,9 +28,34 @@ def why_not() -> str | None:
     return reason
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The weight (K, C, 3, 3) transformed, 36 values for every 9. In float64, rounded once."""
-    return torch.ops.resnet_fast_native.winograd_pack(weight)
+def takes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+    """Whether Winograd is to compute the convolution of x, on a CPU in channels_last."""
+    return x.dtype == DTYPE and _takes(_live, *_shapes(x, conv_weight, geometry))
+
+
+def takes_data_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+    """The same of the gradient of x."""
+    return x.dtype == DTYPE and _takes(_data_gradient, *_shapes(x, conv_weight, geometry))
+
+
+def takes_weight_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+    """The same of the gradient of conv_weight."""
+    return x.dtype == DTYPE and _takes(_weight_gradient, *_shapes(x, conv_weight, geometry))
+
+
+def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
+    """Which of a block's layers, as `ops.residual_block` takes them, Winograd is to compute."""
+    if x.dtype != DTYPE:
+        return ()
+    return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
+
+
+def pack(weight: Tensor, scale: Tensor | None = None, turned: bool = False) -> Tensor:
+    """The weight (K, C, 3, 3) transformed, 36 values for every 9; each output's times `scale` (K,).
+
+    turned: for `conv` to compute the gradient of x from that of y, K channels to C.
+    """
+    return torch.ops.resnet_fast_native.winograd_pack(weight, scale, turned)
 
 
 def conv(
@@ -28,3 +67,54 @@ def conv(
     """
     y, finite = torch.ops.resnet_fast_native.winograd_conv(x, packed, bias, out_channels, residual, relu)
     return y if finite else None
+
+
+def weight_gradient(dy: Tensor, x: Tensor, conv_weight: Tensor) -> Tensor | None:
+    """The gradient of conv_weight (K, C, 3, 3), in its memory format; None as `conv`."""
+    dweight, finite = torch.ops.resnet_fast_native.winograd_weight_gradient(dy, x, conv_weight)
+    return dweight if finite else None
+
+
+def _shapes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> tuple:
+    stride, padding, dilation, groups = geometry
+    return x.shape, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups
+
+
+@selection.remember
+def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups) -> bool:
+    conv = Conv(*x_shape, weight_shape[0], tuple(weight_shape[2:]), stride, padding, dilation, groups)
+    return _chosen(kind(conv))
+
+
+@selection.remember
+def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
+    found, shape, branch = [], x_shape, len(weight_shapes) - 1 if downsample else None
+    for number, weight_shape in enumerate(weight_shapes):
+        numbers = geometry[7 * number : 7 * number + 7]
+        layer = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
+        conv = Conv(*(x_shape if number == branch else shape), weight_shape[0], tuple(weight_shape[2:]), *layer)
+        if _chosen(_live(conv)):
+            found.append(number)
+        shape = conv.y_shape
+    return tuple(found)
+
+
+def _chosen(problem: Problem) -> bool:
+    return why_not() is None and selection.choose(problem, cpus.here()).config is not None
+
+
+def _live(conv: Conv) -> ConvProblem:
+    return ConvProblem(conv, "float32", relu=False, folded=False)
+
+
+def _data_gradient(conv: Conv) -> ConvProblem:
+    """As the convolution of y's gradient that it is where the stride is 1; another is none of Winograd's anyway."""
+    turned = Conv(
+        conv.batch, conv.out_channels, conv.out_height, conv.out_width, conv.in_channels, conv.kernel,
+        conv.stride, conv.padding, conv.dilation, conv.groups,
+    )  # fmt: skip
+    return _live(turned)
+
+
+def _weight_gradient(conv: Conv) -> WeightGradientProblem:
+    return WeightGradientProblem(conv, "float32")

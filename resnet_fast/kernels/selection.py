@@ -6,7 +6,7 @@ Decided once per problem and device and remembered; nothing is tuned or timed in
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,10 +68,20 @@ def is_forced(problem: Problem) -> bool:
     return problem in _forced
 
 
+_remembered = []
+
+
+def remember(function: Callable) -> Callable:
+    """`functools.cache` for what follows from choices; it forgets when they may change."""
+    cached = functools.cache(function)
+    _remembered.append(cached)
+    return cached
+
+
 def refuse(problem: Problem, device: Device, reason: str) -> None:
     """Take the library's path for `problem` from now on: what was chosen did not run."""
     _refused[problem, device] = reason
-    _choose.cache_clear()
+    _choose_anew()
 
 
 def choose(problem: Problem, device: Device) -> Choice:
@@ -92,14 +102,15 @@ def why_not_float32() -> str | None:
     return None
 
 
-@functools.cache
+@remember
 def _choose(problem: Problem, device: Device) -> Choice:
     if (problem, device) in _refused:
         return Choice(None, "refused", _refused[problem, device])
-    measured = tables.lookup(measured_as(problem), device)
+    as_measured = measured_as(problem, device)
+    measured = tables.lookup(as_measured, device)
     if measured is not None:
         row, key = measured
-        source = "tuned" if key == measured_as(problem).key else f"tuned at {tables.batch_of(key)}"
+        source = "tuned" if key == as_measured.key else f"tuned at {tables.batch_of(key)}"
         source += "" if problem.dtype in key.split() else " in the other half type"
         if row.config is None:
             return Choice(None, source, "measured faster than every kernel of ours", row.variant)
@@ -113,20 +124,29 @@ def _choose(problem: Problem, device: Device) -> Choice:
     return Choice(ranked[0], "predicted")
 
 
-def measured_as(problem: Problem) -> Problem:
-    """What `tune` measures for `problem`: a convolution folded.
+def measured_as(problem: Problem, device: Device) -> Problem:
+    """What `tune` measures for `problem`: on GPUs a convolution folded, on CPUs one that is not without what follows it.
 
-    Batch norm in the epilogue costs the kernel next to nothing and the library a pass, so that a kernel which is faster
-    folded is faster with it.
+    Batch norm in the epilogue costs a GPU's kernel next to nothing and the library a pass, so that a kernel which is
+    faster folded is faster with it. On CPUs weights that are not folded are transformed in every call.
     """
-    return replace(problem, folded=True, residual_norm=False) if isinstance(problem, ConvProblem) else problem
+    if not isinstance(problem, ConvProblem):
+        return problem
+    if not isinstance(device, Cpu):
+        return replace(problem, folded=True, residual_norm=False)
+    return problem if problem.folded else ConvProblem(problem.conv, problem.dtype, relu=False, folded=False)
 
 
 def forget() -> None:
     """Choose anew, and from tables read anew: for `tune` and the tests."""
     _refused.clear()
-    _choose.cache_clear()
+    _choose_anew()
     tables.forget()
+
+
+def _choose_anew() -> None:
+    for cached in _remembered:
+        cached.cache_clear()
 
 
 def why_no_kernel(problem: Problem, device: Device) -> str:

@@ -1,7 +1,10 @@
-"""Winograd's F(4x4, 3x3) on CPUs (csrc/cpu/winograd.h): what it can compute, and what it is taken for unmeasured."""
+"""Winograd on CPUs: what it can compute, and what it is taken for unmeasured.
+
+F(4x4, 3x3) for convolutions (csrc/cpu/winograd.h), F(4x2) for the gradients of their weights (winograd_gradient.h).
+"""
 
 from ..cpus import Cpu
-from ..problems import Conv, ConvProblem, Problem
+from ..problems import Conv, ConvProblem, Problem, WeightGradientProblem
 
 NAME = "Winograd F(4x4, 3x3)"
 
@@ -12,14 +15,20 @@ _MIN_ELEMENTS = 20480
 a tile is padding, that its error is less than half of Winograd's (benchmarks/NOTES.md): the results would be too far
 from PyTorch's. Little time is spent on such layers."""
 
-_TILES_A_CORE = 12
-"""With fewer, fetching four times the weights may cost more than the products save."""
+_MIN_ROWS = 112
+"""Of pixels in a batch, for a weight's gradient: PyTorch sums them up one after the other, and in fewer its error is less
+than half of Winograd's (benchmarks/NOTES.md)."""
+
+_TILES_A_CORE, _LIVE_TILES_A_CORE = 12, 24
+"""With fewer, four times the weights may cost more to fetch, or if they are transformed in every call to make, than the
+products save."""
 
 
 def why_not(problem: Problem) -> str | None:
     """Why Winograd cannot compute `problem`; None where it can."""
-    if not isinstance(problem, ConvProblem) or problem.shortcut or not problem.folded or problem.dtype != "float32":
-        return "only one folded float32 convolution"
+    gradient = isinstance(problem, WeightGradientProblem)
+    if not (gradient or (isinstance(problem, ConvProblem) and not problem.shortcut)) or problem.dtype != "float32":
+        return "only one float32 convolution, or its weight's gradient"
     conv = problem.conv
     if (conv.kernel, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)) or conv.groups > 1:
         return "only a dense 3x3 with stride, padding and dilation 1"
@@ -27,14 +36,17 @@ def why_not(problem: Problem) -> str | None:
         return f"only {_MIN_CHANNELS} channels and more, not {conv.in_channels} -> {conv.out_channels}"
     if min(conv.height, conv.width) < _MIN_SIDE or conv.x_elements <= _MIN_ELEMENTS:
         return f"n{conv.batch} {conv.height}x{conv.width} is too small to be as exact as PyTorch"
+    if gradient and conv.batch * conv.height < _MIN_ROWS:
+        return f"a weight's gradient of fewer than {_MIN_ROWS} rows of pixels is not as exact as PyTorch's"
     return None
 
 
-def why_not_unmeasured(problem: ConvProblem, cpu: Cpu) -> str | None:
+def why_not_unmeasured(problem: ConvProblem | WeightGradientProblem, cpu: Cpu) -> str | None:
     """Why oneDNN is taken where nothing was measured; None where Winograd is. Errs on oneDNN's side."""
-    found, wanted = tiles(problem.conv), _TILES_A_CORE * cpu.cores
-    if found < wanted:
-        return f"{found} tiles of 4x4; unmeasured, winograd is taken from {wanted} on, {_TILES_A_CORE} a core"
+    packed_once = isinstance(problem, ConvProblem) and problem.folded
+    found, a_core = tiles(problem.conv), _TILES_A_CORE if packed_once else _LIVE_TILES_A_CORE
+    if found < (wanted := a_core * cpu.cores):
+        return f"{found} tiles of 4x4; unmeasured, winograd is taken from {wanted} on, {a_core} a core"
     return None
 
 

@@ -1,4 +1,4 @@
-// The Winograd kernels of csrc/cpu/kernels/winograd.cpp, original and mutated: compiled by tests/test_winograd_mutants.py,
+// The Winograd kernels of csrc/cpu/kernels/winograd*, original and mutated: compiled by tests/test_winograd_mutants.py,
 // which writes the copies, each in a namespace of its own, to WINOGRAD_COPIES, and their names to WINOGRAD_NAMES(entry).
 #include <algorithm>
 #include <array>
@@ -13,25 +13,71 @@
 
 using namespace resnet_fast::cpu;
 
-// One image by one slab. sizes: channels, outputs, height, width, panels, whether with ReLU.
-#define ENTRY(name)                                                                                               \
-  extern "C" bool name(                                                                                           \
-      const float* x, const float* weight, const float* bias, const float* residual, float* y, const int64_t* sizes) { \
-    WinogradConv conv;                                                                                            \
-    std::vector<float> zeros(sizes[0] + 32);                                                                      \
-    conv.x = x, conv.zeros = zeros.data(), conv.weight = weight, conv.bias = bias, conv.residual = residual;      \
-    conv.y = y, conv.relu = sizes[5] != 0;                                                                        \
-    conv.channels = sizes[0], conv.outputs = sizes[1], conv.height = sizes[2], conv.width = sizes[3];             \
-    conv.tile_rows = (sizes[2] + 3) / 4, conv.tile_columns = (sizes[3] + 3) / 4;                                  \
-    conv.panels = sizes[4], conv.summed = 16;                                                                     \
-    WinogradSlab slab;                                                                                            \
-    slab.tiles = conv.tile_rows * conv.tile_columns;                                                              \
-    slab.transformed_step = slab.tiles * (sizes[0] + 31) / 32 * 32 + 16;                                          \
-    slab.products_step = slab.tiles * sizes[4] * kWinogradPanel + 16;                                             \
-    std::vector<float> transformed(36 * slab.transformed_step), products(36 * slab.products_step);                \
-    slab.transformed = transformed.data(), slab.products = products.data();                                       \
-    DEFAULT::name::winograd_input(conv, slab, 0, slab.tiles);                                                     \
-    DEFAULT::name::winograd_product(conv, slab, 0, 36 * sizes[4]);                                                \
-    return DEFAULT::name::winograd_output(conv, slab, 0, slab.tiles);                                             \
+namespace {
+
+struct Sizes {
+  int64_t images, channels, outputs, height, width;
+  bool relu, turned, taps_together;  // the last: of the weight
+  int64_t panels() const { return (outputs + kWinogradPanel - 1) / kWinogradPanel; }
+  int64_t blocks() const { return (channels + kWinogradBlock - 1) / kWinogradBlock; }
+};
+
+// The memory of all tiles, as one slab, and slabs of at most `most` of them.
+struct Scratch {
+  Scratch(const Sizes& s, int64_t elements, int64_t tiles)
+      : in(tiles * s.blocks() * kWinogradBlock + 16),
+        out(tiles * s.panels() * kWinogradPanel + 16),
+        transformed(elements * in),
+        products(elements * out) {}
+  WinogradSlab slab(int64_t first, int64_t tiles) { return {first, tiles, transformed.data(), in, products.data(), out}; }
+  int64_t in, out;
+  std::vector<float> transformed, products;
+};
+
+}  // namespace
+
+#define ENTRIES(name)                                                                                               \
+  extern "C" bool name##_conv(                                                                                      \
+      const float* x, const float* weight, const float* scale, const float* bias, const float* residual, float* y,  \
+      const Sizes* s) {                                                                                             \
+    std::vector<float> zeros(s->channels + 32), packed(36 * s->panels() * s->channels * kWinogradPanel);            \
+    WinogradWeight w;                                                                                               \
+    w.weight = weight, w.scale = scale, w.packed = packed.data(), w.panels = s->panels();                           \
+    w.outputs = s->outputs, w.channels = s->channels;                                                               \
+    const int64_t inner = s->turned ? s->outputs : s->channels; /* channels of the weight itself */                 \
+    w.output_step = 9 * inner, w.channel_step = s->taps_together ? 9 : 1, w.tap_step = s->taps_together ? 1 : inner; \
+    if (s->turned) {                                                                                                \
+      w.weight += 8 * w.tap_step, w.tap_step = -w.tap_step;                                                         \
+      std::swap(w.output_step, w.channel_step);                                                                     \
+    }                                                                                                               \
+    DEFAULT::name::winograd_pack(w, 0, s->channels);                                                                \
+    WinogradConv conv;                                                                                              \
+    conv.x = x, conv.zeros = zeros.data(), conv.weight = packed.data(), conv.bias = bias, conv.residual = residual; \
+    conv.y = y, conv.relu = s->relu, conv.panels = s->panels(), conv.summed = 16;                                   \
+    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;         \
+    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 3) / 4;                                   \
+    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns;                                           \
+    Scratch scratch(*s, 36, tiles);                                                                                 \
+    const WinogradSlab slab = scratch.slab(0, tiles);                                                               \
+    DEFAULT::name::winograd_input(conv, slab, 0, tiles);                                                            \
+    DEFAULT::name::winograd_product(conv, slab, 0, 36 * s->panels());                                               \
+    return DEFAULT::name::winograd_output(conv, slab, 0, tiles);                                                    \
+  }                                                                                                                 \
+  extern "C" bool name##_gradient(const float* dy, const float* x, float* dweight, const Sizes* s) {                \
+    std::vector<float> zeros(s->channels + 32), sums(24 * s->panels() * s->channels * kWinogradPanel);              \
+    WinogradGradient conv;                                                                                          \
+    conv.x = x, conv.dy = dy, conv.zeros = zeros.data(), conv.sums = sums.data(), conv.dweight = dweight;           \
+    conv.output_step = 9 * s->channels, conv.channel_step = s->taps_together ? 9 : 1;                               \
+    conv.tap_step = s->taps_together ? 1 : s->channels, conv.panels = s->panels();                                  \
+    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;         \
+    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 1) / 2;                                   \
+    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns, step = tiles / 2 + 1;                     \
+    Scratch scratch(*s, 24, step);                                                                                  \
+    for (int64_t first = 0; first < tiles; first += step) {                                                         \
+      const WinogradSlab slab = scratch.slab(first, std::min(step, tiles - first));                                 \
+      DEFAULT::name::winograd_gradient_input(conv, slab, 0, slab.tiles);                                            \
+      DEFAULT::name::winograd_gradient_product(conv, slab, 0, 24 * s->panels() * s->blocks());                      \
+    }                                                                                                               \
+    return DEFAULT::name::winograd_gradient_output(conv, 0, s->channels);                                           \
   }
-WINOGRAD_NAMES(ENTRY)
+WINOGRAD_NAMES(ENTRIES)

@@ -22,6 +22,10 @@ void backward_apply_eval(const Plan& plan, const BackwardArgs& args, int64_t beg
 void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
 void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
 bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+void winograd_pack(const WinogradWeight& weight, int64_t begin, int64_t end);
+void winograd_gradient_input(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
+bool winograd_gradient_output(const WinogradGradient& conv, int64_t begin, int64_t end);
 
 }  // namespace CPU_CAPABILITY
 }  // namespace resnet_fast::cpu

@@ -23,6 +23,10 @@ const Kernels& table() {
       &winograd_input,
       &winograd_product,
       &winograd_output,
+      &winograd_pack,
+      &winograd_gradient_input,
+      &winograd_gradient_product,
+      &winograd_gradient_output,
   };
   return kernels;
 }

@@ -4,7 +4,8 @@ Where a CPU has AMX, convolutions in channels_last, of bfloat16 or float32, with
 multiple are the extension's tile products, forward and backward, with the norm before them and their statistics inside.
 
 A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that does not leave the cache between
-its prologue and its statistics or epilogue. What that does not fit (NCHW, groups, float16, whose products few CPUs have
+its prologue and its statistics or epilogue. A 3x3 in float32 is Winograd's, and so are its gradients, where that is
+faster (`backends.winograd`). What that does not fit (NCHW, groups, float16, whose products few CPUs have
 in hardware) takes PyTorch's convolution and passes, or `reference`.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...layout import memory_format
 from ...memory import pooled
 from ...training import EPILOGUE
-from .. import native
+from .. import native, winograd
 from . import Geometry, Norm, Shortcut, reference
 
 _PRODUCT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -140,10 +141,11 @@ def conv_backward(
         grads = _conv_train_backward(dconv_out, x, *norm, conv_weight, *geometry[:3], add, wants)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
     activated = _activated(x, x_norm) if wants_dweight else x
+    dx, dweight = _by_winograd(dconv_out, activated, conv_weight, geometry, wants_dx, wants_dweight, add)
+    rest = wants_dx and dx is None, wants_dweight and dweight is None
     with pooled():
-        return reference.conv_backward(
-            dconv_out, activated, None, conv_weight, geometry, stage, wants_dx, wants_dweight, add
-        )
+        by_library = reference.conv_backward(dconv_out, activated, None, conv_weight, geometry, stage, *rest, add)
+    return by_library[0] if dx is None else dx, by_library[1] if dweight is None else dweight
 
 
 def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,10 +187,33 @@ def _activated(x: Tensor, norm: Norm | None) -> Tensor:
 def _convolved(x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     activated = _activated(x, x_norm)
+    if _is_rows(activated) and winograd.takes(activated, conv_weight, geometry):
+        y = winograd.conv(activated, winograd.pack(conv_weight), None, conv_weight.shape[0], None, relu=False)
+        if y is not None:
+            return y
     with pooled():
         return torch.ops.aten.convolution(
             activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups
         )
+
+
+def _by_winograd(
+    dconv_out: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    geometry: Geometry,
+    wants_dx: bool,
+    wants_dweight: bool,
+    add: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x, plus `add`, and of conv_weight, as far as they are wanted and Winograd takes them."""
+    dx = dweight = None
+    if _is_rows(x) and _is_rows(dconv_out):
+        if wants_dx and winograd.takes_data_gradient(x, conv_weight, geometry):
+            dx = winograd.conv(dconv_out, winograd.pack(conv_weight, turned=True), None, x.shape[1], add, relu=False)
+        if wants_dweight and winograd.takes_weight_gradient(x, conv_weight, geometry):
+            dweight = winograd.weight_gradient(dconv_out, x, conv_weight)
+    return dx, dweight
 
 
 def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, relu: bool) -> Tensor:

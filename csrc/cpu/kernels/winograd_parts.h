@@ -1,0 +1,107 @@
+// What the kernels of a Winograd convolution and of its weight's gradient share.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "../winograd_points.h"
+#include "blocks.h"
+
+namespace resnet_fast::cpu {
+namespace CPU_CAPABILITY {
+
+namespace winograd {
+
+using L = Lanes<float>;
+using Vec = L::Vec;
+
+constexpr int kIn = kWinogradIn, kOut = kWinogradOut, kTaps = 3;
+// Sums that the registers hold: of kRows rows by kWide vectors of outputs.
+constexpr int kWide = Vec::size() >= 16 ? 4 : 2, kRows = kWinogradRows;
+constexpr int64_t kLine = 64 / sizeof(float);
+static_assert(kWinogradPanel % (kWide * Vec::size()) == 0 && kWinogradPanel % kWinogradBlock == 0);
+
+// What the rows of G are divided by: the product of a point's distances to the others.
+constexpr double kP = kPointP, kQ = kPointQ;
+constexpr float kOver0 = 1 / (kP * kP * kQ * kQ);
+constexpr float kOverP = 1 / (2 * kP * kP * (kP * kP - kQ * kQ)), kOverQ = 1 / (2 * kQ * kQ * (kQ * kQ - kP * kP));
+
+C10_ALWAYS_INLINE Vec fma(float a, const Vec& b, const Vec& c) { return at::vec::fmadd(Vec(a), b, c); }
+
+// One dimension of B' x B.
+C10_ALWAYS_INLINE void transform_input(const Vec* x, int64_t step, Vec* out, int64_t out_step) {
+  constexpr float p = kPointP, q = kPointQ, p2 = p * p, q2 = q * q;
+  const Vec x1 = x[step], x2 = x[2 * step], x3 = x[3 * step], x4 = x[4 * step];
+  const Vec even_p = fma(-q2, x2, x4), odd_p = fma(-q2, x1, x3);
+  const Vec even_q = fma(-p2, x2, x4), odd_q = fma(-p2, x1, x3);
+  out[0] = fma(p2 * q2, x[0], fma(-(p2 + q2), x2, x4));
+  out[out_step] = fma(p, odd_p, even_p);
+  out[2 * out_step] = fma(-p, odd_p, even_p);
+  out[3 * out_step] = fma(q, odd_q, even_q);
+  out[4 * out_step] = fma(-q, odd_q, even_q);
+  out[5 * out_step] = fma(p2 * q2, x1, fma(-(p2 + q2), x3, x[5 * step]));
+}
+
+// Of a channel in [block of channels][tile][channels of a block].
+C10_ALWAYS_INLINE int64_t block_offset(int64_t channel, int64_t block, int64_t tiles) {
+  return channel / block * tiles * block + channel % block;
+}
+
+// Where a tile lies: its first output, and how many of its rows x columns are in the image.
+struct Place {
+  int64_t image, row, column, rows, columns;
+};
+
+template <int rows, int columns, typename Conv>
+C10_ALWAYS_INLINE Place place_of(const Conv& conv, int64_t tile) {
+  const int64_t tiles = conv.tile_rows * conv.tile_columns, in_image = tile % tiles;
+  const int64_t row = in_image / conv.tile_columns * rows, column = in_image % conv.tile_columns * columns;
+  return {tile / tiles, row, column, smaller(rows, conv.height - row), smaller(columns, conv.width - column)};
+}
+
+// Whether all lanes are zero, which 0 * x is where x is finite.
+C10_ALWAYS_INLINE bool is_zero(const Vec& x) {
+  float lanes[Vec::size()];
+  x.store(lanes);
+  for (const float lane : lanes) {
+    if (!(lane == 0)) return false;
+  }
+  return true;
+}
+
+// sums[rows][kWide vectors] (+)= a[rows][terms] * b[terms][kWide vectors of a panel]; on the way as many lines from
+// `next` on are fetched.
+template <int rows, int64_t row_step, int64_t term_step>
+void multiply(const float* a, const float* b, float* sums, int64_t terms, bool first, const float* next) {
+  Vec registers[rows][kWide];
+  for (auto& row : registers) {
+    for (auto& sum : row) sum = Vec(0);
+  }
+  for (int64_t term = 0; term < terms; ++term) {
+    fetch_to_read(next + term * kLine);
+    Vec values[kWide];
+    for (int i = 0; i < kWide; ++i) values[i] = Vec::loadu(b + term * kWinogradPanel + i * Vec::size());
+    for (int row = 0; row < rows; ++row) {
+      const Vec value(a[row * row_step + term * term_step]);
+      for (int i = 0; i < kWide; ++i) registers[row][i] = at::vec::fmadd(value, values[i], registers[row][i]);
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    for (int i = 0; i < kWide; ++i) {
+      float* sum = sums + row * kWinogradPanel + i * Vec::size();
+      (first ? registers[row][i] : Vec::loadu(sum) + registers[row][i]).store(sum);
+    }
+  }
+}
+
+using Multiply = void (*)(const float*, const float*, float*, int64_t, bool, const float*);
+
+template <int64_t row_step, int64_t term_step, int... rows>
+constexpr std::array<Multiply, sizeof...(rows)> multiply_table(std::integer_sequence<int, rows...>) {
+  return {&multiply<rows + 1, row_step, term_step>...};
+}
+
+}  // namespace winograd
+
+}  // namespace CPU_CAPABILITY
+}  // namespace resnet_fast::cpu
