@@ -92,32 +92,46 @@ def test_tune_writes_the_table_that_freeze_reads(capsys, tuned, unmeasured_cpu):
     assert set(written["rows"]) == {
         "conv n4 64x16x16 k64 f3 p1 float32",
         "conv n4 64x16x16 k64 f3 p1 float32 +residual",
+        "conv n4 64x16x16 k64 f3 p1 float32 no-relu bn",
     }
     for row in written["rows"].values():
         assert set(row["times"]) == {"PyTorch", "library onednn", "winograd"}
         assert row["us"] == min(row["times"]["winograd"], row["library_us"])
         assert not row["rejected"]
-    assert "2 rows in" in capsys.readouterr().out
+    assert "3 rows in" in capsys.readouterr().out
     assert computed((4, 64, 16, 16)).reason in ("tuned", "measured faster than every kernel of ours")
     [row] = [row for row in info.collect()["tuned"] if row["device"] == CPU.name]
-    assert (row["rows"], row["reason"]) == (2, "")
+    assert (row["rows"], row["reason"]) == (3, "")
     assert row["files"] == [str(unmeasured_cpu)]
     assert tuned() == (0, written)
 
 
+def test_tune_measures_training_steps(tuned):
+    """On a CPU of these rows only the weight's gradient is training's alone."""
+    code, written = tuned("--task", "train", "-b", "8", "--only", "* n8 64x16x16 k64 f3 p1 float32*")
+    assert code == 0
+    assert set(written["rows"]) == {
+        "conv n8 64x16x16 k64 f3 p1 float32 no-relu bn",
+        "weight_gradient n8 64x16x16 k64 f3 p1 float32",
+    }
+    for row in written["rows"].values():
+        assert set(row["times"]) == {"PyTorch", "library onednn", "winograd"}
+        assert not row["rejected"]
+
+
 def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
     right = backend.conv
-    monkeypatch.setattr(backend, "conv", lambda *call: right(*call) * (1 + 1e-5))
+    monkeypatch.setattr(backend, "conv", lambda *call, **more: right(*call, **more) * (1 + 1e-5))
     code, written = tuned()
     assert code == 1
-    assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 2
+    assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 3
     assert all(row["config"] is None and "winograd" in row["rejected"] for row in written["rows"].values())
 
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
     for arguments, message in (
-        (["--dtype", "bfloat16"], "frozen float32 networks alone"),
-        (["--task", "train"], "frozen float32 networks alone"),
+        (["--dtype", "bfloat16"], "single layers in float32 alone"),
+        (["--fusion", "tail"], "single layers in float32 alone"),
         (["--only", "nothing"], "matches no problem"),
     ):
         assert tuned(*arguments) == (2, None)
@@ -142,7 +156,7 @@ def test_tune_refuses_a_file_that_is_no_table(unmeasured_cpu, tuned, capsys):
 def test_tune_lists_a_cpus_problems(tuned, capsys):
     assert tuned("--list")[0] == 0
     out = capsys.readouterr().out
-    assert "2 problems on" in out
+    assert "3 problems on" in out
     assert "conv n4 64x16x16 k64 f3 p1 float32 +residual" in out
 
 

@@ -18,10 +18,11 @@ SOURCES = [ROOT / "csrc" / "cpu" / "kernels" / f"winograd{name}" for name in ("_
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
-    "point": ("out[3 * out_step] = fma(q, odd_q, even_q);\n  out[4 * out_step] = fma(-q, odd_q, even_q);\n  out[5 * out_step] = fma(p2", "out[3 * out_step] = fma(p, odd_q, even_q);\n  out[4 * out_step] = fma(-q, odd_q, even_q);\n  out[5 * out_step] = fma(p2"),
+    "point": ("Vec even_q = fma(-p2, x2, x4), odd_q", "Vec even_q = fma(-q2, x2, x4), odd_q"),
     "last_row": ("fma(-(p2 + q2), x3, x[5 * step])", "fma(-(p2 - q2), x3, x[5 * step])"),
     "output_power": ("fma(q2 * q, odd_q,", "fma(q2, odd_q,"),
-    "no_padding": ("  for (int64_t tile = begin; tile < end; ++tile) {\n    const Place place = place_of<kOut, kOut>(conv, slab.first + tile);\n    const float* pixels", "  for (int64_t tile = begin; tile < end; ++tile) {\n    Place place = place_of<kOut, kOut>(conv, slab.first + tile);\n    ++place.row;\n    const float* pixels"),
+    "no_padding": ("place.row + i - 1", "place.row + i"),
+    "padding_right": ("column >= conv.width;", "false;"),
     "tile_edge": ("i >= place.rows || j", "i > place.rows || j"),
     "rows_for_columns": ("place.rows || j >= place.columns", "place.columns || j >= place.rows"),
     "channel_lost": ("channels = smaller(conv.summed, ", "channels = smaller(conv.summed - 1, "),

@@ -7,8 +7,9 @@ The table is written after every problem, and what is in it is not measured agai
 --budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
-With --device cpu the problems are the 3x3s of frozen float32 networks that Winograd can compute, and the library's
-path is oneDNN. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its times mean nothing.)
+With --device cpu the problems are the float32 3x3s that Winograd can compute, of frozen networks, of optimized ones and
+of training steps, and the library's path is oneDNN. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead,
+and its times mean nothing.)
 
 With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
@@ -30,7 +31,15 @@ from ..backends import winograd
 from ..cpus import Cpu, Device
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
-from ..problems import KERNEL_DTYPES, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+from ..problems import (
+    KERNEL_DTYPES,
+    ConvProblem,
+    PoolProblem,
+    Problem,
+    StemProblem,
+    TailProblem,
+    WeightGradientProblem,
+)
 from . import UserError, environment, networks, output, training_problems, tuning
 from .tuned_file import TunedFile
 
@@ -63,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--output", metavar="FILE", help="default: the table of this device in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
-    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or Winograd for frozen 3x3s")
+    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or Winograd for 3x3s")
     flag("--list", action="store_true", help="print the problems, measure nothing")
     flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
 
@@ -99,14 +108,31 @@ def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
     In the order asked for, tasks before dtypes before batch sizes before models; tails after the layers they are made
     of. On a CPU, of them those that there is something to choose for.
     """
-    if isinstance(target, Cpu):
-        layers = (problem for problem in _infer(args, REHEARSAL) if configs.candidates(problem, target))
-        return list({problem.key: problem for problem in layers}.values())
+    is_cpu = isinstance(target, Cpu)
+    by_task = {"infer": _infer_on_cpu, "train": _train_on_cpu} if is_cpu else {"infer": _infer, "train": _train}
     found: dict[str, Problem] = {}
     for task in args.task:
-        for problem in (_infer if task == "infer" else _train)(args, target):
-            found.setdefault(problem.key, problem)
+        for problem in by_task[task](args, target):
+            if not is_cpu or configs.candidates(problem, target):
+                found.setdefault(problem.key, problem)
     return list(found.values())
+
+
+def _infer_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
+    """Of frozen networks, and of optimized ones, whose weights may change."""
+    for problem in _infer(args, REHEARSAL):
+        yield problem
+        if isinstance(problem, ConvProblem):
+            yield selection.measured_as(replace(problem, folded=False), cpu)
+
+
+def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
+    """Of training steps: layers, their data gradients, which are convolutions too, and their weights' gradients."""
+    for problem in _train(args, REHEARSAL):
+        if isinstance(problem, ConvProblem):
+            yield selection.measured_as(replace(problem, folded=False), cpu)
+            if problem.statistics:
+                yield WeightGradientProblem(problem.conv, problem.dtype)
 
 
 def _train(args: argparse.Namespace, gpu: Gpu) -> Iterator[Problem]:
@@ -272,8 +298,8 @@ def _rehearsal(args: argparse.Namespace) -> Gpu:
 
 
 def _cpu(args: argparse.Namespace) -> Cpu:
-    if set(args.dtype or ["float32"]) != {"float32"} or "infer" not in args.task or "conv" not in args.fusion:
-        raise UserError("on a CPU there is a choice of kernels for layers of frozen float32 networks alone")
+    if set(args.dtype or ["float32"]) != {"float32"} or "conv" not in args.fusion:
+        raise UserError("on a CPU there is a choice of kernels for single layers in float32 alone")
     return cpus.here()
 
 

@@ -125,10 +125,10 @@ def _choose(problem: Problem, device: Device) -> Choice:
 
 
 def measured_as(problem: Problem, device: Device) -> Problem:
-    """What `tune` measures for `problem`: on GPUs a convolution folded, on CPUs one that is not without what follows it.
+    """What `tune` measures for `problem`: a convolution folded; on CPUs one that is not, alone.
 
     Batch norm in the epilogue costs a GPU's kernel next to nothing and the library a pass, so that a kernel which is
-    faster folded is faster with it. On CPUs weights that are not folded are transformed in every call.
+    faster folded is faster with it. A CPU transforms weights that are not folded in every call, whatever follows.
     """
     if not isinstance(problem, ConvProblem):
         return problem

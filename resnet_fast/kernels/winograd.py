@@ -16,8 +16,8 @@ a tile is padding, that its error is less than half of Winograd's (benchmarks/NO
 from PyTorch's. Little time is spent on such layers."""
 
 _MIN_ROWS = 112
-"""Of pixels in a batch, for a weight's gradient: PyTorch sums them up one after the other, and in fewer its error is less
-than half of Winograd's (benchmarks/NOTES.md)."""
+"""Of pixels in a batch, for a weight's gradient: PyTorch sums them up one after the other, and in fewer its error is
+less than half of Winograd's (benchmarks/NOTES.md)."""
 
 _TILES_A_CORE, _LIVE_TILES_A_CORE = 12, 24
 """With fewer, four times the weights may cost more to fetch, or if they are transformed in every call to make, than the

@@ -80,14 +80,7 @@ void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t 
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place = place_of<kOut, kOut>(conv, slab.first + tile);
     const float* pixels[kIn][kIn];
-    for (int64_t i = 0; i < kIn; ++i) {
-      for (int64_t j = 0; j < kIn; ++j) {
-        const int64_t row = place.row + i - 1, column = place.column + j - 1;
-        const bool padding = row < 0 || row >= conv.height || column < 0 || column >= conv.width;
-        const int64_t pixel = (place.image * conv.height + row) * conv.width + column;
-        pixels[i][j] = padding ? conv.zeros : conv.x + pixel * conv.channels;
-      }
-    }
+    find_pixels(conv, place, pixels);
     float* out = slab.transformed + tile * kWinogradBlock;
     for_each_vector<L::size>(conv.channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
       float* to = out + block_offset(channel, kWinogradBlock, slab.tiles);

@@ -71,14 +71,7 @@ constexpr auto kByChannels = multiply_table<1, kWinogradBlock>(std::make_integer
 C10_ALWAYS_INLINE void transform_x(
     const WinogradGradient& conv, const Place& place, float* out, const WinogradSlab& slab) {
   const float* pixels[kIn][kWideIn];
-  for (int64_t i = 0; i < kIn; ++i) {
-    for (int64_t j = 0; j < kWideIn; ++j) {
-      const int64_t row = place.row + i - 1, column = place.column + j - 1;
-      const bool padding = row < 0 || row >= conv.height || column < 0 || column >= conv.width;
-      const int64_t pixel = (place.image * conv.height + row) * conv.width + column;
-      pixels[i][j] = padding ? conv.zeros : conv.x + pixel * conv.channels;
-    }
-  }
+  find_pixels(conv, place, pixels);
   for_each_vector<L::size>(conv.channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
     float* to = out + block_offset(channel, kWinogradBlock, slab.tiles);
     Vec half[kIn][kWideIn];

@@ -59,6 +59,19 @@ C10_ALWAYS_INLINE Place place_of(const Conv& conv, int64_t tile) {
   return {tile / tiles, row, column, smaller(rows, conv.height - row), smaller(columns, conv.width - column)};
 }
 
+// The pixels of x that a tile sees.
+template <int rows, int columns, typename Conv>
+C10_ALWAYS_INLINE void find_pixels(const Conv& conv, const Place& place, const float* (&pixels)[rows][columns]) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t row = place.row + i - 1, column = place.column + j - 1;
+      const bool padding = row < 0 || row >= conv.height || column < 0 || column >= conv.width;
+      const int64_t pixel = (place.image * conv.height + row) * conv.width + column;
+      pixels[i][j] = padding ? conv.zeros : conv.x + pixel * conv.channels;
+    }
+  }
+}
+
 // Whether all lanes are zero, which 0 * x is where x is finite.
 C10_ALWAYS_INLINE bool is_zero(const Vec& x) {
   float lanes[Vec::size()];
