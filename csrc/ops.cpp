@@ -55,11 +55,14 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "SymInt[] geometry, float eps) -> Tensor");
-  // CPU only, float32: a 3x3 convolution with stride and padding 1, its weight packed, and the weight's gradient; false
-  // where NaN or Inf arose
-  m.def("winograd_pack(Tensor weight, Tensor? scale, bool turned) -> Tensor");
+  // CPU only, float32: a 3x3 convolution with stride and padding 1, by its weight packed once or not, and the weight's
+  // gradient; false where NaN or Inf arose
+  m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
-      "winograd_conv(Tensor x, Tensor packed, Tensor? bias, int out_channels, Tensor? residual, bool relu) "
+      "winograd_conv_packed(Tensor x, Tensor packed, Tensor? bias, int out_channels, Tensor? residual, bool relu) "
+      "-> (Tensor y, bool finite)");
+  m.def(
+      "winograd_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, bool turned) "
       "-> (Tensor y, bool finite)");
   m.def("winograd_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
 
@@ -106,6 +109,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
   m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
+  m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);
   m.impl("winograd_weight_gradient", &resnet_fast::cpu::winograd_weight_gradient);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);

@@ -104,7 +104,7 @@ class FrozenConv2d(Frozen):
         packed = self._transformed  # one read, as in `_pack`
         if packed is None:
             packed = self._transformed = winograd.pack(self.weight)
-        return winograd.conv(x, packed, self.bias, self.weight.shape[0], residual, self.relu)
+        return winograd.conv_packed(x, packed, self.bias, self.weight.shape[0], residual, self.relu)
 
     def _takes_winograd(self, x: Tensor, residual: Tensor | None) -> bool:
         if dispatch.requested(self.backend) == "reference":

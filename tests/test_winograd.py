@@ -203,7 +203,7 @@ def test_by_request_the_librarys_or_ours(monkeypatch):
     for name, expected in (("reference", False), ("native", True), ("auto", True)):
         conv, ran = layer(64, 64), []
         conv.backend = name
-        monkeypatch.setattr(backend, "conv", lambda *call, ran=ran: ran.append(call))
+        monkeypatch.setattr(backend, "conv_packed", lambda *call, ran=ran: ran.append(call))
         with torch.no_grad():
             conv(x)
         assert bool(ran) == expected, name
@@ -229,8 +229,8 @@ def test_a_float32_twin_takes_it_too(monkeypatch):
     """Where bfloat16 is slow, a bfloat16 network computes in float32."""
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: True)
     model, x, ran = network(), image((8, 3, 64, 64)), []
-    original = backend.conv
-    monkeypatch.setattr(backend, "conv", lambda *call: ran.append(call) or original(*call))
+    original = backend.conv_packed
+    monkeypatch.setattr(backend, "conv_packed", lambda *call: ran.append(call) or original(*call))
     frozen = freeze(model, dtype=torch.bfloat16)
     if frozen.amx_network(x.bfloat16()) is not None:
         pytest.skip("AMX computes the network")

@@ -56,23 +56,49 @@ def test_a_weights_gradient_is_as_near_to_float64_as_pytorchs(name, layout):
     assert_matches(name, dweight, stock, weight_gradient(dy.double(), x.double(), weight.double()))
 
 
+def by_op(x, weight, scale=None, bias=None, residual=None, relu=False, turned=False):
+    y, finite = torch.ops.resnet_fast_native.winograd_conv(x, weight, scale, bias, residual, relu, turned)
+    assert finite
+    return y
+
+
+WEIGHTS = {  # (K, C), images: by slabs, all together, and these packed part by part
+    "slabs": ((70, 67), 9),
+    "together": ((64, 66), 2),
+    "part_by_part": ((200, 131), 1),
+}
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("layout", [*LAYOUTS, "strided"])
 @pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
-def test_a_weight_is_packed_from_any_layout(turned, layout):
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_of_any_layout(name, turned, layout):
     """With a scale as batch norm folds in, and for the gradient of x."""
-    shape = (70, 67, 3, 3)
-    weight = draw(shape, torch.float32, layout) if layout in LAYOUTS else draw((70, 67, 3, 5), torch.float32)[..., 1:4]
-    outputs, channels = (67, 70) if turned else (70, 67)
-    scale, x = draw((outputs,), torch.float32), draw((5, channels, 19, 12), torch.float32, "channels_last")
-    y = winograd.conv(x, winograd.pack(weight, scale, turned), None, outputs, None, relu=False)
+    sizes, images = WEIGHTS[name]
+    shape = (*sizes, 3, 3)
+    weight = draw(shape, torch.float32, layout) if layout in LAYOUTS else draw((*sizes, 3, 5), torch.float32)[..., 1:4]
+    outputs, channels = sizes[::-1] if turned else sizes
+    scale, x = draw((outputs,), torch.float32), draw((images, channels, 19, 12), torch.float32, "channels_last")
 
     def plain(dtype):
         kernel = weight.to(dtype)
         kernel = kernel.transpose(0, 1).flip(2, 3) if turned else kernel
         return F.conv2d(x.to(dtype), kernel, padding=1) * scale.to(dtype)[:, None, None]
 
-    assert_matches("y", y, plain(torch.float32), plain(torch.float64))
+    assert_matches("y", by_op(x, weight, scale, turned=turned), plain(torch.float32), plain(torch.float64))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_packed_once_or_in_every_call_is_the_same_to_a_bit(name):
+    (outputs, channels), images = WEIGHTS[name]
+    weight, bias = draw((outputs, channels, 3, 3), torch.float32), draw((outputs,), torch.float32)
+    x = draw((images, channels, 19, 12), torch.float32, "channels_last")
+    residual = draw((images, outputs, 19, 12), torch.float32, "channels_last")
+    packed = winograd.conv_packed(x, winograd.pack(weight), bias, outputs, residual, relu=True)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(by_op(x, weight, None, bias, residual, relu=True), packed)
 
 
 @pytest.mark.parametrize("name", ["layer3", "odd_everything"])
@@ -103,7 +129,9 @@ def test_what_does_not_belong_together_raises():
     with pytest.raises(RuntimeError, match="float32"):
         winograd.weight_gradient(dy.double(), x, torch.zeros(32, 64, 3, 3))
     with pytest.raises(RuntimeError, match="an element an output"):
-        winograd.pack(torch.zeros(64, 64, 3, 3), torch.zeros(32))
+        by_op(x, torch.zeros(64, 64, 3, 3), torch.zeros(32))
+    with pytest.raises(RuntimeError, match="not of one convolution"):
+        winograd.conv(x, torch.zeros(64, 32, 3, 3))
     with pytest.raises(RuntimeError, match=r"\(K, C, 3, 3\)"):
         winograd.pack(torch.zeros(64, 64, 1, 1))
 
@@ -130,11 +158,9 @@ BLOCKS = {
 def ran(monkeypatch):
     """Names of what Winograd was called for, in order; a block in eval mode by its layers."""
     calls = []
-    for name in ("conv", "weight_gradient"):
+    for name in ("conv", "data_gradient", "weight_gradient"):
         original = getattr(winograd, name)
-        monkeypatch.setattr(
-            winograd, name, lambda *call, f=original, name=name, **more: calls.append(name) or f(*call, **more)
-        )
+        monkeypatch.setattr(winograd, name, lambda *call, f=original, name=name: calls.append(name) or f(*call))
     block = native_backend._cpu_residual_block
     monkeypatch.setattr(native_backend, "_cpu_residual_block", lambda *call: calls.append(call[-1]) or block(*call))
     if native_backend.has_tiles():
@@ -191,8 +217,7 @@ def test_a_block_learns(name, ran):
     with torch.no_grad():
         dy = draw(stock(x).shape, torch.float32, "channels_last")
     ours, theirs, exact = learn(fast, x, dy), learn(stock, x, dy), learn(wide, x.double(), dy)
-    assert ran.count("conv") == 2 * len(layers)
-    assert ran.count("weight_gradient") == len(layers)
+    assert sorted(ran) == sorted(["conv", "data_gradient", "weight_gradient"] * len(layers))
     sums = [name for name in ours if "bn" in name or "downsample.1" in name]
     assert_all_match(ours, theirs, exact, terms=dict.fromkeys(sums, float(dy.norm())))
 
@@ -215,7 +240,7 @@ def test_channels_last_takes_it_unless_reference_is_asked_for(layout, backend, r
     fast = optimize(stock.to(memory_format=LAYOUTS[layout]), backend=backend)
     fast(x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()).sum().backward()
     taken = layout == "channels_last" and backend != "reference"
-    assert ran == (["conv", "conv", "conv", "weight_gradient", "conv", "weight_gradient"] if taken else [])
+    assert ran == (["conv", "conv", *["data_gradient", "weight_gradient"] * 2] if taken else [])
 
 
 def test_half_types_and_other_convolutions_are_the_librarys():

@@ -26,7 +26,7 @@ MUTANTS = {  # name -> (before, after)
     "tile_edge": ("i >= place.rows || j", "i > place.rows || j"),
     "rows_for_columns": ("place.rows || j >= place.columns", "place.columns || j >= place.rows"),
     "channel_lost": ("channels = smaller(conv.summed, ", "channels = smaller(conv.summed - 1, "),
-    "sum_restarts": ("channel == 0, next", "true, next"),
+    "sum_restarts": ("channels, first, next", "channels, true, next"),
     "tile_tail": ("smaller(kRows, slab.tiles - tile) - 1", "0"),
     "no_residual": ("conv.residual != nullptr", "false"),
     "no_bias": ("L{{row[j]}} + bias", "L{{row[j]}}"),

@@ -106,6 +106,7 @@ struct WinogradConv {
   int64_t tile_rows = 0, tile_columns = 0;  // of an image, 4x4 outputs each
   int64_t panels = 0;                       // of 64 output channels
   int64_t summed = 0;                       // channels that are summed up in one go
+  bool continues = false;  // the products that there are, with more channels
 };
 
 // Its weight: kernels as the model has them, and packed.

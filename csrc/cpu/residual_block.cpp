@@ -26,8 +26,7 @@ std::optional<at::Tensor> by_winograd(
   if (layer.weight.defined()) scale = scale * layer.weight.to(at::kFloat);
   at::Tensor shift = -layer.mean.to(at::kFloat) * scale;
   if (layer.bias.defined()) shift = shift + layer.bias.to(at::kFloat);
-  const at::Tensor packed = winograd_pack(layer.conv_weight, scale, /*turned=*/false);
-  auto [y, finite] = winograd_conv(x, packed, shift, layer.conv_weight.size(0), optional(residual), relu);
+  auto [y, finite] = winograd_conv(x, layer.conv_weight, scale, shift, optional(residual), relu, /*turned=*/false);
   return finite ? std::make_optional(y) : std::nullopt;
 }
 

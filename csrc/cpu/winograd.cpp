@@ -1,7 +1,7 @@
 // The tiles are cut into slabs, each transformed, multiplied and transformed back by one thread while it is in the
 // core's cache. Where there are too few tiles for that, all threads share one slab, pass by pass, and its products by
-// weights, so that each weight is read once. A value's sum has a fixed order whatever the slabs, so no bit depends on
-// the number of threads.
+// weights, so that each weight is read once; and where it is not packed yet, each part as it is needed, which memory
+// never sees. A value's sum has a fixed order whatever the slabs, so no bit depends on the number of threads.
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
@@ -9,9 +9,9 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstring>
+#include <tuple>
 #include <utility>
 
 #include "guards.h"
@@ -67,109 +67,198 @@ bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
   return finite;
 }
 
-bool run_together(const WinogradConv& conv, int64_t tiles) {
+// All tiles as one slab that all threads share; `multiply` makes its products of its transformed input.
+template <typename F>
+bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
   const Kernels& k = kernels();
   const Scratch scratch(conv, tiles, 1);
   const auto slab = scratch.slab(0, 0, tiles);
-  const int64_t products = kWinogradElements * conv.panels;
   std::atomic<bool> finite{true};
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { k.winograd_input(conv, slab, begin, end); });
-  at::parallel_for(0, products, 1, [&](int64_t begin, int64_t end) { k.winograd_product(conv, slab, begin, end); });
+  multiply(slab);
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     if (!k.winograd_output(conv, slab, begin, end)) finite = false;
   });
   return finite;
 }
 
+// Products by a weight that is packed part by part.
+void multiply_packing(const WinogradConv& conv, const WinogradWeight& weight, const WinogradSlab& slab) {
+  const Kernels& k = kernels();
+  const Tensor parts = at::empty({at::get_num_threads(), kWinogradElements * kWinogradBlock * kWinogradPanel}, at::kFloat);
+  at::parallel_for(0, conv.panels, 1, [&](int64_t begin, int64_t end) {
+    float* packed = parts.mutable_data_ptr<float>() + at::get_thread_num() * parts.size(1);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t channel = 0; channel < conv.channels; channel += kWinogradBlock) {
+        WinogradWeight part = weight;
+        const int64_t output = panel * kWinogradPanel;
+        part.weight += output * weight.output_step + channel * weight.channel_step;
+        part.scale += weight.scale == nullptr ? 0 : output;
+        part.packed = packed;
+        part.outputs = std::min(kWinogradPanel, weight.outputs - output);
+        part.channels = std::min(kWinogradBlock, weight.channels - channel);
+        part.panels = 1;
+        k.winograd_pack(part, 0, part.channels);
+        WinogradConv product = conv;
+        product.weight = packed;
+        product.channels = part.channels;
+        product.panels = 1;
+        product.continues = channel > 0;
+        WinogradSlab of = slab;
+        of.transformed += channel * slab.tiles;
+        of.products += output * slab.tiles;
+        k.winograd_product(product, of, 0, kWinogradElements);
+      }
+    }
+  });
+}
+
+// The convolution's tensors, kept while it runs.
+struct Operands {
+  Tensor x, y, bias, residual, zeros;
+  WinogradConv conv;
+  int64_t tiles;
+};
+
+Operands operands(
+    const Tensor& x, int64_t outputs, const OptionalTensor& bias, const OptionalTensor& residual, bool relu) {
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "winograd_conv: x must be 4-D and float32");
+  const auto format = at::MemoryFormat::ChannelsLast;
+  Operands out;
+  out.x = x.contiguous(format);
+  out.y = at::empty({x.size(0), outputs, x.size(2), x.size(3)}, x.options().memory_format(format));
+  TORCH_CHECK(
+      !residual.has_value() || (residual->sizes() == out.y.sizes() && residual->scalar_type() == at::kFloat),
+      "winograd_conv: residual must be float32 and of the output's shape");
+  if (residual.has_value()) out.residual = residual->contiguous(format);
+  out.zeros = at::zeros({round_up(x.size(1), kLine)}, x.options());
+  out.bias = bias.has_value() ? *bias : at::zeros({outputs}, x.options());
+
+  WinogradConv& conv = out.conv;
+  conv.x = out.x.const_data_ptr<float>();
+  conv.zeros = out.zeros.const_data_ptr<float>();
+  conv.bias = out.bias.const_data_ptr<float>();
+  conv.residual = out.residual.defined() ? out.residual.const_data_ptr<float>() : nullptr;
+  conv.y = out.y.mutable_data_ptr<float>();
+  conv.relu = relu;
+  conv.channels = x.size(1);
+  conv.outputs = outputs;
+  conv.height = x.size(2);
+  conv.width = x.size(3);
+  conv.tile_rows = div_up(conv.height, kWinogradOut);
+  conv.tile_columns = div_up(conv.width, kWinogradOut);
+  conv.panels = div_up(outputs, kWinogradPanel);
+  conv.summed = conv.channels < kNarrow ? kNarrowSum : kSum;
+  out.tiles = x.size(0) * conv.tile_rows * conv.tile_columns;
+  return out;
+}
+
+int64_t packed_bytes(const WinogradConv& conv) {
+  return kWinogradElements * conv.panels * conv.channels * kWinogradPanel * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t largest_slab(const WinogradConv& conv) { return packed_bytes(conv) <= kWeightsKept ? kSmallSlab : kLargeSlab; }
+
+// Whether there are too few tiles for a slab a thread.
+bool is_small(const Operands& of) { return of.tiles < largest_slab(of.conv) * at::get_num_threads(); }
+
+// By a packed weight.
+bool run(const Operands& of) {
+  const WinogradConv& conv = of.conv;
+  if (is_small(of)) {
+    return run_together(conv, of.tiles, [&](const WinogradSlab& slab) {
+      at::parallel_for(0, kWinogradElements * conv.panels, 1, [&](int64_t begin, int64_t end) {
+        kernels().winograd_product(conv, slab, begin, end);
+      });
+    });
+  }
+  const int64_t slabs = round_up(div_up(of.tiles, largest_slab(conv)), at::get_num_threads());
+  return run_by_slab(conv, of.tiles, round_up(div_up(of.tiles, slabs), kWinogradRows));
+}
+
+// A dense weight, straight or turned.
+WinogradWeight describe(const Tensor& weight, const Tensor& scale, bool turned) {
+  WinogradWeight out;
+  std::tie(out.output_step, out.channel_step, out.tap_step) = winograd_steps(weight);
+  out.weight = weight.const_data_ptr<float>();
+  out.outputs = weight.size(0);
+  out.channels = weight.size(1);
+  if (turned) {
+    out.weight += 8 * out.tap_step;
+    out.tap_step = -out.tap_step;
+    std::swap(out.outputs, out.channels);
+    std::swap(out.output_step, out.channel_step);
+  }
+  out.panels = div_up(out.outputs, kWinogradPanel);
+  TORCH_CHECK(!scale.defined() || scale.numel() == out.outputs, "winograd: scale must have an element an output");
+  if (scale.defined()) out.scale = scale.const_data_ptr<float>();
+  return out;
+}
+
+Tensor pack(WinogradWeight weight) {
+  Tensor packed = at::empty({kWinogradElements, weight.panels, weight.channels, kWinogradPanel}, at::kFloat);
+  if (packed.numel() == 0) return packed;
+  weight.packed = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, weight.channels, 1, [&](int64_t begin, int64_t end) {
+    kernels().winograd_pack(weight, begin, end);
+  });
+  return packed;
+}
+
 }  // namespace
 
 Tensor winograd_dense(const Tensor& weight) {
+  TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == at::kFloat,
+      "winograd: weight must be (K, C, 3, 3) and float32");
   TORCH_CHECK(weight.numel() < (int64_t{1} << 31), "winograd: weight has 2^31 elements or more");
   const bool usable = weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   return usable ? weight : weight.contiguous();
 }
 
-std::array<int64_t, 3> winograd_steps(const Tensor& weight) {
-  const int64_t channels = weight.size(1), contiguous = weight.is_contiguous();
+std::tuple<int64_t, int64_t, int64_t> winograd_steps(const Tensor& weight) {
+  const int64_t channels = weight.size(1);
+  const bool contiguous = weight.is_contiguous();
   return {9 * channels, contiguous ? 9 : 1, contiguous ? 1 : channels};
 }
 
 bool winograd_usable() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
 
-Tensor winograd_pack(const Tensor& weight, const OptionalTensor& scale, bool turned) {
-  TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == at::kFloat,
-      "winograd_pack: weight must be (K, C, 3, 3) and float32");
+Tensor winograd_pack(const Tensor& weight) {
   const OpGuard guard;
   const Tensor w = winograd_dense(weight);
-  const auto [output_step, channel_step, tap_step] = winograd_steps(w);
-  WinogradWeight conv;
-  conv.weight = w.const_data_ptr<float>();
-  conv.outputs = w.size(0);
-  conv.channels = w.size(1);
-  conv.output_step = output_step;
-  conv.channel_step = channel_step;
-  conv.tap_step = tap_step;
-  if (turned) {
-    conv.weight += 8 * conv.tap_step;
-    conv.tap_step = -conv.tap_step;
-    std::swap(conv.outputs, conv.channels);
-    std::swap(conv.output_step, conv.channel_step);
-  }
-  conv.panels = div_up(conv.outputs, kWinogradPanel);
-  const Tensor scales = scale.has_value() ? scale->to(at::kFloat).contiguous() : Tensor();
-  TORCH_CHECK(!scales.defined() || scales.numel() == conv.outputs, "winograd_pack: scale must have an element an output");
-  if (scales.defined()) conv.scale = scales.const_data_ptr<float>();
-  Tensor packed = at::empty({kWinogradElements, conv.panels, conv.channels, kWinogradPanel}, w.options());
-  if (packed.numel() == 0) return packed;
-  conv.packed = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, conv.channels, 1, [&](int64_t begin, int64_t end) {
-    kernels().winograd_pack(conv, begin, end);
-  });
-  return packed;
+  return pack(describe(w, {}, /*turned=*/false));
+}
+
+std::tuple<Tensor, bool> winograd_conv_packed(
+    const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
+    const OptionalTensor& residual, bool relu) {
+  const OpGuard guard;
+  Operands of = operands(x, out_channels, bias, residual, relu);
+  TORCH_CHECK(
+      packed.dim() == 4 && packed.size(2) == of.conv.channels && packed.size(1) == of.conv.panels,
+      "winograd_conv: packed is not of ", x.size(1), " -> ", out_channels, " channels");
+  of.conv.weight = packed.const_data_ptr<float>();
+  return {of.y, of.y.numel() == 0 || run(of)};
 }
 
 std::tuple<Tensor, bool> winograd_conv(
-    const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
-    const OptionalTensor& residual, bool relu) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat, "winograd_conv: x must be 4-D and float32");
-  TORCH_CHECK(
-      packed.dim() == 4 && packed.size(2) == x.size(1) && packed.size(1) == div_up(out_channels, kWinogradPanel),
-      "winograd_conv: packed is not of ", x.size(1), " -> ", out_channels, " channels");
+    const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
+    const OptionalTensor& residual, bool relu, bool turned) {
   const OpGuard guard;
-  const auto format = at::MemoryFormat::ChannelsLast;
-  const Tensor input = x.contiguous(format);
-  Tensor y = at::empty({x.size(0), out_channels, x.size(2), x.size(3)}, x.options().memory_format(format));
-  TORCH_CHECK(
-      !residual.has_value() || (residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat),
-      "winograd_conv: residual must be float32 and of the output's shape");
-  const Tensor added = residual.has_value() ? residual->contiguous(format) : Tensor();
-  if (y.numel() == 0) return {y, true};
-  const Tensor zeros = at::zeros({round_up(x.size(1), kLine)}, x.options());
-  const Tensor shift = bias.has_value() ? *bias : at::zeros({out_channels}, x.options());
-
-  WinogradConv conv;
-  conv.x = input.const_data_ptr<float>();
-  conv.zeros = zeros.const_data_ptr<float>();
-  conv.weight = packed.const_data_ptr<float>();
-  conv.bias = shift.const_data_ptr<float>();
-  conv.residual = added.defined() ? added.const_data_ptr<float>() : nullptr;
-  conv.y = y.mutable_data_ptr<float>();
-  conv.relu = relu;
-  conv.channels = x.size(1);
-  conv.outputs = out_channels;
-  conv.height = x.size(2);
-  conv.width = x.size(3);
-  conv.tile_rows = div_up(conv.height, kWinogradOut);
-  conv.tile_columns = div_up(conv.width, kWinogradOut);
-  conv.panels = packed.size(1);
-  conv.summed = conv.channels < kNarrow ? kNarrowSum : kSum;
-
-  const int64_t tiles = x.size(0) * conv.tile_rows * conv.tile_columns, threads = at::get_num_threads();
-  const int64_t most = static_cast<int64_t>(packed.nbytes()) <= kWeightsKept ? kSmallSlab : kLargeSlab;
-  if (tiles < most * threads) return {y, run_together(conv, tiles)};
-  const int64_t slabs = round_up(div_up(tiles, most), threads);
-  return {y, run_by_slab(conv, tiles, round_up(div_up(tiles, slabs), kWinogradRows))};
+  const Tensor w = winograd_dense(weight), scales = scale.has_value() ? scale->contiguous() : Tensor();
+  const WinogradWeight described = describe(w, scales, turned);
+  Operands of = operands(x, described.outputs, bias, residual, relu);
+  TORCH_CHECK(of.conv.channels == described.channels, "winograd_conv: x and weight are not of one convolution");
+  if (of.y.numel() == 0) return {of.y, true};
+  if (is_small(of) && packed_bytes(of.conv) > kWeightsKept && of.conv.panels >= at::get_num_threads()) {
+    const bool finite = run_together(
+        of.conv, of.tiles, [&](const WinogradSlab& slab) { multiply_packing(of.conv, described, slab); });
+    return {of.y, finite};
+  }
+  const Tensor packed = pack(described);
+  of.conv.weight = packed.const_data_ptr<float>();
+  return {of.y, run(of)};
 }
 
 }  // namespace resnet_fast::cpu

@@ -6,7 +6,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -19,19 +18,23 @@ using OptionalTensor = std::optional<Tensor>;
 bool winograd_usable();
 
 // (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64]; beyond K, in the last panel, the last is repeated.
-// scale: (K,), multiplied on. turned: for the gradient of x, the convolution of that of y with the kernels turned by 180
-// degrees, from K channels to C.
-Tensor winograd_pack(const Tensor& weight, const OptionalTensor& scale, bool turned);
+Tensor winograd_pack(const Tensor& weight);
 
-// act(conv2d(x, weight, padding=1) + bias + residual), and whether every value of the convolution was finite. Where
-// not, y is of no use: the transforms spread NaN and Inf over a tile.
-std::tuple<Tensor, bool> winograd_conv(
+// act(conv2d(x, weight, padding=1) + bias + residual) by a packed weight, and whether every value of the convolution was
+// finite. Where not, y is of no use: the transforms spread NaN and Inf over a tile.
+std::tuple<Tensor, bool> winograd_conv_packed(
     const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
     const OptionalTensor& residual, bool relu);
+
+// The same by a weight (K, C, 3, 3) times `scale` (K,), bit for bit. turned: the convolution with the kernels turned by
+// 180 degrees and from K channels to C, which gives the gradient of x for that of y.
+std::tuple<Tensor, bool> winograd_conv(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
+    const OptionalTensor& residual, bool relu, bool turned);
 
 // The weight as it is where its nine taps are evenly apart, else a copy; and how far apart its outputs, channels and taps
 // are.
 Tensor winograd_dense(const Tensor& weight);
-std::array<int64_t, 3> winograd_steps(const Tensor& weight);
+std::tuple<int64_t, int64_t, int64_t> winograd_steps(const Tensor& weight);
 
 }  // namespace resnet_fast::cpu

@@ -50,27 +50,36 @@ def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], d
     return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
 
 
-def pack(weight: Tensor, scale: Tensor | None = None, turned: bool = False) -> Tensor:
-    """The weight (K, C, 3, 3) transformed, 36 values for every 9; each output's times `scale` (K,).
-
-    turned: for `conv` to compute the gradient of x from that of y, K channels to C.
-    """
-    return torch.ops.resnet_fast_native.winograd_pack(weight, scale, turned)
+def pack(weight: Tensor) -> Tensor:
+    """The weight (K, C, 3, 3) transformed, 36 values for every 9, for `conv_packed`."""
+    return torch.ops.resnet_fast_native.winograd_pack(weight)
 
 
-def conv(
+def conv_packed(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int, residual: Tensor | None, relu: bool
 ) -> Tensor | None:
     """act(conv2d(x, padding=1) + residual), float32 and channels_last; None where a NaN or Inf arose.
 
     A tile would hand it on to outputs that PyTorch has no NaN in, so then another kernel has to compute all of it.
     """
-    y, finite = torch.ops.resnet_fast_native.winograd_conv(x, packed, bias, out_channels, residual, relu)
+    y, finite = torch.ops.resnet_fast_native.winograd_conv_packed(x, packed, bias, out_channels, residual, relu)
     return y if finite else None
 
 
+def conv(x: Tensor, conv_weight: Tensor) -> Tensor | None:
+    """conv2d(x, padding=1), as `conv_packed`."""
+    y, finite = torch.ops.resnet_fast_native.winograd_conv(x, conv_weight, None, None, None, False, False)
+    return y if finite else None
+
+
+def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor | None:
+    """The gradient of x, plus `add`, from that of `conv`; None as `conv_packed`."""
+    dx, finite = torch.ops.resnet_fast_native.winograd_conv(dy, conv_weight, None, None, add, False, True)
+    return dx if finite else None
+
+
 def weight_gradient(dy: Tensor, x: Tensor, conv_weight: Tensor) -> Tensor | None:
-    """The gradient of conv_weight (K, C, 3, 3), in its memory format; None as `conv`."""
+    """The gradient of conv_weight (K, C, 3, 3), in its memory format; None as `conv_packed`."""
     dweight, finite = torch.ops.resnet_fast_native.winograd_weight_gradient(dy, x, conv_weight)
     return dweight if finite else None
 

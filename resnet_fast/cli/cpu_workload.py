@@ -49,7 +49,7 @@ def _live(problem: ConvProblem) -> Workload:
         return {"y": reference.conv(x, None, weight, geometry, LIBRARY_STAGE, statistics=False)[0]}
 
     def ours() -> Outputs:
-        return {"y": winograd.conv(x, winograd.pack(weight), None, conv.out_channels, None, relu=False)}
+        return {"y": winograd.conv(x, weight)}
 
     return _workload(onednn, (x, weight), ours)
 

@@ -107,13 +107,14 @@ void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_
     float* products = slab.products + element * slab.products_step + panel * slab.tiles * kWinogradPanel;
     for (int64_t channel = 0; channel < conv.channels; channel += conv.summed) {
       const int64_t channels = smaller(conv.summed, conv.channels - channel);
+      const bool first = channel == 0 && !conv.continues;
       const float* block = transformed + block_offset(channel, kWinogradBlock, slab.tiles);
       for (int64_t output = 0; output < kWinogradPanel; output += kWide * Vec::size()) {
         const float* next = weight + (channel + channels) * kWinogradPanel;
         for (int64_t tile = 0; tile < slab.tiles; tile += kRows, next += channels * kLine) {
           kByTiles[smaller(kRows, slab.tiles - tile) - 1](
               block + tile * kWinogradBlock, weight + channel * kWinogradPanel + output,
-              products + tile * kWinogradPanel + output, channels, channel == 0, next);
+              products + tile * kWinogradPanel + output, channels, first, next);
         }
       }
     }

@@ -188,7 +188,7 @@ def _convolved(x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Ge
     stride, padding, dilation, groups = geometry
     activated = _activated(x, x_norm)
     if _is_rows(activated) and winograd.takes(activated, conv_weight, geometry):
-        y = winograd.conv(activated, winograd.pack(conv_weight), None, conv_weight.shape[0], None, relu=False)
+        y = winograd.conv(activated, conv_weight)
         if y is not None:
             return y
     with pooled():
@@ -210,7 +210,7 @@ def _by_winograd(
     dx = dweight = None
     if _is_rows(x) and _is_rows(dconv_out):
         if wants_dx and winograd.takes_data_gradient(x, conv_weight, geometry):
-            dx = winograd.conv(dconv_out, winograd.pack(conv_weight, turned=True), None, x.shape[1], add, relu=False)
+            dx = winograd.data_gradient(dconv_out, conv_weight, add)
         if wants_dweight and winograd.takes_weight_gradient(x, conv_weight, geometry):
             dweight = winograd.weight_gradient(dconv_out, x, conv_weight)
     return dx, dweight
