@@ -49,22 +49,21 @@ MUTANTS = {  # name -> (before, after)
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+@pytest.fixture
+def kernels(tmp_path):
     """All copies in one library: most of the time goes into PyTorch's headers."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
     if not SOURCES[0].is_file():
         pytest.skip("csrc/ is not beside the tests")
-    folder = tmp_path_factory.mktemp("winograd")
-    (folder / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
+    (tmp_path / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
     entries = " ".join(f"entry({name})" for name in MUTANTS)
     defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DWINOGRAD_NAMES(entry)={entries}"]
-    defines += [f'-DWINOGRAD_COPIES="{folder / "copies.h"}"']
+    defines += [f'-DWINOGRAD_COPIES="{tmp_path / "copies.h"}"']
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w"]
-    source, target = ROOT / "tests" / "csrc" / "winograd.cpp", folder / "winograd.so"
+    source, target = ROOT / "tests" / "csrc" / "winograd.cpp", tmp_path / "winograd.so"
     subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
     return ctypes.CDLL(str(target))
 
@@ -134,13 +133,17 @@ def check(conv, gradient) -> None:
     assert not gradient(*pointers(dy, x, dweight), ctypes.byref(sizes))
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_it_is_noticed(name, kernels, native):
+def notices(kernels, name: str) -> bool:
     runs = [getattr(kernels, f"{name}_{part}") for part in ("conv", "gradient")]
     for run in runs:
         run.restype = ctypes.c_bool
-    if name == "original":
+    try:
         check(*runs)
-    else:
-        with pytest.raises(AssertionError):
-            check(*runs)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_each_is_noticed(kernels, native):
+    """In one test, which one worker compiles for."""
+    assert [name for name in MUTANTS if not notices(kernels, name)] == ["original"]
