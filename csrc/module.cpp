@@ -46,7 +46,7 @@ py::list capabilities() {
   out.append("AVX512");
 #endif
 #ifdef WITH_AMX
-  out.append("AMX");
+  out.append(resnet_fast::cpu::amx::name());
 #endif
   return out;
 }
