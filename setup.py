@@ -242,6 +242,8 @@ def native_commands(plan: Plan) -> dict:
     class NativeBuild(BuildExtension):
         """BuildExtension + one object per kernel file and ISA, a stable build folder, and auto's way back."""
 
+        tiles = "AMX"
+
         def finalize_options(self) -> None:
             super().finalize_options()
             # setuptools gives editable builds a temporary folder, which makes every one of them a full rebuild.
@@ -254,7 +256,7 @@ def native_commands(plan: Plan) -> dict:
                 self.inplace, self.compiler = inplace, compiler  # run() replaces both, and leaves it so where it raises
                 [extension] = self.extensions
                 vars(extension).update(vars(native_extension(cuda)))
-                what, built = "C++ and CUDA" if cuda else "C++", isas() + ["AMX"] * has_amx()
+                what, built = "C++ and CUDA" if cuda else "C++", isas() + [self.tiles] * has_amx()
                 try:
                     super().run()
                 except Exception as error:  # setuptools, torch, ninja and the compilers each raise their own
@@ -302,6 +304,8 @@ def native_commands(plan: Plan) -> dict:
 
     class EmulateAmx(NativeBuild):
         """Into build/emulated-amx, out of the objects of the build before and a few of its own. Nothing installs it."""
+
+        tiles = "emulated AMX"
 
         def finalize_options(self) -> None:
             super().finalize_options()

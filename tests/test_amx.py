@@ -20,6 +20,7 @@ from resnet_fast.amx import network as amx
 from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.planner import Section, conv_of
 
+pytestmark = pytest.mark.amx
 DTYPES = [torch.bfloat16, torch.float32]
 needs_amx = pytest.mark.skipif(
     amx.why_not(torch.bfloat16) is not None, reason=str(amx.why_not(torch.bfloat16)) + " (frozen layers run by oneDNN)"

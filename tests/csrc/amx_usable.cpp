@@ -13,6 +13,6 @@ bool usable() {
   return answer;
 }
 
-const char* name() { return "AMX, emulated"; }
+const char* name() { return "emulated AMX, for tests"; }
 
 }  // namespace resnet_fast::cpu::amx
