@@ -7,7 +7,7 @@ RESNET_FAST_BUILD chooses what is compiled:
 MAX_JOBS limits the compilers run at once (default: the cores). TORCH_CUDA_ARCH_LIST says what GPUs to compile for
 (default: those of this machine; without one, "8.0;9.0+PTX").
 
-The command emulate_amx makes, for the tests, an extension whose AMX kernels run on CPUs without AMX (tests/emulation.py).
+The command emulate_amx makes an extension whose AMX kernels run on CPUs without AMX, for tests: tests/emulation.py.
 """
 
 import functools

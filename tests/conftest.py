@@ -43,6 +43,12 @@ def pytest_configure(config) -> None:
     emulation.install()
 
 
+def pytest_ignore_collect(collection_path) -> bool | None:
+    """Of a file without a test that is wanted, so that it need not be imported; None leaves it to others."""
+    unwanted = emulation.mode() == "marked" and collection_path.suffix == ".py"
+    return True if unwanted and "mark.amx" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     if emulation.mode() == "marked":
         chosen = [item for item in items if emulation.concerns(item)]

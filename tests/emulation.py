@@ -1,9 +1,9 @@
-"""AMX kernels on CPUs that have no AMX: an extension with emulated tiles in place of the installed one, for one process.
+"""AMX kernels on CPUs that have no AMX: an extension with emulated tiles in place of the installed one, in one process.
 
 RESNET_FAST_EMULATE_AMX=marked pytest tests     the tests marked `amx`, as `make test` has them run
 RESNET_FAST_EMULATE_AMX=all pytest tests        all that are chosen
 
-The extension is what `setup.py emulate_amx` makes of the build's objects: seconds where there are some, minutes without.
+The extension is what `setup.py emulate_amx` makes of the build's objects: seconds where these are, minutes without.
 """
 
 import importlib.util

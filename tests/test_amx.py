@@ -20,11 +20,14 @@ from resnet_fast.amx import network as amx
 from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.planner import Section, conv_of
 
-pytestmark = pytest.mark.amx
 DTYPES = [torch.bfloat16, torch.float32]
-needs_amx = pytest.mark.skipif(
-    amx.why_not(torch.bfloat16) is not None, reason=str(amx.why_not(torch.bfloat16)) + " (frozen layers run by oneDNN)"
-)
+
+
+def needs_amx(test):
+    reason = amx.why_not(torch.bfloat16)
+    return pytest.mark.amx(
+        pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")(test)
+    )
 
 
 def downsample(channels: int, out_channels: int, stride: int) -> nn.Module:

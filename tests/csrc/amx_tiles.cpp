@@ -1,12 +1,6 @@
-// The emulated tiles, and a convolution on them, by themselves: for tests/test_emulated_amx.py. COPIES, where it is
-// defined, is a changed copy of csrc/cpu/amx/conv.cpp.
-#include "amx_tiles.h"
-
-#ifdef COPIES
-#include COPIES
-#else
-#include "cpu/amx/conv.cpp"
-#endif
+// Tiles, emulated or the CPU's, and a convolution on them, by themselves: for tests/test_emulated_amx.py. CONV is
+// csrc/cpu/amx/conv.cpp or a changed copy of it.
+#include CONV
 
 namespace amx = resnet_fast::cpu::amx;
 
