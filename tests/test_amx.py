@@ -206,7 +206,7 @@ def test_new_weights_are_seen():
 @torch.no_grad()
 def test_sizes_change_after_freezing():
     model, frozen = small_resnet(torch.float32)
-    for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (2, 64)]:
+    for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (16, 16), (31, 11), (2, 64)]:
         x = torch.randn(batch, 3, size, size)
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
     assert len(frozen.amx_network(x)._programs) <= amx.PROGRAMS_KEPT

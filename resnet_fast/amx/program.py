@@ -200,7 +200,8 @@ class Builder:
         if key not in self.buffers:
             small = height * width <= _SMALL_PIXELS
             one = (height, width) == (1, 1)  # whose images may be rows of a tile however few they are
-            group = GROUP if one or (small and self.capacity >= GROUP) else 1
+            # A stem's kernel reads an image's pixels one behind another: its images are never side by side.
+            group = GROUP if vector == VECTOR and (one or (small and self.capacity >= GROUP)) else 1
             own, halo = self.by_image and not small, self.halos.get((height, width), 0)
             number = self.program.buffer(channels, height, width, halo, group, own, vector)
             self.buffers[key] = _Buffer(number, role, channels, height, width, own)
