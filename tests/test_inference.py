@@ -319,6 +319,28 @@ def test_stem_as_near_to_float64_as_pytorch(dtype, batch, kernel, x_layout, back
             assert torch.equal(ours.isinf(), theirs.isinf())
 
 
+@DTYPES
+def test_a_stem_of_many_bands(dtype, native):
+    """Images so large that AMX pools them in bands of rows; the last pooled row lacks one of its three."""
+    torch.manual_seed(2)
+    conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False).to(memory_format=torch.channels_last)
+    layer = (conv, lively(nn.BatchNorm2d(64)).eval())
+    exact = tuple(copy.deepcopy(module).double() for module in layer)
+
+    def pytorch(conv, bn, x):
+        return nn.functional.max_pool2d(bn(conv(x)).relu(), 3, 2, 1)
+
+    x = draw((2, 3, 133, 301), torch.float32, "channels_last")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for _ in range(2):
+                ours = stem(x, conv_bn(*layer), backend=native)
+            theirs = pytorch(*layer, x)
+        with torch.no_grad():
+            assert_matches("stem", ours, theirs, pytorch(*exact, x.to(dtype).double()))
+
+
 @pytest.mark.parametrize("x_layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("width", [1021, 1022])
 @DTYPES
