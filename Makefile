@@ -1,6 +1,7 @@
 # make demo and make test do all the set-up themselves: .venv, PyTorch, the native extension. The second time they skip it.
 #   PYTHON=python3.12            the Python that .venv is made with (3.11 to 3.13)
 #   RESNET_FAST_BUILD=auto       auto, cuda, cpu or none: see setup.py
+#   EMULATE_AMX=marked           tests that run on emulated AMX where there is none: marked (`amx`), all or, if empty, none
 #   DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS   passed on, as in: make test PYTEST_ARGS="-k bn_act -x"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -13,6 +14,7 @@ export RESNET_FAST_BUILD ?= auto
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # One thread a worker: the workers are the parallelism, and oversubscribed OpenMP threads spin.
 PYTEST_WORKERS ?= auto
+EMULATE_AMX ?= marked
 # pytest exits with 5 where it runs nothing: a failure, unless PYTEST_ARGS chose tests and these are not among them.
 NONE_CHOSEN := [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses=8
@@ -45,9 +47,11 @@ build: $(VENV)/.build-stamp ## the above, and resnet_fast installed editable wit
 demo: build ## stock and fast ResNets on real photos: same answers, and how fast
 	@$(BIN)/resnet-fast demo $(DEMO_ARGS)
 
-test: build ## the test suite: the GPU kernels in Triton's interpreter, then everything else
+test: build ## the test suite: the GPU kernels in Triton's interpreter, everything else, then AMX kernels on CPUs without
 	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) tests/interpreted || $(NONE_CHOSEN)
 	@$(PYTEST) $(PYTEST_ARGS) --ignore tests/interpreted tests || $(NONE_CHOSEN)
+	@[ -z "$(EMULATE_AMX)" ] || RESNET_FAST_EMULATE_AMX=$(EMULATE_AMX) \
+		$(PYTEST) $(PYTEST_ARGS) --ignore tests/interpreted tests || $(NONE_CHOSEN)
 
 gate: build ## every kernel the package can start, compiled for sm_80, sm_90 and sm_100
 	@RESNET_FAST_GATE=all $(PYTEST) $(PYTEST_ARGS) tests/test_compile_gate.py tests/test_compile_gate_cuda.py

@@ -6,6 +6,8 @@ RESNET_FAST_BUILD chooses what is compiled:
     cuda  C++ and CUDA, or an error        cpu   C++, or an error        none  pure Python
 MAX_JOBS limits the compilers run at once (default: the cores). TORCH_CUDA_ARCH_LIST says what GPUs to compile for
 (default: those of this machine; without one, "8.0;9.0+PTX").
+
+The command emulate_amx makes an extension whose AMX kernels run on CPUs without AMX, for tests: tests/emulation.py.
 """
 
 import functools
@@ -42,7 +44,11 @@ ISA_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 # csrc/cpu/amx/*.cpp, compiled once where the compiler knows them; run only where the CPU and the system have AMX.
-AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", *ISA_FLAGS["AVX512"]]
+AMX_VECTOR_FLAGS = ["-mavx512bf16", *ISA_FLAGS["AVX512"]]
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", *AMX_VECTOR_FLAGS]
+# The same files with tests/csrc/amx_tiles.h for tiles, and what stands in for the question whether the CPU has any.
+EMULATED_AMX_FLAGS = ["-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *AMX_VECTOR_FLAGS]
+EMULATED_AMX_SOURCES = {"csrc/cpu/program/usable.cpp": "tests/csrc/amx_usable.cpp"}
 # Commands that only describe the package must not pay for importing torch, nor need it.
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name", "--help"}
 
@@ -236,6 +242,8 @@ def native_commands(plan: Plan) -> dict:
     class NativeBuild(BuildExtension):
         """BuildExtension + one object per kernel file and ISA, a stable build folder, and auto's way back."""
 
+        tiles = "AMX"
+
         def finalize_options(self) -> None:
             super().finalize_options()
             # setuptools gives editable builds a temporary folder, which makes every one of them a full rebuild.
@@ -248,7 +256,7 @@ def native_commands(plan: Plan) -> dict:
                 self.inplace, self.compiler = inplace, compiler  # run() replaces both, and leaves it so where it raises
                 [extension] = self.extensions
                 vars(extension).update(vars(native_extension(cuda)))
-                what, built = "C++ and CUDA" if cuda else "C++", isas() + ["AMX"] * has_amx()
+                what, built = "C++ and CUDA" if cuda else "C++", isas() + [self.tiles] * has_amx()
                 try:
                     super().run()
                 except Exception as error:  # setuptools, torch, ninja and the compilers each raise their own
@@ -275,7 +283,10 @@ def native_commands(plan: Plan) -> dict:
                 macros = [("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)]
                 yield from self.objects(ext, kernels, isa, macros, ISA_FLAGS[isa])
             if has_amx():
-                yield from self.objects(ext, sources("cpu/amx/*.cpp"), "AMX", [], AMX_FLAGS)
+                yield from self.amx_objects(ext)
+
+        def amx_objects(self, ext) -> list[str]:
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX", [], AMX_FLAGS)
 
         def objects(self, ext, files: list[str], isa: str, macros: list, flags: list[str]) -> list[str]:
             folder = str(Path(self.build_temp) / isa.lower())
@@ -291,7 +302,26 @@ def native_commands(plan: Plan) -> dict:
             os.replace(staged, outfile)
             return outfile, 1
 
-    return {"build_ext": NativeBuild}
+    class EmulateAmx(NativeBuild):
+        """Into build/emulated-amx, out of the objects of the build before and a few of its own. Nothing installs it."""
+
+        tiles = "emulated AMX"
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if not has_amx():
+                raise SystemExit("resnet-fast build: there is no AMX to emulate in a build of this system and compiler")
+            self.build_lib = str(ROOT / "build" / "emulated-amx")
+            self.force = True  # setuptools looks at sources only; ninja looks at headers and flags as well
+
+        def amx_objects(self, ext) -> list[str]:
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", [], EMULATED_AMX_FLAGS)
+
+        def build_extension(self, ext) -> None:
+            ext.sources = [EMULATED_AMX_SOURCES.get(source, source) for source in ext.sources]
+            super().build_extension(ext)
+
+    return {"build_ext": NativeBuild, "emulate_amx": EmulateAmx}
 
 
 class FreshBuild(build):

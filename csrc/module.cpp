@@ -46,7 +46,7 @@ py::list capabilities() {
   out.append("AVX512");
 #endif
 #ifdef WITH_AMX
-  out.append("AMX");
+  out.append(resnet_fast::cpu::amx::name());
 #endif
   return out;
 }
@@ -124,7 +124,8 @@ void bind_program(py::module_& m) {
            py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("blocks"), py::arg("outputs_per_group"),
            py::arg("relu"))
       .def("skip", &Program::skip, py::arg("x"), py::arg("y"), py::arg("stride"))
-      .def("max_pool", &Program::max_pool, py::arg("x"), py::arg("y"))
+      .def("conv_max_pool", &Program::conv_max_pool, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("weight"),
+           py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("height"), py::arg("width"))
       .def("average_pool", &Program::average_pool, py::arg("x"), py::arg("y"))
       .def("write", &Program::write, py::arg("x"))
       .def("run", &Program::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>())

@@ -1,8 +1,12 @@
-"""What every test gets: a seed, a clean log, a dispatch that forgets, memory full of NaN on request; and backends."""
+"""What every test gets: a seed, a clean log, a dispatch that forgets, memory full of NaN on request; and backends.
+
+With RESNET_FAST_EMULATE_AMX the C++ extension is one that emulates AMX (`emulation`).
+"""
 
 import os
 import shutil
 
+import emulation
 import numpy as np
 import pytest
 import torch
@@ -29,7 +33,27 @@ def native_missing() -> str | None:
     return dispatch.load("native").available()
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_configure(config) -> None:
+    if emulation.mode() is None:
+        return
+    if not hasattr(config, "workerinput"):  # the process that starts the others, if there are others
+        if (reason := emulation.why_not()) is not None:
+            pytest.exit(f"nothing to emulate: {reason}", returncode=0)
+        emulation.build()
+    emulation.install()
+
+
+def pytest_ignore_collect(collection_path) -> bool | None:
+    """Of a file without a test that is wanted, so that it need not be imported; None leaves it to others."""
+    unwanted = emulation.mode() == "marked" and collection_path.suffix == ".py"
+    return True if unwanted and "mark.amx" not in collection_path.read_text() else None
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if emulation.mode() == "marked":
+        chosen = [item for item in items if emulation.concerns(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if torch.cuda.is_available():
         return
     for item in items:

@@ -21,9 +21,13 @@ from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.planner import Section, conv_of
 
 DTYPES = [torch.bfloat16, torch.float32]
-needs_amx = pytest.mark.skipif(
-    amx.why_not(torch.bfloat16) is not None, reason=str(amx.why_not(torch.bfloat16)) + " (frozen layers run by oneDNN)"
-)
+
+
+def needs_amx(test):
+    reason = amx.why_not(torch.bfloat16)
+    return pytest.mark.amx(
+        pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")(test)
+    )
 
 
 def downsample(channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -202,7 +206,7 @@ def test_new_weights_are_seen():
 @torch.no_grad()
 def test_sizes_change_after_freezing():
     model, frozen = small_resnet(torch.float32)
-    for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (2, 64)]:
+    for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (16, 16), (31, 11), (2, 64)]:
         x = torch.randn(batch, 3, size, size)
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
     assert len(frozen.amx_network(x)._programs) <= amx.PROGRAMS_KEPT

@@ -17,6 +17,7 @@ from resnet_fast.backends.primitives import Geometry, Norm, reference
 from resnet_fast.backends.primitives import native as native_primitives
 from resnet_fast.training import LIBRARY, PROLOGUE
 
+pytestmark = pytest.mark.amx
 DTYPES = pytest.mark.parametrize("dtype", native_backend.TILE_DTYPES, ids=str)
 
 

@@ -19,6 +19,7 @@ from resnet_fast import optimize
 from resnet_fast.functional import ConvBn, residual_block, stem
 from resnet_fast.layers import conv_bn
 
+pytestmark = pytest.mark.amx
 OPS = torch.ops.resnet_fast
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -316,6 +317,45 @@ def test_stem_as_near_to_float64_as_pytorch(dtype, batch, kernel, x_layout, back
                 ours, theirs = stem(x, conv_bn(*layer), backend=backend), pytorch(*layer, x)
             assert torch.equal(ours.isnan(), theirs.isnan())
             assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+@DTYPES
+def test_a_stem_of_many_bands(dtype, native):
+    """Images so large that AMX pools them in bands of rows; the last pooled row lacks one of its three."""
+    torch.manual_seed(2)
+    conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False).to(memory_format=torch.channels_last)
+    layer = (conv, lively(nn.BatchNorm2d(64)).eval())
+    exact = tuple(copy.deepcopy(module).double() for module in layer)
+
+    def pytorch(conv, bn, x):
+        return nn.functional.max_pool2d(bn(conv(x)).relu(), 3, 2, 1)
+
+    x = draw((2, 3, 133, 301), torch.float32, "channels_last")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            for _ in range(2):
+                ours = stem(x, conv_bn(*layer), backend=native)
+            theirs = pytorch(*layer, x)
+        with torch.no_grad():
+            assert_matches("stem", ours, theirs, pytorch(*exact, x.to(dtype).double()))
+
+
+@pytest.mark.parametrize("x_layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("width", [1021, 1022])
+@DTYPES
+def test_threads_that_share_an_image_leave_each_others_rows_alone(dtype, width, x_layout, native):
+    """Rows are read 4 pixels at a time, and one pixel of halo is all that is between two of them."""
+    conv = nn.Conv2d(3, 32, 3, 2, 1, bias=False).to(memory_format=torch.channels_last)
+    layer = conv_bn(conv, lively(nn.BatchNorm2d(32)).eval())
+    x = draw((1, 3, 64, width), torch.float32, x_layout)
+    results = []
+    for threads in (1, *10 * (2,)):
+        torch.set_num_threads(threads)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            results.append(stem(x, layer, backend=native))
+    for y in results[1:]:
+        torch.testing.assert_close(y, results[0])
 
 
 @DTYPES

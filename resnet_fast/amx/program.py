@@ -125,14 +125,15 @@ class Builder:
     def _stem(self) -> _Buffer:
         name, module = self.section.stem
         x = self._read("image", *self.image, IMAGE_VECTOR)
-        x = self._conv(name, module, x, "stem")
         if not self.section.max_pool:
-            return x
-        pool = _max_pool((1, x.channels, x.height, x.width))
-        y = self._buffer("block", x.channels, pool.out_height, pool.out_width)
+            return self._conv(name, module, x, "stem")
+        conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.packed[module]
+        pool = _max_pool(conv.y_shape)
+        y = self._buffer("block", conv.out_channels, pool.out_height, pool.out_width)
         self._enter(x, y)
-        self.program.max_pool(x.number, y.number)
-        self._cost(values=pool.x_elements + pool.y_elements)
+        tensors, size = (packed.weight, packed.bias), (conv.out_height, conv.out_width)
+        self.program.conv_max_pool(f"{name}+maxpool", x.number, y.number, *tensors, packed.taps, conv.stride[0], *size)
+        self._cost(conv.real_flops, conv.x_elements + pool.y_elements, packed.bytes)
         return y
 
     def _block(self, name: str, block: FrozenBlock, x: _Buffer) -> _Buffer:
@@ -200,7 +201,8 @@ class Builder:
         if key not in self.buffers:
             small = height * width <= _SMALL_PIXELS
             one = (height, width) == (1, 1)  # whose images may be rows of a tile however few they are
-            group = GROUP if one or (small and self.capacity >= GROUP) else 1
+            # A stem's kernel reads an image's pixels one behind another: its images are never side by side.
+            group = GROUP if vector == VECTOR and (one or (small and self.capacity >= GROUP)) else 1
             own, halo = self.by_image and not small, self.halos.get((height, width), 0)
             number = self.program.buffer(channels, height, width, halo, group, own, vector)
             self.buffers[key] = _Buffer(number, role, channels, height, width, own)

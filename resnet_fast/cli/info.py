@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .. import _log, cpus, dispatch, gpus, memory, numerics, training
 from ..amx.network import why_not as why_not_amx
-from ..backends import winograd
+from ..backends import native, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from . import checks, environment, output
@@ -114,7 +114,7 @@ def _frozen_cpu() -> dict[str, str]:
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
     reason = why_not_amx(dtype)
     if reason is None:
-        return "AMX"
+        return native.tiles_name()
     text = f"PyTorch's convolutions: {reason}"
     if dtype != torch.float32:
         return text

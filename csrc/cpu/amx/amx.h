@@ -20,6 +20,9 @@ constexpr int64_t kScratchFloats = 5120;  // that a thread lends to conv(), 64-b
 // False as well where PyTorch was told to use less than AVX-512 (ATEN_CPU_CAPABILITY).
 bool usable();
 
+// "AMX", for reports; something else where the tests have replaced it.
+const char* name();
+
 // Around all calls of conv() in a thread.
 void configure_tiles();
 void release_tiles();

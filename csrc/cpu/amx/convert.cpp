@@ -33,6 +33,14 @@ inline void interleave(const __m512 (&channel)[4], __m512 (&pixels)[4]) {
   pixels[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
+// 4 pixels, or as many as the row has left: behind its halo is the next row, which another thread may have written.
+template <int planes>
+inline void store_pixels(uint16_t* y, int64_t plane, __m512 pixels, int64_t left) {
+  __m256i parts[planes];
+  split<planes>(pixels, parts);
+  for (int64_t i = 0; i < planes; ++i) _mm256_mask_storeu_epi16(y + i * plane, lanes(4 * left), parts[i]);
+}
+
 // A row whose channels are planes, or anyhow else: 16 pixels at a time.
 template <int planes>
 void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
@@ -54,7 +62,9 @@ void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
       }
     }
     interleave(channel, pixels);
-    for (int64_t i = 0; 4 * i < wanted; ++i) store<planes>(y + (column + 4 * i) * 4, args.y_plane, pixels[i]);
+    for (int64_t i = 0; 4 * i < wanted; ++i) {
+      store_pixels<planes>(y + (column + 4 * i) * 4, args.y_plane, pixels[i], wanted - 4 * i);
+    }
   }
 }
 
@@ -73,7 +83,8 @@ void pack_interleaved_row(const ImageArgs& args, int64_t from, uint16_t* y) {
     const int64_t at = column * args.channels, left = values - at;
     const __mmask16 wanted = lanes(left < 4 * args.channels ? left : 4 * args.channels);
     const __m512 x = load_masked(args.x, args.float32, from + at, wanted);
-    store<planes>(y + column * 4, args.y_plane, _mm512_maskz_permutexvar_ps(real, order, x));
+    store_pixels<planes>(
+        y + column * 4, args.y_plane, _mm512_maskz_permutexvar_ps(real, order, x), args.width - column);
   }
 }
 

@@ -77,14 +77,26 @@ void Program::conv(
     const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
-  const int64_t sharing = !sections_.empty() && sections_.back().by_image ? 1 : threads_;
-  add(make_conv(planes_, sharing, name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
+  add(make_conv(planes_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
                 {0, false, weight, {}, bias}, taps, shape));
 }
 
 void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }
 
-void Program::max_pool(int64_t x, int64_t y) { add(make_max_pool(planes_, at(x), at(y))); }
+void Program::conv_max_pool(
+    const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
+    const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t height, int64_t width) {
+  const Packed packed{0, false, weight, {}, bias};
+  add(make_conv_pool(planes_, name, at(x), at(band(y, width)), at(y), height, packed, taps, stride));
+}
+
+int64_t Program::band(int64_t y, int64_t width) {
+  const Buffer& pooled = at(y);
+  const int64_t height = band_height(planes_, pooled.channels, width, pooled.height, sharing());
+  return buffer(pooled.channels, height, width, 1, 1, true, amx::kVector);
+}
+
+int64_t Program::sharing() const { return !sections_.empty() && sections_.back().by_image ? 1 : threads_; }
 
 void Program::average_pool(int64_t x, int64_t y) { add(make_average_pool(planes_, at(x), at(y))); }
 

@@ -61,7 +61,12 @@ class Program {
       bool relu);
   // y is every stride-th pixel of every stride-th row of x.
   void skip(int64_t x, int64_t y, int64_t stride);
-  void max_pool(int64_t x, int64_t y);
+  // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1) of an image x, whose convolution is height x width.
+  void conv_max_pool(
+      const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
+      const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t height, int64_t width);
+  // The buffer that a convolution `width` wide and pooled into y is in, a band at a time.
+  int64_t band(int64_t y, int64_t width);
   void average_pool(int64_t x, int64_t y);
   // Of buffer x into the output, channels_last.
   void write(int64_t x);
@@ -73,6 +78,8 @@ class Program {
   std::vector<StepTime> timed_run(const at::Tensor& x, const at::Tensor& y);
 
  private:
+  int64_t sharing() const;  // threads that share an image's steps, in the present section
+
   struct Section {
     bool by_image;
     std::vector<std::unique_ptr<Step>> steps;

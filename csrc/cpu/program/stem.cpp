@@ -58,16 +58,14 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer)
     program.section(own);
     const int64_t image =
         program.buffer(x.size(1), x.size(2), x.size(3), std::max(top, left), 1, own, kImageVector);
-    const int64_t conv = program.buffer(channels, height, width, 1, 1, own, amx::kVector);
+    const int64_t pooled = planes == 1 ? program.tensor(Place::kY, channels, pooled_height, pooled_width)
+                                       : program.buffer(channels, pooled_height, pooled_width, 0, 1, own, amx::kVector);
     program.read(image);
-    program.add(make_conv(planes, own ? 1 : threads, "conv", program.at(image), program.at(conv), nullptr, packed, taps,
-                          {stride, 1, channels / amx::kVector, true}));
+    program.add(make_conv_pool(planes, "conv", program.at(image), program.at(program.band(pooled, width)),
+                               program.at(pooled), height, packed, taps, stride));
     if (planes == 1) {
-      program.max_pool(conv, program.tensor(Place::kY, channels, pooled_height, pooled_width));
       program.add(make_check());  // the kernel is widened by weights of zero, and Inf times zero is NaN
     } else {
-      const int64_t pooled = program.buffer(channels, pooled_height, pooled_width, 0, 1, own, amx::kVector);
-      program.max_pool(conv, pooled);
       program.write(pooled);
     }
   };

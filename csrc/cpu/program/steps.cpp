@@ -15,15 +15,6 @@ const at::Tensor& tensor_at(Place place, const Run& run) {
   return place == Place::kX ? run.x : place == Place::kY ? run.y : run.live->residual;
 }
 
-// Where the first pixel of an image is; with a step over groups, that of the group's first image.
-uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group) {
-  const int64_t image = run.unit * step_group;
-  if (buffer.place != Place::kStorage) return values(tensor_at(buffer.place, run)) + (run.first + image) * buffer.unit;
-  const int64_t unit = buffer.own ? run.thread : image / buffer.group;
-  const int64_t row = step_group == 1 && buffer.group > 1 ? image % buffer.group * buffer.vector : 0;
-  return values(buffer.storage) + unit * buffer.unit + buffer.origin + row;
-}
-
 char* image_of(const at::Tensor& t, const Run& run) {
   return static_cast<char*>(t.mutable_data_ptr()) + (run.first + run.unit) * t.stride(0) * t.element_size();
 }
@@ -107,21 +98,6 @@ class WriteStep : public Step {
 
   int planes_;
   const Buffer& x_;
-};
-
-class MaxPoolStep : public Step {
- public:
-  MaxPoolStep(int planes, const Buffer& x, const Buffer& y)
-      : Step("maxpool", 1, div_up(y.channels, amx::kVector)), planes_(planes), x_(x), y_(y) {}
-
-  void run(const Run& run, int64_t block) const override {
-    amx::max_pool({planes_, pixels(x_, run, 1) + block * x_.block, pixels(y_, run, 1) + block * y_.block, x_.plane,
-                   x_.row, x_.pixel, y_.plane, y_.row, y_.pixel, y_.height, y_.width});
-  }
-
- private:
-  int planes_;
-  const Buffer &x_, &y_;
 };
 
 class AveragePoolStep : public Step {
@@ -293,6 +269,14 @@ class ConvStep : public Step {
 
 }  // namespace
 
+uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group) {
+  const int64_t image = run.unit * step_group;
+  if (buffer.place != Place::kStorage) return values(tensor_at(buffer.place, run)) + (run.first + image) * buffer.unit;
+  const int64_t unit = buffer.own ? run.thread : image / buffer.group;
+  const int64_t row = step_group == 1 && buffer.group > 1 ? image % buffer.group * buffer.vector : 0;
+  return values(buffer.storage) + unit * buffer.unit + buffer.origin + row;
+}
+
 std::unique_ptr<Step> make_read(int planes, const Buffer& y, Place from, int64_t stride) {
   return std::make_unique<ReadStep>(planes, y, from, stride);
 }
@@ -302,10 +286,6 @@ std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, in
 }
 
 std::unique_ptr<Step> make_write(int planes, const Buffer& x) { return std::make_unique<WriteStep>(planes, x); }
-
-std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y) {
-  return std::make_unique<MaxPoolStep>(planes, x, y);
-}
 
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y) {
   return std::make_unique<AveragePoolStep>(planes, x, y);

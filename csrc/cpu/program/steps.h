@@ -35,6 +35,9 @@ struct Run {
   Live* live;
 };
 
+// Where the first pixel of an image is; with a step over groups, that of the group's first image.
+uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group);
+
 class Step {
  public:
   Step(std::string name, int64_t group, int64_t items) : name(std::move(name)), group(group), items(items) {}
@@ -67,11 +70,17 @@ void pack_block(int planes, const Packed& packed, const Live& live, int64_t bloc
 std::unique_ptr<Step> make_read(int planes, const Buffer& y, Place from = Place::kX, int64_t stride = 1);
 std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, int64_t stride);
 std::unique_ptr<Step> make_write(int planes, const Buffer& x);
-std::unique_ptr<Step> make_max_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_conv(
     int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
     const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape);
+
+// y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1), of an image's only input block. band: a buffer for each thread,
+// of a few of the convolution's `height` rows: band_height, where `threads` share an image.
+std::unique_ptr<Step> make_conv_pool(
+    int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
+    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t stride);
+int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_height, int64_t threads);
 
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);
 // Looks for values of y that are not finite.

@@ -44,4 +44,6 @@ bool usable() {
   return answer;
 }
 
+const char* name() { return "AMX"; }
+
 }  // namespace resnet_fast::cpu::amx

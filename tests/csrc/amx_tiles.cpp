@@ -1,0 +1,42 @@
+// Tiles, emulated or the CPU's, and a convolution on them, by themselves: for tests/test_emulated_amx.py. CONV is
+// csrc/cpu/amx/conv.cpp or a changed copy of it.
+#include CONV
+
+namespace amx = resnet_fast::cpu::amx;
+
+// sum (16, 16) float32 += a (16, 32) times b (16, 16, 2), rows of each `stride` bytes apart.
+extern "C" void multiply_add(float* sum, const uint16_t* a, const uint16_t* b, int64_t stride) {
+  amx::configure_tiles();
+  _tile_loadd(0, sum, stride);
+  _tile_loadd(4, a, stride);
+  _tile_loadd(6, b, stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_stored(0, sum, stride);
+  amx::release_tiles();
+}
+
+extern "C" void without_configuration() { _tile_zero(0); }
+
+// A 1x1 of bfloat16: y (32, 32) = x (32 pixels, 32) times weight as conv() takes it. Pixels of x and y are `step` values
+// apart.
+extern "C" void conv(const uint16_t* x, const uint16_t* weight, const float* bias, uint16_t* y, int64_t step) {
+  alignas(64) float scratch[amx::kScratchFloats];
+  amx::Tile tiles[2];
+  for (int64_t tile = 0; tile < 2; ++tile) {
+    tiles[tile] = {tile * 16 * step, {}, 0xffff};
+    for (int64_t i = 0; i < 16; ++i) tiles[tile].y[i] = static_cast<int32_t>((tile * 16 + i) * step);
+  }
+  const int64_t offset = 0;
+  amx::ConvArgs args = {};
+  args.planes = 1;
+  args.x = x;
+  args.x_row = step;
+  args.blocks = args.outputs_per_group = args.steps = args.chunk = 1;
+  args.offsets = &offset;
+  args.weight = weight;
+  args.bias = bias;
+  args.y = y;
+  amx::configure_tiles();
+  amx::conv(args, tiles, 2, 0, 1, scratch);
+  amx::release_tiles();
+}

@@ -1,0 +1,164 @@
+"""The emulation of AMX's tiles: beside what the manual says, beside a CPU with AMX, and as a judge of the kernels."""
+
+import ctypes
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from os import environ
+from pathlib import Path
+
+import emulation
+import numpy as np
+import pytest
+import torch
+
+from resnet_fast.backends import native as native_backend
+from resnet_fast.cli import environment, info
+
+ROOT = Path(__file__).resolve().parents[1]
+CONV = ROOT / "csrc" / "cpu" / "amx" / "conv.cpp"
+VECTORS = ("-mavx512bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+EMULATED = ("-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *VECTORS)
+NATIVE = ("-mamx-tile", "-mamx-bf16", *VECTORS)
+
+MUTANTS = {  # name -> (before, after)
+    "original": ("", ""),
+    "stride": ("a_bytes = args_.x_row * 2", "a_bytes = 64"),
+    "pixels": ("_tile_loadd(5, a1 + offset, a_bytes);", "_tile_loadd(5, a0 + offset, a_bytes);"),
+    "sum": ("{0, 16, 512, 528}", "{0, 16, 528, 512}"),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(conv.cpp's text, flags) -> the library."""
+    compiler = shlex.split(environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    if "avx512_bf16" not in environment.cpu()["isa"]:
+        pytest.skip("AMX is emulated by AVX-512 with bfloat16, which this CPU has not")
+    known: dict = {}
+
+    def compile(text: str, flags: tuple[str, ...]) -> Path:
+        if (text, flags) not in known:
+            folder = tmp_path_factory.mktemp("tiles")
+            (folder / "conv.cpp").write_text(text)
+            source, target = ROOT / "tests" / "csrc" / "amx_tiles.cpp", folder / "tiles.so"
+            command = [*compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *flags, f'-DCONV="{folder}/conv.cpp"']
+            command += [f"-I{ROOT / 'csrc'}", f"-I{CONV.parent}", str(source), "-o", str(target)]
+            subprocess.run(command, check=True, timeout=300)
+            known[text, flags] = target
+        return known[text, flags]
+
+    return compile
+
+
+@pytest.fixture
+def emulated(compiled) -> ctypes.CDLL:
+    return ctypes.CDLL(str(compiled(CONV.read_text(), EMULATED)))
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+
+
+def by_the_manual(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """TDPBF16PS: two chains from zero, fused; their sum; and that added. a (16, 16, 2), b (16, 16, 2)."""
+    a, b = flushed(widened(a)), flushed(widened(b))
+    chains = [np.zeros((16, 16), np.float32) for _ in range(2)]
+    for k in range(16):
+        for i, chain in enumerate(chains):
+            exact = np.longdouble(a[:, k, i])[:, None] * np.longdouble(b[k, :, i])[None, :] + np.longdouble(chain)
+            chain[...] = flushed(exact.astype(np.float32))
+    return flushed(flushed(total) + flushed(chains[0] + chains[1]))
+
+
+def numbers(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sum and two operands, of magnitudes for which a long double is exact."""
+    draw = np.random.default_rng(seed)
+    total = draw.standard_normal((16, 16), dtype=np.float32)
+    bits = [draw.standard_normal((16, 16, 2), dtype=np.float32).view(np.uint32) >> 16 for _ in range(2)]
+    return total, *(each.astype(np.uint16) for each in bits)
+
+
+def tiny(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same where sums, operands and products are partly too small for a float32 to be normal."""
+    total, a, b = numbers(seed)
+    scaled = [(widened(x) * np.float32(2.0**-63)).view(np.uint32) >> 16 for x in (a, b)]
+    a, b = (x.astype(np.uint16) for x in scaled)
+    a[3], b[5] = 0x0012, 0x8034  # denormals
+    return total * np.float32(2.0**-126), a, b
+
+
+def multiply_add(library: ctypes.CDLL, total, a, b) -> np.ndarray:
+    """Rows are further apart than they are long; between them is NaN."""
+    held = []
+    for array in (total.view(np.uint8), a.reshape(16, 32).view(np.uint8), b.reshape(16, 32).view(np.uint8)):
+        rows = np.full((16, 192), 0xFF, np.uint8)
+        rows[:, :64] = array
+        held.append(rows)
+    library.multiply_add(*(ctypes.c_void_p(rows.ctypes.data) for rows in held), ctypes.c_int64(192))
+    assert (held[0][:, 64:] == 0xFF).all()
+    return held[0][:, :64].copy().view(np.float32)
+
+
+@pytest.mark.parametrize("draw", [numbers, tiny])
+def test_it_is_the_manual_bit_by_bit(draw, emulated):
+    for seed in range(20):
+        inputs = draw(seed)
+        expected = by_the_manual(*inputs)
+        np.testing.assert_array_equal(multiply_add(emulated, *inputs), expected)
+        assert expected.any()
+
+
+@pytest.mark.parametrize("draw", [numbers, tiny])
+def test_it_is_the_cpu_bit_by_bit(draw, emulated, compiled):
+    if not native_backend.has_tiles() or native_backend.tiles_name() != "AMX":
+        pytest.skip("this CPU has no AMX with bfloat16")
+    real = ctypes.CDLL(str(compiled(CONV.read_text(), NATIVE)))
+    for seed in range(20):
+        inputs = draw(seed)
+        np.testing.assert_array_equal(multiply_add(emulated, *inputs), multiply_add(real, *inputs))
+
+
+def test_tiles_that_are_not_configured_are_a_fault(compiled):
+    script = f"import ctypes; ctypes.CDLL({str(compiled(CONV.read_text(), EMULATED))!r}).without_configuration()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert "#UD" in done.stderr
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_the_convolution_is_noticed(name, compiled):
+    before, after = MUTANTS[name]
+    text = CONV.read_text()
+    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
+    library = ctypes.CDLL(str(compiled(text.replace(before, after), EMULATED)))
+    x, weight = (torch.randn(32, 32).bfloat16() for _ in range(2))
+    packed = weight.view(2, 16, 16, 2).permute(0, 2, 1, 3).contiguous()  # [half][pair of inputs][output][2]
+    wide, y = torch.full((64, 96), float("nan")).bfloat16(), torch.full((64, 96), float("nan")).bfloat16()
+    wide[:32, :32], bias = x, torch.randn(32)
+    library.conv(*(ctypes.c_void_p(t.data_ptr()) for t in (wide, packed, bias, y)), ctypes.c_int64(96))
+    expected = (x.double() @ weight.double().T + bias).bfloat16()
+    same = torch.allclose(y[:32, :32], expected, rtol=1e-2, atol=1e-2)
+    assert same == (name == "original")
+
+
+@pytest.mark.amx
+def test_info_names_what_multiplies(native):
+    """An emulation says that it is one; what is installed never does."""
+    text = info._frozen_cpu_by(torch.bfloat16)
+    if emulation.mode() is not None:
+        assert text == "emulated AMX, for tests"
+        assert text in native_backend.build_info()["capabilities"]
+        assert any("emulated AMX" in (row["kernel"] or "") for row in info._backends())
+    else:
+        assert "emulated" not in text
+        assert not any("emulated" in name for name in native_backend.build_info()["capabilities"])
+        assert (text == "AMX") == ("amx_bf16" in environment.cpu()["isa"] and native_backend.has_tiles())
