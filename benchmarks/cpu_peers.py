@@ -3,23 +3,28 @@
     pip install '.[peers]'                                         # without it, who is missing is listed, and why
     python benchmarks/cpu_peers.py --jemalloc --out DIR            # inference: R50 and R18, fp32 and bf16, batch 1, 16
     python benchmarks/cpu_peers.py --train --jemalloc --out DIR    # training step: batch 16
+    ... --minutes 40 --name cpu-zen4-peers                         # no longer than that; another name for the files
 
 A contender's results are held against float64 first; who is wrong has no time. All contenders of a case take turns, in
 one process for each allocator (peers/worker.py), and are compared by medians; every ratio is to eager channels_last
 under the usual allocator in the same run. Under bfloat16 eager, torch.compile, oneDNN Graph and `optimize()` run under
 autocast, the others are told the dtype. ONNX Runtime takes part in float32 only.
 
-Prints a table a case, and writes DIR/cpu-peers-<inference|training>.json and .png, after every case, so that what was
-measured stays if the run is cut short. Exit code 1 if a case failed, or eager channels_last or resnet_fast in it.
+Prints a table a case, and writes DIR/NAME-<inference|training>.json and .png, after every case, so that what was
+measured stays if the run is cut short. Under --minutes the cases share the time equally: one takes fewer turns where
+its share is over, though three at least, and is not begun where no time is left. Exit code 1 if a case failed or was
+not begun, or eager channels_last or resnet_fast in it failed.
 
 JSON: {"schema": "resnet_fast.cpu_peers/1", "environment": {...}, "peers": {package: version}, "jemalloc": its path or
-why not, "flags": {...}, "rows": [...]}; a row is model, task, dtype, batch_size, img_size, allocator ("malloc" |
-"jemalloc"), and the fields of `resnet_fast.cli.harness.Row`.
+why not, "flags": {...}, "load": the machine's, of the minute before the first case, "rows": [...]}; a row is model,
+task, dtype, batch_size, img_size, allocator ("malloc" | "jemalloc"), and the fields of `resnet_fast.cli.harness.Row`.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +32,7 @@ from pathlib import Path
 import torch
 from peers import case as cases
 from peers import jemalloc, worker
+from peers.budget import Budget
 from peers.case import Case
 
 from resnet_fast.cli import UserError, bench, environment, harness, networks, output, plots
@@ -41,6 +47,7 @@ def parse() -> argparse.Namespace:
     flag = parser.add_argument
     names = tuple(dict.fromkeys((*cases.INFERENCE, *cases.TRAINING)))
     flag("--out", type=Path, required=True, metavar="DIR")
+    flag("--name", default="cpu-peers", help="of the files: NAME-inference or NAME-training (default: cpu-peers)")
     flag("--train", action="store_true", help="training steps instead of inference")
     flag("--models", nargs="+", default=("resnet50", "resnet18"), metavar="NAME")
     flag("--dtypes", nargs="+", default=("float32", "bfloat16"), choices=("float32", "bfloat16"))
@@ -50,6 +57,7 @@ def parse() -> argparse.Namespace:
     flag("--rounds", type=output.positive, default=10, metavar="N", help="turns of each contender")
     flag("--iterations", type=output.positive, metavar="N", help="calls a turn; default: 8 / batch size, at least 1")
     flag("--warmup", type=output.positive, default=3, metavar="N", help="untimed calls of each contender")
+    flag("--minutes", type=output.positive, metavar="N", help="for all cases together (default: no bound)")
     flag("--threads", type=output.positive, default=torch.get_num_threads(), metavar="N", help="everybody's")
     flag(
         "--jemalloc",
@@ -80,26 +88,39 @@ def main() -> int:
             output.console.print(f"not under jemalloc: {why_not}", markup=False)
     all_names = cases.TRAINING if args.train else cases.INFERENCE
     chosen = tuple(name for name in all_names if name in (args.contenders or all_names))
+    load = _load(args.threads)
     results: dict[Case, dict[str, list[Row]]] = {}
     failed = False
-    for model in args.models:
-        for dtype in args.dtypes:
-            for batch_size in args.batch_sizes:
-                case = Case(model, args.train, dtype, batch_size, args.img_size, chosen)
-                try:
-                    results[case] = measure(case, libraries, args)
-                except Exception as error:  # a crash of one engine costs its case alone
-                    output.console.print(
-                        f"{case.title}: {type(error).__name__}: {error}", style="bold red", markup=False
-                    )
-                    failed = True
-                    continue
-                failed |= show(case, results[case])
-                write(args, results, libraries.get("jemalloc") or why_not)
+    numbers = list(itertools.product(args.models, args.dtypes, args.batch_sizes))
+    budget = Budget(args.minutes, len(numbers))
+    for model, dtype, batch_size in numbers:
+        case = Case(model, args.train, dtype, batch_size, args.img_size, chosen)
+        if not budget.begin():
+            output.console.print(f"{case.title}: not run: no time is left", style="bold red", markup=False)
+            failed = True
+            continue
+        try:
+            results[case] = measure(case, libraries, args, budget)
+        except Exception as error:  # a crash of one engine costs its case alone
+            output.console.print(f"{case.title}: {type(error).__name__}: {error}", style="bold red", markup=False)
+            failed = True
+            continue
+        failed |= show(case, results[case])
+        write(args, results, libraries.get("jemalloc") or why_not, load)
     return 1 if failed else 0
 
 
-def measure(case: Case, libraries: dict[str, str | None], args: argparse.Namespace) -> dict[str, list[Row]]:
+def _load(threads: int) -> float:
+    """Of the last minute; said where others are at work, whose share of the cores would be measured."""
+    load = os.getloadavg()[0]
+    if load + threads > 1.5 * (os.cpu_count() or 1):
+        output.console.print(f"the machine is busy (load {load:.1f}): these figures say little", style="bold red")
+    return load
+
+
+def measure(
+    case: Case, libraries: dict[str, str | None], args: argparse.Namespace, budget: Budget
+) -> dict[str, list[Row]]:
     """Rows by allocator; ratios are to eager channels_last under the first."""
     iterations = args.iterations or max(1, 8 // case.batch_size)
     with contextlib.ExitStack() as stack, output.progress() as progress:
@@ -114,6 +135,9 @@ def measure(case: Case, libraries: dict[str, str | None], args: argparse.Namespa
             progress.advance(line)
         progress.update(line, description=f"{case.title}: timing")
         for number in range(args.rounds):
+            if budget.is_spent(number):
+                output.console.print(f"{case.title}: {number} of {args.rounds} turns, its time is over", markup=False)
+                break
             for each in workers.values():
                 each.time(1, number, iterations, 0)
             progress.advance(line)
@@ -143,7 +167,7 @@ def show(case: Case, found: dict[str, list[Row]]) -> bool:
     return any(row.contender in must and not row.match for rows in found.values() for row in rows)
 
 
-def write(args: argparse.Namespace, results: dict[Case, dict[str, list[Row]]], allocator: str) -> None:
+def write(args: argparse.Namespace, results: dict[Case, dict[str, list[Row]]], allocator: str, load: float) -> None:
     """The JSON and the picture of what is there so far."""
     task = "training" if args.train else "inference"
     record = {
@@ -152,6 +176,7 @@ def write(args: argparse.Namespace, results: dict[Case, dict[str, list[Row]]], a
         "peers": {package: _version(package) for package in PACKAGES},
         "jemalloc": allocator,
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
+        "load": load,
         "rows": [
             {
                 "model": case.model,
@@ -167,7 +192,7 @@ def write(args: argparse.Namespace, results: dict[Case, dict[str, list[Row]]], a
             for row in rows
         ],
     }
-    output.write_json(record, args.out / f"cpu-peers-{task}.json")
+    output.write_json(record, args.out / f"{args.name}-{task}.json")
     try:
         plots.pyplot()
     except UserError as error:
@@ -181,7 +206,7 @@ def write(args: argparse.Namespace, results: dict[Case, dict[str, list[Row]]], a
         for name, rows in found.items()
     }
     title = f"{environment.device_name('cpu')}; torch {torch.__version__}"
-    picture.draw(panels, title, args.out / f"cpu-peers-{task}.png")
+    picture.draw(panels, title, args.out / f"{args.name}-{task}.png")
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@
 // and bias, empty for none; those of convolutions take x in channels_last.
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "cpu/bn_act.h"
 #include "cpu/bn_train.h"
 #include "cpu/conv1x1.h"
@@ -21,6 +22,7 @@
 #endif
 
 TORCH_LIBRARY(resnet_fast_native, m) {
+  m.def("autocast_cast(Tensor weight, ScalarType dtype) -> Tensor");
   m.def(
       "bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor? residual, float eps, bool relu) "
       "-> Tensor");
@@ -97,6 +99,11 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_train_backward(Tensor dconv_out, Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? add, bool[2] output_mask) "
       "-> (Tensor dx, Tensor dconv_weight)");
+}
+
+// No kernel of its own: autograd sees the cast inside, which may be one that was made before.
+TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeImplicitAutograd, m) {
+  m.impl("autocast_cast", &resnet_fast::autocast_cast);
 }
 
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {

@@ -16,6 +16,7 @@ sys.path.append(str(SCRIPT.parent))  # behind tests/, which has a conftest too
 
 import cpu_peers  # noqa: E402
 from peers import jemalloc, others, worker  # noqa: E402
+from peers.budget import LEAST_ROUNDS, Budget  # noqa: E402
 from peers.case import Case  # noqa: E402
 from peers.others import Other  # noqa: E402
 
@@ -65,11 +66,36 @@ def test_inference_rehearsed(tmp_path):
 def test_training_rehearsed(tmp_path):
     names = ("eager_channels_last", "eager_fused_sgd", "fast", "fast_fused_sgd")
     # at 64 pixels a ReLU that rounding flips shows in the whole gradient, which then is no measure
-    done = script("--out", tmp_path, "--train", *TINY, "--img-size", 96, "--dtypes", "float32", "--contenders", *names)
+    bound = ("--name", "mine", "--minutes", 100)
+    settings = ("--img-size", 96, "--dtypes", "float32", "--contenders", *names)
+    done = script("--out", tmp_path, "--train", *TINY, *bound, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(tmp_path / "cpu-peers-training.json")
+    rows = rows_of(tmp_path / "mine-training.json")
     assert list(rows) == list(names)
     assert all(row["match"] and row["median_ms"] > 0 for row in rows.values())
+
+
+def test_minutes_are_shared_out_among_the_cases():
+    """Of 9 minutes: a case that takes 2 leaves more for the next, one that takes 8 leaves none."""
+    now = [100.0]
+    budget = Budget(9, 3, lambda: now[0])
+    assert budget.begin()
+    now[0] += 120
+    assert not budget.is_spent(LEAST_ROUNDS)
+    assert budget.begin()
+    now[0] += 209
+    assert not budget.is_spent(LEAST_ROUNDS)
+    now[0] += 1
+    assert budget.is_spent(LEAST_ROUNDS)
+    assert not budget.is_spent(LEAST_ROUNDS - 1)
+    now[0] += 300
+    assert not budget.begin()
+
+
+def test_without_a_bound_no_time_is_too_long():
+    budget = Budget(None, 1, iter([]).__next__)
+    assert budget.begin()
+    assert not budget.is_spent(1000)
 
 
 def _other(call):

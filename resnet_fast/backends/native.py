@@ -203,6 +203,7 @@ conv_bn_act_backward = _op("conv_bn_act_backward")
 conv_epilogue = _op("conv_epilogue")
 _cpu_residual_block = _op("residual_block")
 _cpu_stem = _op("stem")
+autocast_cast = _op("autocast_cast")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import arguments, autograd, dispatch  # noqa: F401  (autograd registers the formulas)
 from ..context import autocasts, cast, conv_dtype, plain_pytorch_reason
+from ..weight_cast import cast_weight
 
 _ops = torch.ops.resnet_fast
 
@@ -266,7 +267,7 @@ def cast_layer(stage: ConvBn, dtype: torch.dtype) -> ConvBn:
     """`stage` with the convolution's weight and bias in `dtype`, as autocast casts; batch norm's stay as they are."""
     if stage.conv_weight.dtype == dtype:
         return stage
-    return stage._replace(conv_weight=cast(stage.conv_weight, dtype), conv_bias=cast(stage.conv_bias, dtype))
+    return stage._replace(conv_weight=cast_weight(stage.conv_weight, dtype), conv_bias=cast(stage.conv_bias, dtype))
 
 
 def needs_plain_pytorch(x: Tensor) -> bool:
