@@ -53,8 +53,8 @@ test: build ## the test suite: the GPU kernels in Triton's interpreter, everythi
 	@[ -z "$(EMULATE_AMX)" ] || RESNET_FAST_EMULATE_AMX=$(EMULATE_AMX) \
 		$(PYTEST) $(PYTEST_ARGS) --ignore tests/interpreted tests || $(NONE_CHOSEN)
 
-gate: build ## every kernel the package can start, compiled for sm_80, sm_90 and sm_100
-	@RESNET_FAST_GATE=all $(PYTEST) $(PYTEST_ARGS) tests/test_compile_gate.py tests/test_compile_gate_cuda.py
+gate: build ## every kernel the package can start, compiled for sm_80, sm_90 and sm_100; the GPU campaign rehearsed
+	@RESNET_FAST_GATE=all $(PYTEST) $(PYTEST_ARGS) tests/test_compile_gate.py tests/test_compile_gate_cuda.py tests/test_campaign.py
 
 bench: build ## the pytest-benchmark files under benchmarks/
 	@$(BIN)/python -m pytest --benchmark-only $(BENCH_ARGS) benchmarks
