@@ -34,7 +34,7 @@ def test_every_problem_that_training_chooses_for_is_measured(name, monkeypatch):
     asked, choose = set(), selection.choose  # those that there is something to choose for
 
     def watching(problem, gpu):
-        asked.update([selection.measured_as(problem).key] if candidates(problem, gpu) else [])
+        asked.update([selection.measured_as(problem, gpu).key] if candidates(problem, gpu) else [])
         return choose(problem, gpu)
 
     monkeypatch.setattr(selection, "choose", watching)
