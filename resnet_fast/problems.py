@@ -4,6 +4,7 @@ A problem is the key of the tuned tables and the input of the cost model, the pl
 in elements, work in FLOPs (2 per multiply-add, padding included), traffic in bytes, every tensor read or written once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -33,6 +34,26 @@ class Conv:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @classmethod
+    def of(cls, x_shape: Sequence[int], weight_shape: Sequence[int], stride, padding, dilation, groups: int) -> "Conv":
+        """From what conv2d is given: (N, C, H, W), (K, C / groups, R, S), and pairs."""
+        out_channels, _, *kernel = weight_shape
+        return cls(*x_shape, out_channels, *(tuple(pair) for pair in (kernel, stride, padding, dilation)), groups)
+
+    @property
+    def data_gradient(self) -> "Conv | None":
+        """The convolution of y's gradient, with the kernels turned by 180 degrees, that gives x's.
+
+        None where none does: with strides, groups, or more padding than the kernel reaches.
+        """
+        outside = tuple(
+            step * (side - 1) - pad for step, side, pad in zip(self.dilation, self.kernel, self.padding, strict=True)
+        )
+        if self.stride != (1, 1) or self.groups > 1 or min(outside) < 0:
+            return None
+        dy = self.batch, self.out_channels, self.out_height, self.out_width
+        return Conv(*dy, self.in_channels, self.kernel, padding=outside, dilation=self.dilation)
 
     @property
     def out_height(self) -> int:

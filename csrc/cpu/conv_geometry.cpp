@@ -2,13 +2,14 @@
 
 #include <numeric>
 
+#include "integers.h"
+
 namespace resnet_fast::cpu {
 
 namespace {
 
 constexpr int64_t kTile = 16, kMaxImages = 16;
 
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t div_down(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <string>
 
+#include "integers.h"
+
 namespace resnet_fast::cpu {
 
 namespace {
@@ -14,8 +16,6 @@ constexpr int64_t kRepeatBelow = 128;      // wider odd C loses too little to it
 constexpr int64_t kItemElements = 65536;   // a block stays within the second-level cache
 constexpr int64_t kMaxRows = 512;          // bounds the rounding of a block's float sums
 constexpr int64_t kGrainElements = 32768;  // as at::internal::GRAIN_SIZE
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t vector_repeat(int64_t channels) {
   int64_t repeat = 1;

@@ -93,41 +93,44 @@ struct BackwardArgs {
   Mask mask = Mask::none;
 };
 
-// A convolution by Winograd's F(4x4, 3x3), padding 1, in float32; tensors are channels_last. See winograd.h.
-struct WinogradConv {
+// What a 3x3 convolution with padding 1 and its weight's gradient have in common, in float32; tensors are channels_last.
+struct WinogradShape {
   const float* x = nullptr;
-  const float* zeros = nullptr;   // a pixel of padding
+  const float* zeros = nullptr;  // a pixel of padding
+  int64_t channels = 0, outputs = 0, height = 0, width = 0;
+  int64_t tile_rows = 0, tile_columns = 0;  // of an image
+  int64_t panels = 0;                       // of 64 output channels
+};
+
+// A weight's steps, as [outputs][channels][9].
+struct WinogradSteps {
+  int64_t output_step = 0, channel_step = 0, tap_step = 0;
+};
+
+// A convolution by Winograd's F(4x4, 3x3): tiles are of 4x4 outputs. See winograd.h.
+struct WinogradConv : WinogradShape {
   const float* weight = nullptr;  // [36][panel of 64 output channels][channels][64]
   const float* bias = nullptr;
   const float* residual = nullptr;  // may be null
   float* y = nullptr;
   bool relu = false;
-  int64_t channels = 0, outputs = 0, height = 0, width = 0;
-  int64_t tile_rows = 0, tile_columns = 0;  // of an image, 4x4 outputs each
-  int64_t panels = 0;                       // of 64 output channels
-  int64_t summed = 0;                       // channels that are summed up in one go
+  int64_t summed = 0;      // channels that are summed up in one go
   bool continues = false;  // the products that there are, with more channels
 };
 
-// Its weight: kernels as the model has them, and packed.
-struct WinogradWeight {
-  const float* weight = nullptr;  // [outputs][channels][9] by these steps
-  int64_t output_step = 0, channel_step = 0, tap_step = 0;
+// Its weight as the model has it, and packed.
+struct WinogradWeight : WinogradSteps {
+  const float* weight = nullptr;
   const float* scale = nullptr;  // of the outputs; may be null
   float* packed = nullptr;       // [36][panel of 64 outputs][channels][64]
   int64_t outputs = 0, channels = 0, panels = 0;
 };
 
-// The gradient of its weight: F(4x2) of dy, 4x2 pixels of which and 6x4 of x make a tile. See winograd_gradient.h.
-struct WinogradGradient {
-  const float* x = nullptr;
+// The gradient of its weight, by F(4x2): 4x2 pixels of dy and 6x4 of x make a tile. See winograd_gradient.h.
+struct WinogradGradient : WinogradShape, WinogradSteps {
   const float* dy = nullptr;
-  const float* zeros = nullptr;  // a pixel of padding
-  float* sums = nullptr;         // [24][panel of 64 outputs][channels][64]
-  float* dweight = nullptr;      // as WinogradWeight's
-  int64_t output_step = 0, channel_step = 0, tap_step = 0;
-  int64_t channels = 0, outputs = 0, height = 0, width = 0;
-  int64_t tile_rows = 0, tile_columns = 0, panels = 0;
+  float* sums = nullptr;  // [24][panel of 64 outputs][channels][64]
+  float* dweight = nullptr;
 };
 
 // Consecutive tiles of a WinogradConv, transformed: [36][block of 32 channels][tile][32], and their

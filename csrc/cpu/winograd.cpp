@@ -11,12 +11,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <tuple>
 #include <utility>
 
 #include "guards.h"
 #include "kernels.h"
 #include "winograd_points.h"
+#include "winograd_shapes.h"
 
 namespace resnet_fast::cpu {
 
@@ -28,33 +28,10 @@ constexpr int64_t kSmallSlab = 24, kLargeSlab = 72;
 constexpr int64_t kWeightsKept = 768 * 1024;  // bytes
 // Channels that are summed up in one go: long sums set the error (NOTES.md), and PyTorch's is least in narrow layers.
 constexpr int64_t kSum = 32, kNarrowSum = 16, kNarrow = 128;
-constexpr int64_t kLine = 16;  // floats
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
-
-// A thread's, or all threads', transformed input and products.
-class Scratch {
- public:
-  Scratch(const WinogradConv& conv, int64_t tiles, int64_t slabs)
-      // A line more than the tiles need, so that the 36 elements of a tile do not fall into one set of the cache.
-      : in_(tiles * round_up(conv.channels, kWinogradBlock) + kLine),
-        out_(tiles * conv.panels * kWinogradPanel + kLine),
-        buffer_(at::empty({slabs, kWinogradElements * (in_ + out_)}, at::kFloat)) {}
-
-  WinogradSlab slab(int64_t number, int64_t first, int64_t tiles) const {
-    float* mine = buffer_.mutable_data_ptr<float>() + number * buffer_.size(1);
-    return {first, tiles, mine, in_, mine + kWinogradElements * in_, out_};
-  }
-
- private:
-  int64_t in_, out_;
-  Tensor buffer_;
-};
 
 bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
   const Kernels& k = kernels();
-  const Scratch scratch(conv, step, at::get_num_threads());
+  const WinogradScratch scratch(conv, kWinogradElements, step, at::get_num_threads());
   std::atomic<bool> finite{true};
   at::parallel_for(0, div_up(tiles, step), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -71,7 +48,7 @@ bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
 template <typename F>
 bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
   const Kernels& k = kernels();
-  const Scratch scratch(conv, tiles, 1);
+  const WinogradScratch scratch(conv, kWinogradElements, tiles, 1);
   const auto slab = scratch.slab(0, 0, tiles);
   std::atomic<bool> finite{true};
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { k.winograd_input(conv, slab, begin, end); });
@@ -131,23 +108,15 @@ Operands operands(
       !residual.has_value() || (residual->sizes() == out.y.sizes() && residual->scalar_type() == at::kFloat),
       "winograd_conv: residual must be float32 and of the output's shape");
   if (residual.has_value()) out.residual = residual->contiguous(format);
-  out.zeros = at::zeros({round_up(x.size(1), kLine)}, x.options());
+  out.zeros = winograd_zeros(x);
   out.bias = bias.has_value() ? *bias : at::zeros({outputs}, x.options());
 
   WinogradConv& conv = out.conv;
-  conv.x = out.x.const_data_ptr<float>();
-  conv.zeros = out.zeros.const_data_ptr<float>();
+  static_cast<WinogradShape&>(conv) = winograd_shape(out.x, out.zeros, outputs, kWinogradOut);
   conv.bias = out.bias.const_data_ptr<float>();
   conv.residual = out.residual.defined() ? out.residual.const_data_ptr<float>() : nullptr;
   conv.y = out.y.mutable_data_ptr<float>();
   conv.relu = relu;
-  conv.channels = x.size(1);
-  conv.outputs = outputs;
-  conv.height = x.size(2);
-  conv.width = x.size(3);
-  conv.tile_rows = div_up(conv.height, kWinogradOut);
-  conv.tile_columns = div_up(conv.width, kWinogradOut);
-  conv.panels = div_up(outputs, kWinogradPanel);
   conv.summed = conv.channels < kNarrow ? kNarrowSum : kSum;
   out.tiles = x.size(0) * conv.tile_rows * conv.tile_columns;
   return out;
@@ -178,8 +147,7 @@ bool run(const Operands& of) {
 
 // A dense weight, straight or turned.
 WinogradWeight describe(const Tensor& weight, const Tensor& scale, bool turned) {
-  WinogradWeight out;
-  std::tie(out.output_step, out.channel_step, out.tap_step) = winograd_steps(weight);
+  WinogradWeight out{winograd_steps(weight)};
   out.weight = weight.const_data_ptr<float>();
   out.outputs = weight.size(0);
   out.channels = weight.size(1);
@@ -206,21 +174,6 @@ Tensor pack(WinogradWeight weight) {
 }
 
 }  // namespace
-
-Tensor winograd_dense(const Tensor& weight) {
-  TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == at::kFloat,
-      "winograd: weight must be (K, C, 3, 3) and float32");
-  TORCH_CHECK(weight.numel() < (int64_t{1} << 31), "winograd: weight has 2^31 elements or more");
-  const bool usable = weight.is_contiguous() || weight.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return usable ? weight : weight.contiguous();
-}
-
-std::tuple<int64_t, int64_t, int64_t> winograd_steps(const Tensor& weight) {
-  const int64_t channels = weight.size(1);
-  const bool contiguous = weight.is_contiguous();
-  return {9 * channels, contiguous ? 9 : 1, contiguous ? 1 : channels};
-}
 
 bool winograd_usable() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
 

@@ -32,9 +32,4 @@ std::tuple<Tensor, bool> winograd_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
     const OptionalTensor& residual, bool relu, bool turned);
 
-// The weight as it is where its nine taps are evenly apart, else a copy; and how far apart its outputs, channels and taps
-// are.
-Tensor winograd_dense(const Tensor& weight);
-std::tuple<int64_t, int64_t, int64_t> winograd_steps(const Tensor& weight);
-
 }  // namespace resnet_fast::cpu

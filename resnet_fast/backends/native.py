@@ -130,7 +130,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     conv = "" if op.startswith("bn") else "oneDNN conv + "
     if op in _BLOCKS and dtype in TILE_DTYPES and has_tiles():
         conv = f"{tiles_name()} conv + "
-    elif op in _BLOCKS and dtype == torch.float32 and load() is not None and _module.winograd_usable():
+    elif op in _BLOCKS and dtype == torch.float32 and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 

@@ -165,7 +165,7 @@ def conv_bn_act(
     relu: bool,
 ) -> Tensor:
     """`ops.conv_bn_act` in one kernel, or the library's convolution and one pass behind it."""
-    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
+    geometry = Conv.of(x.shape, conv_weight.shape, stride, padding, dilation, groups)
     problem = ConvProblem(geometry, dtype_name(x.dtype), residual is not None, folded=False, relu=relu)
     launch, layout = launcher(), _out_layout(x, conv_weight)
 
@@ -209,8 +209,8 @@ def conv_bn_shortcut_act(
     main = (x, conv_weight, conv_bias, weight, bias, mean, var)
     branch = (shortcut, shortcut_conv_weight, shortcut_conv_bias, shortcut_weight, shortcut_bias)
     pointwise = (shortcut_stride, [0, 0], [1, 1], 1)
-    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
-    branch_geometry = geometry_of(shortcut, shortcut_conv_weight, *pointwise)
+    geometry = Conv.of(x.shape, conv_weight.shape, stride, padding, dilation, groups)
+    branch_geometry = Conv.of(shortcut.shape, shortcut_conv_weight.shape, *pointwise)
     problem = ConvProblem(geometry, dtype_name(x.dtype), False, branch_geometry, folded=False, relu=relu)
     launch, layout = launcher(), _out_layout(x, conv_weight)
 
@@ -264,7 +264,7 @@ conv_bn_act_backward = reference.conv_bn_act_backward
 def why_not_convolution(x, conv_weight, stride, padding, dilation, groups, residual: bool, relu: bool) -> str | None:
     """Why no kernel computes this convolution of inference statistics at all; None where one does, or the library is
     merely faster."""
-    geometry = geometry_of(x, conv_weight, stride, padding, dilation, groups)
+    geometry = Conv.of(x.shape, conv_weight.shape, stride, padding, dilation, groups)
     problem = ConvProblem(geometry, dtype_name(x.dtype), residual, folded=False, relu=relu)
     choice = selection.choose(problem, gpu_of(x))
     return choice.reason if choice.config is None and choice.source in ("predicted", "refused") else None
@@ -295,14 +295,6 @@ def _why_library(problem: ConvProblem, layout: torch.memory_format) -> str | Non
         # Between groups packed together stand zero weights, and NaN or Inf times zero is NaN.
         return "small groups are packed together only in frozen models"
     return None
-
-
-def geometry_of(x, conv_weight, stride, padding, dilation, groups) -> Conv:
-    """The convolution of these tensors as plain data."""
-    batch, channels, height, width = x.shape
-    out_channels, _, *kernel = conv_weight.shape
-    pairs = (tuple(pair) for pair in (kernel, stride, padding, dilation))
-    return Conv(batch, channels, height, width, out_channels, *pairs, groups)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -219,13 +219,10 @@ def _branch(shortcut: Shortcut) -> Tensor:
 
 def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
     """dx as a convolution of dconv_out with the weights rotated and transposed; None where it is none, or slower."""
-    stride, padding, dilation, groups = geometry
-    kernel = conv_weight.shape[2:]
-    outside = [step * (side - 1) - pad for step, side, pad in zip(dilation, kernel, padding, strict=True)]
-    if list(stride) != [1, 1] or groups > 1 or min(outside) < 0:
+    layer = _layer(x, conv_weight, geometry).data_gradient
+    if layer is None:
         return None
-    turned = (conv_weight.flip(2, 3) if max(kernel) > 1 else conv_weight).transpose(0, 1)
-    layer = _layer(dconv_out, turned, Geometry([1, 1], outside, dilation, 1))
+    turned = (conv_weight.flip(2, 3) if max(layer.kernel) > 1 else conv_weight).transpose(0, 1)
     problem = ConvProblem(layer, triton.dtype_name(x.dtype), add is not None, relu=False)
 
     def run(config):
@@ -293,7 +290,7 @@ def _packed(conv_weight: Tensor, layer: Conv, x: Tensor) -> Tensor:
 
 
 def _layer(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Conv:
-    return triton.geometry_of(x, conv_weight, *geometry)
+    return Conv.of(x.shape, conv_weight.shape, *geometry)
 
 
 def _blank(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -91,38 +91,31 @@ def _shapes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> tuple:
 
 @selection.remember
 def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups) -> bool:
-    conv = Conv(*x_shape, weight_shape[0], tuple(weight_shape[2:]), stride, padding, dilation, groups)
-    return _chosen(kind(conv))
+    return _chosen(kind(Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)))
 
 
 @selection.remember
 def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
     found, shape, branch = [], x_shape, len(weight_shapes) - 1 if downsample else None
     for number, weight_shape in enumerate(weight_shapes):
-        numbers = geometry[7 * number : 7 * number + 7]
-        layer = numbers[:2], numbers[2:4], numbers[4:6], numbers[6]
-        conv = Conv(*(x_shape if number == branch else shape), weight_shape[0], tuple(weight_shape[2:]), *layer)
+        *pairs, groups = geometry[7 * number : 7 * number + 7]
+        conv = Conv.of(x_shape if number == branch else shape, weight_shape, pairs[:2], pairs[2:4], pairs[4:], groups)
         if _chosen(_live(conv)):
             found.append(number)
         shape = conv.y_shape
     return tuple(found)
 
 
-def _chosen(problem: Problem) -> bool:
-    return why_not() is None and selection.choose(problem, cpus.here()).config is not None
+def _chosen(problem: Problem | None) -> bool:
+    return problem is not None and why_not() is None and selection.choose(problem, cpus.here()).config is not None
 
 
 def _live(conv: Conv) -> ConvProblem:
     return ConvProblem(conv, "float32", relu=False, folded=False)
 
 
-def _data_gradient(conv: Conv) -> ConvProblem:
-    """As the convolution of y's gradient that it is where the stride is 1; another is none of Winograd's anyway."""
-    turned = Conv(
-        conv.batch, conv.out_channels, conv.out_height, conv.out_width, conv.in_channels, conv.kernel,
-        conv.stride, conv.padding, conv.dilation, conv.groups,
-    )  # fmt: skip
-    return _live(turned)
+def _data_gradient(conv: Conv) -> ConvProblem | None:
+    return None if conv.data_gradient is None else _live(conv.data_gradient)
 
 
 def _weight_gradient(conv: Conv) -> WeightGradientProblem:

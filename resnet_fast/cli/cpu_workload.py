@@ -10,7 +10,7 @@ from .. import frozen
 from ..backends import winograd
 from ..backends.primitives import Geometry, reference
 from ..kernels.configs import Config
-from ..problems import Conv, ConvProblem, WeightGradientProblem
+from ..problems import ConvProblem, WeightGradientProblem
 from ..training import LIBRARY as LIBRARY_STAGE
 from . import workload
 from .workload import Outputs, Run, Workload
@@ -43,7 +43,7 @@ def _live(problem: ConvProblem) -> Workload:
     """Of a network whose weight may change, so that it is transformed in every run."""
     conv, source = problem.conv, workload.Source(problem, "cpu")
     x, weight = source.image(conv.x_shape), source.conv(conv)["weight"]
-    geometry = _geometry(conv)
+    geometry = Geometry.of(conv)
 
     def onednn(x: Tensor, weight: Tensor) -> Outputs:
         return {"y": reference.conv(x, None, weight, geometry, LIBRARY_STAGE, statistics=False)[0]}
@@ -57,7 +57,7 @@ def _live(problem: ConvProblem) -> Workload:
 def _weight_gradient(problem: WeightGradientProblem) -> Workload:
     conv, source = problem.conv, workload.Source(problem, "cpu")
     dy, x, weight = source.image(conv.y_shape), source.image(conv.x_shape).relu_(), source.conv(conv)["weight"]
-    geometry = _geometry(conv)
+    geometry = Geometry.of(conv)
 
     def onednn(dy: Tensor, x: Tensor, weight: Tensor) -> Outputs:
         wants = {"wants_dx": False, "wants_dweight": True}
@@ -79,10 +79,6 @@ def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours:
 def _always(run: Run) -> Callable[[Config], Run]:
     """There is one configuration."""
     return lambda config: run
-
-
-def _geometry(conv: Conv) -> Geometry:
-    return Geometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
 
 
 def _layer(problem: ConvProblem, weights: Outputs) -> frozen.FrozenConv2d:

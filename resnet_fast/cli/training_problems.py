@@ -76,13 +76,8 @@ def _joins(block: nn.Module, last: Conv, x_shape: tuple[int, ...], dtype: str) -
 
 
 def _data_gradient(layer: Conv, dtype: str, add: bool) -> Iterator[ConvProblem]:
-    outside = tuple(
-        step * (side - 1) - pad for step, side, pad in zip(layer.dilation, layer.kernel, layer.padding, strict=True)
-    )
-    if layer.stride == (1, 1) and layer.groups == 1 and min(outside) >= 0:
-        sizes = (layer.batch, layer.out_channels, layer.out_height, layer.out_width, layer.in_channels)
-        turned = Conv(*sizes, layer.kernel, padding=outside, dilation=layer.dilation)
-        yield ConvProblem(turned, dtype, residual=add, relu=False)
+    if (gradient := layer.data_gradient) is not None:
+        yield ConvProblem(gradient, dtype, residual=add, relu=False)
 
 
 def _gram(layer: Conv, dtype: str, prologue: bool) -> GramDgradProblem:

@@ -52,12 +52,12 @@ def of(problem: Problem, device: str) -> Workload:
 
 def _conv(problem: ConvProblem, source: Source) -> tuple[str, tuple]:
     conv = problem.conv
-    return "conv", (source.image(conv.x_shape), None, _weight(conv, source), _geometry(conv), EPILOGUE, True)
+    return "conv", (source.image(conv.x_shape), None, _weight(conv, source), Geometry.of(conv), EPILOGUE, True)
 
 
 def _prologue(problem: PrologueProblem, source: Source) -> tuple[str, tuple]:
     conv = problem.conv
-    layer = (source.image(conv.x_shape), _norm(conv.in_channels, source), _weight(conv, source), _geometry(conv))
+    layer = (source.image(conv.x_shape), _norm(conv.in_channels, source), _weight(conv, source), Geometry.of(conv))
     if not problem.joined:
         return "conv", (*layer, PROLOGUE, problem.statistics)
     residual = source.image(conv.y_shape) if problem.residual else None
@@ -72,7 +72,7 @@ def _gram_dgrad(problem: GramDgradProblem, source: Source) -> tuple[str, tuple]:
     channels, out_channels = conv.in_channels, conv.out_channels
     matrices = (source.vectors(rows, channels) * rows**-0.5 for rows in (out_channels, channels))
     add = source.image(conv.x_shape) if problem.add else None
-    return "gram_dgrad", (dz, x, x_norm, _geometry(conv), *matrices, *source.vectors(2, channels), add)
+    return "gram_dgrad", (dz, x, x_norm, Geometry.of(conv), *matrices, *source.vectors(2, channels), add)
 
 
 _BUILDERS: dict[type, Callable] = {ConvProblem: _conv, PrologueProblem: _prologue, GramDgradProblem: _gram_dgrad}
@@ -85,10 +85,6 @@ def _weight(conv: Conv, source: Source) -> Tensor:
 def _norm(channels: int, source: Source) -> Norm:
     mean, weight, bias, spread = source.vectors(4, channels)
     return Norm(mean, 0.5 + spread.abs(), weight, bias, 1e-5)
-
-
-def _geometry(conv: Conv) -> Geometry:
-    return Geometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
 
 
 def _outputs(found: Tensor | tuple[Tensor | None, ...]) -> Outputs:

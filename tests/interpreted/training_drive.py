@@ -48,11 +48,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return geometry_of(self.conv)
-
-
-def geometry_of(conv: Conv) -> Geometry:
-    return Geometry(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+        return Geometry.of(self.conv)
 
 
 _PROLOGUE = {"norm": True, "kernels": ("conv_prologue",)}
@@ -236,7 +232,7 @@ def check_join(case: Case, dtype: torch.dtype) -> None:
     if case.residual == "shortcut":
         branch_x = draw(case.shortcut.x_shape, dtype, "channels_last")
         weight, branch_norm = weight_of(case.shortcut, dtype), norm_of(conv.out_channels, dtype)
-        shortcut = Shortcut(branch_x, weight, geometry_of(case.shortcut), branch_norm)
+        shortcut = Shortcut(branch_x, weight, Geometry.of(case.shortcut), branch_norm)
     weight = weight_of(conv, dtype)
     arguments = (x, x_norm, weight, case.geometry, norm, residual, residual_norm, shortcut)
     total = eager_norm(eager_conv(eager_activated(x, x_norm), weight, conv), norm)

@@ -52,16 +52,17 @@ struct Place {
   int64_t image, row, column, rows, columns;
 };
 
-template <int rows, int columns, typename Conv>
-C10_ALWAYS_INLINE Place place_of(const Conv& conv, int64_t tile) {
+template <int rows, int columns>
+C10_ALWAYS_INLINE Place place_of(const WinogradShape& conv, int64_t tile) {
   const int64_t tiles = conv.tile_rows * conv.tile_columns, in_image = tile % tiles;
   const int64_t row = in_image / conv.tile_columns * rows, column = in_image % conv.tile_columns * columns;
   return {tile / tiles, row, column, smaller(rows, conv.height - row), smaller(columns, conv.width - column)};
 }
 
 // The pixels of x that a tile sees.
-template <int rows, int columns, typename Conv>
-C10_ALWAYS_INLINE void find_pixels(const Conv& conv, const Place& place, const float* (&pixels)[rows][columns]) {
+template <int rows, int columns>
+C10_ALWAYS_INLINE void find_pixels(
+    const WinogradShape& conv, const Place& place, const float* (&pixels)[rows][columns]) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t row = place.row + i - 1, column = place.column + j - 1;

@@ -2,6 +2,7 @@
 // there, in the second cache level of the thread that pools it.
 #include <algorithm>
 
+#include "../integers.h"
 #include "steps.h"
 
 namespace resnet_fast::cpu {
@@ -9,8 +10,6 @@ namespace resnet_fast::cpu {
 namespace {
 
 constexpr int64_t kBandBytes = 3 << 18;  // of 2 MiB
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // An item is a band of y's rows, which 2 * rows + 1 rows of the convolution make; the band before needs the first too.
 class ConvPoolStep : public Step {

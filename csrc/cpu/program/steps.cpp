@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <limits>
 
+#include "../integers.h"
+
 namespace resnet_fast::cpu {
 
 namespace {
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 uint16_t* values(const at::Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
 

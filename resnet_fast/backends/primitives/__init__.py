@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...problems import Conv
+
 
 class Norm(NamedTuple):
     """One batch norm of one call: (c - mean) * rsqrt(var + eps) * weight + bias; vectors (C,), None is left out."""
@@ -33,6 +35,11 @@ class Geometry(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
+
+    @classmethod
+    def of(cls, conv: Conv) -> "Geometry":
+        """That of a convolution's shapes."""
+        return cls(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
 
 
 class Shortcut(NamedTuple):
