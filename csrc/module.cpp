@@ -1,5 +1,6 @@
 // Python module resnet_fast._C: build information and the activation pool. Importing it registers the ops of ops.cpp.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 #ifdef WITH_CUDA
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -11,11 +12,10 @@
 #include <vector>
 
 #include "cpu/activation_pool.h"
+#include "cpu/frozen_network.h"
 #include "cpu/kernels.h"
 #include "cpu/winograd.h"
 #ifdef WITH_AMX
-#include <torch/csrc/utils/pybind.h>
-
 #include "cpu/amx/amx.h"
 #include "cpu/program/program.h"
 #endif
@@ -106,6 +106,24 @@ bool amx_usable() {
 #endif
 }
 
+void bind_frozen_network(py::module_& m) {
+  using resnet_fast::cpu::FrozenNetwork;
+  using Numbers = std::vector<int64_t>;
+  using OptionalTensor = std::optional<at::Tensor>;
+  const auto conv = [](FrozenNetwork& network, int64_t x, std::optional<int64_t> residual, const at::Tensor& onednn,
+                       const OptionalTensor& winograd, const OptionalTensor& bias, int64_t out_channels, Numbers stride,
+                       Numbers padding, Numbers dilation, int64_t groups, bool relu) {
+    return network.conv(x, residual, {onednn, winograd, bias, out_channels, stride, padding, dilation, groups, relu});
+  };
+  py::class_<FrozenNetwork>(m, "FrozenNetwork", "A frozen network on any CPU: see csrc/cpu/frozen_network.h.")
+      .def(py::init<>())
+      .def("conv", conv, py::arg("x"), py::arg("residual"), py::arg("onednn"), py::arg("winograd"), py::arg("bias"),
+           py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+           py::arg("relu"))
+      .def("max_pool", &FrozenNetwork::max_pool, py::arg("x"))
+      .def("run", &FrozenNetwork::run, py::arg("x"), py::call_guard<py::gil_scoped_release>());
+}
+
 #ifdef WITH_AMX
 void bind_program(py::module_& m) {
   using resnet_fast::cpu::Program;
@@ -140,6 +158,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
   m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, can run a Program.");
   m.def("winograd_usable", &resnet_fast::cpu::winograd_usable, "Whether Winograd's kernels have vectors on this CPU.");
+  bind_frozen_network(m);
 #ifdef WITH_AMX
   bind_program(m);
 #endif

@@ -4,7 +4,7 @@
 // channels_last or contiguous memory format, which the outputs follow; per-channel tensors are (C,). SymInt in a schema
 // matches the public ops; kernels take plain integers.
 //
-// The last twelve are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
+// Those from bn_statistics on are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
 // and bias, empty for none; those of convolutions take x in channels_last.
 #include <torch/library.h>
 
@@ -14,6 +14,7 @@
 #include "cpu/conv1x1.h"
 #include "cpu/conv_bn_act.h"
 #include "cpu/conv_train.h"
+#include "cpu/max_pool.h"
 #include "cpu/residual_block.h"
 #include "cpu/winograd.h"
 #include "cpu/winograd_gradient.h"
@@ -66,7 +67,12 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "winograd_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, bool turned) "
       "-> (Tensor y, bool finite)");
-  m.def("winograd_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
+  m.def(
+      "winograd_conv_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight, bool statistics) "
+      "-> (Tensor conv_out, Tensor mean, Tensor var, bool finite)");
+  m.def(
+      "winograd_weight_gradient(Tensor dy, Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight) "
+      "-> (Tensor dweight, bool finite)");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -79,6 +85,18 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "bn_backward_apply(Tensor dy, Tensor? conv_out, Tensor?[] norm, float eps, bool relu, Tensor? mean_dz, "
       "Tensor? mean_dzx) -> Tensor");
   m.def("relu_mask(Tensor dy, Tensor y, Tensor layout_like) -> Tensor");
+
+  // CPU only, channels_last: 3x3 windows with stride 2 and padding 1
+  m.def("max_pool(Tensor x) -> Tensor");
+  m.def(
+      "bn_max_pool(Tensor conv_out, Tensor?[] norm, float eps, bool wants_index) -> (Tensor y, Tensor index)");
+  m.def(
+      "bn_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor conv_out, Tensor?[] norm, float eps) "
+      "-> (Tensor sum_dz, Tensor sum_dzx)");
+  m.def(
+      "bn_max_pool_backward_apply(Tensor dy, Tensor index, Tensor conv_out, Tensor?[] norm, float eps, "
+      "Tensor? mean_dz, Tensor? mean_dzx) -> Tensor");
+
   m.def(
       "conv1x1_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, bool statistics) "
       "-> (Tensor conv_out, Tensor mean, Tensor var)");
@@ -118,12 +136,17 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);
+  m.impl("winograd_conv_train", &resnet_fast::cpu::winograd_conv_train);
   m.impl("winograd_weight_gradient", &resnet_fast::cpu::winograd_weight_gradient);
   m.impl("bn_statistics", &resnet_fast::cpu::bn_statistics);
   m.impl("bn_apply", &resnet_fast::cpu::bn_apply);
   m.impl("bn_backward_reduce", &resnet_fast::cpu::bn_backward_reduce);
   m.impl("bn_backward_apply", &resnet_fast::cpu::bn_backward_apply);
   m.impl("relu_mask", &resnet_fast::cpu::relu_mask);
+  m.impl("max_pool", &resnet_fast::cpu::max_pool);
+  m.impl("bn_max_pool", &resnet_fast::cpu::bn_max_pool);
+  m.impl("bn_max_pool_backward_reduce", &resnet_fast::cpu::bn_max_pool_backward_reduce);
+  m.impl("bn_max_pool_backward_apply", &resnet_fast::cpu::bn_max_pool_backward_apply);
   m.impl("conv1x1_train", &resnet_fast::cpu::conv1x1_train);
   m.impl("conv1x1_join", &resnet_fast::cpu::conv1x1_join);
   m.impl("gram", &resnet_fast::cpu::gram);

@@ -196,7 +196,7 @@ def _kernel(frozen: FrozenBlock) -> str:
         if (why_not_amx(weight.dtype) or why_not_section(section)) is None:
             return "AMX conv + residual + ReLU, all layers in one call"
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
-        return "oneDNN or Winograd conv + residual + ReLU, packed weights, layer by layer"
+        return "oneDNN or Winograd conv + residual + ReLU, packed weights, all layers in one call"
     if weight.device.type == "cpu":
         return "folded conv2d"
     if dispatch.requested(frozen.convs[0].backend) == "native":

@@ -12,6 +12,7 @@ together and the stem's weights are padded with, so that a NaN or Inf may spread
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import cpus, dispatch
 from .backends import native, winograd
@@ -72,9 +73,9 @@ class FrozenConv2d(Frozen):
         with torch.no_grad(), pooled():
             if x.is_cuda and dispatch.requested(self.backend) == "native":
                 return self._conv_native(x, residual)
-            if not self._onednn():
+            if not self.runs_onednn():
                 return self._conv2d(x, residual)
-            y = self.by_winograd(x, residual) if self._takes_winograd(x, residual) else None
+            y = self.by_winograd(x, residual) if self._takes_winograd(x.shape, residual is not None) else None
             return self.by_onednn(x, residual, overwrite_residual) if y is None else y
 
     def _conv2d(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -101,19 +102,38 @@ class FrozenConv2d(Frozen):
 
     def by_winograd(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same by Winograd's kernels, for what `kernels.winograd` allows; None where a NaN or Inf arose."""
-        packed = self._transformed  # one read, as in `_pack`
-        if packed is None:
-            packed = self._transformed = winograd.pack(self.weight)
-        return winograd.conv_packed(x, packed, self.bias, self.weight.shape[0], residual, self.relu)
+        return winograd.conv_packed(x, self._transform(), self.bias, self.weight.shape[0], residual, self.relu)
 
-    def _takes_winograd(self, x: Tensor, residual: Tensor | None) -> bool:
+    def prepared(self, shape: torch.Size, residual: bool) -> dict:
+        """What `resnet_fast._C.FrozenNetwork.conv` takes of this convolution for inputs of `shape` on the CPU."""
+        transformed = self._transform() if self._takes_winograd(shape, residual) else None
+        return {
+            # where Winograd's kernels have to give up, which is rare, oneDNN packs it there and then
+            "onednn": self._reordered(shape) if transformed is None else self.weight,
+            "winograd": transformed,
+            "bias": self.bias,
+            "out_channels": self.weight.shape[0],
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "relu": self.relu,
+        }
+
+    def _transform(self) -> Tensor:
+        transformed = self._transformed  # one read, as in `_pack`
+        if transformed is None:
+            transformed = self._transformed = winograd.pack(self.weight)
+        return transformed
+
+    def _takes_winograd(self, shape: torch.Size, residual: bool) -> bool:
         if dispatch.requested(self.backend) == "reference":
             return False
-        if x.dim() != 4 or x.shape[1] != self.weight.shape[1] * self.groups:  # oneDNN says what is wrong with it
+        if len(shape) != 4 or shape[1] != self.weight.shape[1] * self.groups:  # oneDNN says what is wrong with it
             return False
-        asked, chosen = (x.shape, residual is None), self._chosen
+        asked, chosen = (shape, residual), self._chosen
         if chosen is None or chosen[0] != asked:
-            chosen = self._chosen = asked, self.choice(x.shape, residual is not None)
+            chosen = self._chosen = asked, self.choice(shape, residual)
         return chosen[1].config is not None
 
     def choice(self, shape: torch.Size, residual: bool) -> Choice:
@@ -128,7 +148,7 @@ class FrozenConv2d(Frozen):
     @property
     def kernel(self) -> str:
         """What computed the last input on the CPU: for reports."""
-        if not self._onednn():
+        if not self.runs_onednn():
             return "PyTorch conv2d"
         return "oneDNN" if self._chosen is None or self._chosen[1].config is None else WINOGRAD
 
@@ -146,12 +166,15 @@ class FrozenConv2d(Frozen):
         """
         packed = self._packed  # one read: another thread may replace it
         if packed is None or packed[0] != shape:
-            conv = (self.padding, self.stride, self.dilation, self.groups)
-            packed = shape, _mkldnn._reorder_convolution_weight(self.weight, *conv, list(shape))
-            self._packed = packed
+            packed = self._packed = shape, self._reordered(shape)
         return packed[1]
 
-    def _onednn(self) -> bool:
+    def _reordered(self, shape: torch.Size) -> Tensor:
+        conv = (self.padding, self.stride, self.dilation, self.groups)
+        return _mkldnn._reorder_convolution_weight(self.weight, *conv, list(shape))
+
+    def runs_onednn(self) -> bool:
+        """Whether oneDNN computes this convolution where its weight is."""
         weight = self.weight
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
             return False
@@ -183,19 +206,24 @@ class FrozenConv2d(Frozen):
         out_channels, in_channels, *kernel = self.weight.shape
         return (
             f"{in_channels * self.groups}, {out_channels}, kernel_size={tuple(kernel)}, stride={self.stride}, "
-            f"relu={self.relu}, onednn={self._onednn()}"
+            f"relu={self.relu}, onednn={self.runs_onednn()}"
         )
 
 
 class FrozenMaxPool2d(nn.MaxPool2d):
-    """max_pool2d with its output, and the indices PyTorch computes beside it, in pooled memory."""
+    """max_pool2d with its output in pooled memory, and a stem's without the indices PyTorch computes beside it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As MaxPool2d's."""
         if torch.compiler.is_compiling():
             return super().forward(x)
         with pooled():
-            return super().forward(x)
+            y = native.max_pool(x) if self._is_stems() and not (x.requires_grad and torch.is_grad_enabled()) else None
+            return super().forward(x) if y is None else y
+
+    def _is_stems(self) -> bool:
+        window = (_pair(self.kernel_size), _pair(self.stride), _pair(self.padding), _pair(self.dilation))
+        return window == ((3, 3), (2, 2), (1, 1), (1, 1)) and not self.ceil_mode and not self.return_indices
 
 
 class FrozenBlock(Frozen):

@@ -1,8 +1,9 @@
 """Frozen modules that run as one: a whole torchvision ResNet, or one stage of another model's backbone.
 
 On a GPU the layers are planned per input shape, the kernels compiled and, for a ResNet, the whole forward is captured
-in a CUDA graph. On a CPU with AMX they are a program (`amx`). Where neither can be, the layers run one by one as
-`frozen.py` has them, and the reason is logged once; on a CPU in float32 where that is faster (`twin.py`).
+in a CUDA graph. On a CPU with AMX they are a program (`amx`), on others one call for all layers (`cpu_network`), in
+float32 where that is faster (`twin.py`). Where nothing can be, or a hook watches, the layers run one by one as
+`frozen.py` has them, and the reason is logged once.
 """
 
 import logging
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from . import _log, dispatch
+from . import _log, cpu_network, dispatch
 from .amx.network import AmxNetwork
 from .amx.network import why_not as why_not_amx
 from .backends import triton
@@ -28,7 +29,8 @@ from .report import BlockReport
 from .twin import float32_twin
 
 SHAPES_KEPT = 4
-"""Input shapes that a module keeps an arena and a CUDA graph for; the one unused longest goes first."""
+"""Input shapes that a module keeps for: on a GPU an arena and a graph, on a CPU oneDNN's packed weights, as large as the
+model's. The one unused longest goes first."""
 
 
 _building = threading.Lock()
@@ -38,6 +40,7 @@ _NOT_COPIED = (
     "_modules_inside",
     "_float32_twin",
     "_amx",
+    "_cpu_networks",
     "_weights_inside",
     "_told_shape",
 )
@@ -84,8 +87,10 @@ class _Planned:
             return None
         if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
             return None
-        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
-            self._forget()  # a layer was replaced
+        if (reason := why_not_amx(self._weight_dtype())) is not None:
+            _log.once(f"freeze: no AMX program: {reason}", logging.INFO)
+            return None
+        self._look_at_children()
         with _building:
             weights = _versions(self._weights)
             known, network = self.__dict__.get("_amx", (None, None))
@@ -95,14 +100,11 @@ class _Planned:
         return network
 
     def _make_amx_network(self) -> AmxNetwork | None:
-        reason = why_not_amx(self._weight_dtype())
-        if reason is None:
-            try:
-                return AmxNetwork(self._section(), self._has_head())
-            except ValueError as error:
-                reason = str(error)
-        _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
-        return None
+        try:
+            return AmxNetwork(self._section(), self._has_head())
+        except ValueError as error:
+            _log.once(f"freeze: no AMX program: {error}", logging.INFO)
+            return None
 
     @property
     def _weights(self) -> list[Tensor]:
@@ -110,24 +112,61 @@ class _Planned:
             self.__dict__["_weights_inside"] = [*self.parameters(), *self.buffers()]
         return self.__dict__["_weights_inside"]
 
-    def _by_layer(self, x: Tensor) -> Tensor:
-        """The layers one by one; in float32 where the CPU is faster so, unless somebody watches them."""
+    def _by_library(self, x: Tensor) -> Tensor:
+        """By oneDNN and the like; in float32 where the CPU is faster so, unless somebody watches the layers."""
         if torch.compiler.is_compiling() or self._hooked():
             return super().forward(x)
         twin = float32_twin(self, x, self._weight_dtype())
-        y = super().forward(x) if twin is None else twin(x.float()).to(x.dtype)
+        y = self._as_one(x) if twin is None else twin(x.float()).to(x.dtype)
         if x.device.type == "cpu" and self.__dict__.get("_told_shape") != x.shape:
             self.__dict__["_told_shape"] = x.shape
             self._tell_layers(twin or self)
         return y
+
+    def _as_one(self, x: Tensor) -> Tensor:
+        """All layers in one call, else one by one."""
+        network = self._cpu_network(x)
+        if network is None:
+            return super().forward(x)
+        with torch.no_grad():
+            return self._behind(network.run(x))
+
+    def _cpu_network(self, x: Tensor) -> object | None:
+        """The network for x's shape, built when it is first seen; None, with the reason said, where there is none."""
+        if x.device.type != "cpu" or x.numel() == 0 or dispatch.requested(self.backend) not in ("auto", "native"):
+            return None
+        self._look_at_children()
+        with _building:
+            networks = self.__dict__.setdefault("_cpu_networks", OrderedDict())
+            if x.shape not in networks:
+                try:
+                    section = self._section()
+                    reason = cpu_network.why_not(section)
+                    networks[x.shape] = None if reason else cpu_network.build(section, x.shape)
+                except ValueError as error:
+                    networks[x.shape], reason = None, str(error)
+                if reason is not None:
+                    _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
+                if len(networks) > SHAPES_KEPT:
+                    networks.popitem(last=False)
+            networks.move_to_end(x.shape)
+            return networks[x.shape]
+
+    def _behind(self, y: Tensor) -> Tensor:
+        """What follows the last block."""
+        return y
+
+    def _look_at_children(self) -> None:
+        """Forget what was made of a layer that was replaced."""
+        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
+            self._forget()
 
     def _tell_layers(self, network: nn.Module) -> None:
         """Say what computed the layers of `network`, this module or its twin, for an input shape first seen."""
 
     def _kept(self, x: Tensor) -> tuple[Engine | None, str]:
         """The engine of x's shape, or why there is none."""
-        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
-            self._forget()  # a layer was replaced
+        self._look_at_children()
         engines, key = self._engines, (tuple(x.shape), x.device)
         if key not in engines:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -203,7 +242,7 @@ class PlannedStage(_Planned, FrozenStage):
         if network is not None and network.why_not_image(x) is None:
             return network(x)
         engine = self._engine(x)
-        return self._by_layer(x) if engine is None else engine(x)
+        return self._by_library(x) if engine is None else engine(x)
 
     def _section(self) -> Section:
         return Section(None, False, list(self.named_children()))
@@ -225,10 +264,10 @@ class PlannedResNet(_Planned, ResNet):
         network = self.amx_network(x)
         if network is not None and network.why_not_image(x) is None:
             y = network(x)
-            return y if network.head else self.fc(torch.flatten(self.avgpool(y), 1))
+            return y if network.head else self._behind(y)
         engine = self._engine(x)
         if engine is None:
-            return self._by_layer(x)
+            return self._by_library(x)
         with torch.no_grad():
             return self._replayed(engine, x) if self._captures(x) else self._whole(engine, x)
 
@@ -249,7 +288,10 @@ class PlannedResNet(_Planned, ResNet):
             self.resnet_fast_report = replace(report, blocks=tuple(_layers_row(row, blocks) for row in report))
 
     def _whole(self, engine: Engine, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(engine(x)), 1))
+        return self._behind(engine(x))
+
+    def _behind(self, y: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(y), 1))
 
     def _captures(self, x: Tensor) -> bool:
         return self.cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing()

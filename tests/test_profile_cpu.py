@@ -15,6 +15,7 @@ from resnet_fast.cli import cpu_ceilings, layer_timings, networks, profile_cpu
 from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming
 from resnet_fast.frozen import FrozenConv2d
+from resnet_fast.planned import PlannedResNet
 from resnet_fast.problems import Conv
 
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, 1e9, 5e8)
@@ -110,8 +111,8 @@ def test_the_peak_is_no_less_than_what_a_step_reaches(small, monkeypatch, tmp_pa
 
 def test_a_wrong_network_is_not_timed(small, monkeypatch, capsys, tmp_path):
     path = tmp_path / "profile.json"
-    right = FrozenConv2d.forward
-    monkeypatch.setattr(FrozenConv2d, "forward", lambda self, *inputs: right(self, *inputs) * 1.01)
+    right = PlannedResNet.forward
+    monkeypatch.setattr(PlannedResNet, "forward", lambda self, x: right(self, x) * 1.01)
     monkeypatch.setattr(profile_cpu, "layer_timings", lambda *_: pytest.fail("timed"))
     assert run(*SMALL, "--json", path) == 1
     assert "FAILED, so nothing was timed: logits: MISMATCH" in capsys.readouterr().out

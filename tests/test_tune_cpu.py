@@ -120,9 +120,9 @@ def test_tune_measures_training_steps(tuned):
 
 
 def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
-    for name in ("conv", "conv_packed"):
-        right = getattr(backend, name)
-        monkeypatch.setattr(backend, name, lambda *call, right=right: right(*call) * (1 + 1e-5))
+    packed, live = backend.conv_packed, backend.conv
+    monkeypatch.setattr(backend, "conv_packed", lambda *call: packed(*call) * (1 + 1e-5))
+    monkeypatch.setattr(backend, "conv", lambda *call: (live(*call)[0] * (1 + 1e-5), None, None))
     code, written = tuned()
     assert code == 1
     assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 3

@@ -229,8 +229,8 @@ def test_a_float32_twin_takes_it_too(monkeypatch):
     """Where bfloat16 is slow, a bfloat16 network computes in float32."""
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: True)
     model, x, ran = network(), image((8, 3, 64, 64)), []
-    original = backend.conv_packed
-    monkeypatch.setattr(backend, "conv_packed", lambda *call: ran.append(call) or original(*call))
+    original = backend.pack
+    monkeypatch.setattr(backend, "pack", lambda weight: ran.append(weight) or original(weight))
     frozen = freeze(model, dtype=torch.bfloat16)
     if frozen.amx_network(x.bfloat16()) is not None:
         pytest.skip("AMX computes the network")

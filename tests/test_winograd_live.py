@@ -7,13 +7,15 @@ import torch
 from cases import CPU, draw
 from models import lively
 from numerics import assert_all_match, assert_match, assert_matches, compare
+from test_primitives import draw_norm
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18
 
 from resnet_fast import optimize
 from resnet_fast.backends import native as native_backend
 from resnet_fast.backends import winograd
-from resnet_fast.backends.primitives import Geometry
+from resnet_fast.backends.primitives import Geometry, reference
+from resnet_fast.backends.primitives import native as native_primitives
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import WinogradConfig
 from resnet_fast.numerics import K_WHOLE_GRADIENT
@@ -50,7 +52,7 @@ def test_a_weights_gradient_is_as_near_to_float64_as_pytorchs(name, layout):
     shape, outputs = SHAPES[name]
     x, dy = activation(shape), draw((shape[0], outputs, *shape[2:]), torch.float32, "channels_last")
     weight = draw((outputs, shape[1], 3, 3), torch.float32, layout)
-    dweight = winograd.weight_gradient(dy, x, weight)
+    dweight = winograd.weight_gradient(dy, x, None, weight)
     assert dweight.is_contiguous(memory_format=LAYOUTS[layout])
     stock = weight_gradient(dy, x, weight).contiguous(memory_format=LAYOUTS[layout])
     assert_matches(name, dweight, stock, weight_gradient(dy.double(), x.double(), weight.double()))
@@ -108,10 +110,46 @@ def test_thread_count_changes_no_bit(name):
     weight, results = draw((outputs, shape[1], 3, 3), torch.float32), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append((winograd.weight_gradient(dy, x, weight), winograd.pack(weight)))
+        results.append((winograd.weight_gradient(dy, x, None, weight), winograd.pack(weight)))
     for dweight, packed in results[1:]:
         assert torch.equal(dweight, results[0][0])
         assert torch.equal(packed, results[0][1])
+
+
+def pending(name: str):
+    """x with a norm pending on it, a weight, and a gradient."""
+    shape, outputs = SHAPES[name]
+    x, dy = (draw((shape[0], channels, *shape[2:]), torch.float32, "channels_last") for channels in (shape[1], outputs))
+    return x.add_(0.5), draw_norm(shape[1], torch.float32), draw((outputs, shape[1], 3, 3), torch.float32), dy
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_norm_that_is_pending_is_applied_to_a_bit(name):
+    x, norm, weight, dy = pending(name)
+    applied = native_primitives.apply(x, norm)
+    conv_out, mean, var = winograd.conv(x, norm, weight, False)
+    assert (mean, var) == (None, None)
+    assert torch.equal(conv_out, winograd.conv(applied, None, weight, False)[0])
+    gradient = winograd.weight_gradient(dy, x, norm, weight)
+    assert torch.equal(gradient, winograd.weight_gradient(dy, applied, None, weight))
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", [*SHAPES, "few_tiles"])
+def test_statistics_are_as_near_to_float64_as_pytorchs(name, monkeypatch):
+    monkeypatch.setitem(SHAPES, "few_tiles", ((3, 64, 9, 13), 96))
+    x, norm, weight, _ = pending(name)
+    conv_out, *statistics = winograd.conv(x, norm, weight, True)
+    assert torch.equal(conv_out, winograd.conv(x, norm, weight, False)[0])
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for ours, same in zip((conv_out, *statistics), winograd.conv(x, norm, weight, True), strict=True):
+            assert torch.equal(ours, same)
+    judged = [dict(zip(("mean", "var"), statistics, strict=True))]
+    for raw in (conv_out, conv_out.double()):
+        judged.append(dict(zip(("mean", "var"), reference.batch_statistics(raw), strict=True)))
+    assert_all_match(*judged)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
@@ -119,25 +157,27 @@ def test_thread_count_changes_no_bit(name):
 def test_a_weights_gradient_that_is_not_finite_is_none(into, value):
     tensors = {name: draw((8, 64, 14, 14), torch.float32, "channels_last") for name in ("x", "dy")}
     tensors[into][3, 5, 13, 13] = value
-    assert winograd.weight_gradient(tensors["dy"], tensors["x"], torch.zeros(64, 64, 3, 3)) is None
+    assert winograd.weight_gradient(tensors["dy"], tensors["x"], None, torch.zeros(64, 64, 3, 3)) is None
 
 
 def test_what_does_not_belong_together_raises():
     x, dy = torch.zeros(2, 64, 8, 8), torch.zeros(2, 32, 8, 8)
     with pytest.raises(RuntimeError, match="not of one 3x3 convolution"):
-        winograd.weight_gradient(dy, x, torch.zeros(64, 64, 3, 3))
+        winograd.weight_gradient(dy, x, None, torch.zeros(64, 64, 3, 3))
     with pytest.raises(RuntimeError, match="float32"):
-        winograd.weight_gradient(dy.double(), x, torch.zeros(32, 64, 3, 3))
+        winograd.weight_gradient(dy.double(), x, None, torch.zeros(32, 64, 3, 3))
     with pytest.raises(RuntimeError, match="an element an output"):
         by_op(x, torch.zeros(64, 64, 3, 3), torch.zeros(32))
     with pytest.raises(RuntimeError, match="not of one convolution"):
-        winograd.conv(x, torch.zeros(64, 32, 3, 3))
+        winograd.conv(x, None, torch.zeros(64, 32, 3, 3), False)
     with pytest.raises(RuntimeError, match=r"\(K, C, 3, 3\)"):
         winograd.pack(torch.zeros(64, 64, 1, 1))
 
 
 def test_no_image_has_no_gradient():
-    dweight = winograd.weight_gradient(torch.zeros(0, 64, 8, 8), torch.zeros(0, 64, 8, 8), torch.ones(64, 64, 3, 3))
+    dweight = winograd.weight_gradient(
+        torch.zeros(0, 64, 8, 8), torch.zeros(0, 64, 8, 8), None, torch.ones(64, 64, 3, 3)
+    )
     assert torch.equal(dweight, torch.zeros(64, 64, 3, 3))
 
 

@@ -35,6 +35,13 @@ MUTANTS = {  # name -> (before, after)
     "weight_point": ("fma(-kOverQ * kQ, w1, even_q)", "fma(-kOverQ, w1, even_q)"),
     "no_scale": ("scale * at::vec::gather", "at::vec::gather"),
     "beyond_the_outputs": ("smaller(output + lane, conv.outputs - 1)", "smaller(lane, conv.outputs - 1)"),
+    "norm_on_padding": ("pixel == zeros_ ? Vec(0) : relu", "false ? Vec(0) : relu"),
+    "norm_without_relu": ("relu(normalize(x, mean_, scale_, bias_)).v[0]", "normalize(x, mean_, scale_, bias_).v[0]"),
+    "norm_bias_lost": ("conv.norm.bias) + channel", "conv.norm.bias)"),
+    "moments_restart": ("tile % conv.chunk == 0", "true"),
+    "moments_of_another_chunk": ("tile / conv.chunk * 3", "tile * 3 / conv.chunk"),
+    "moments_not_centred": ("fmadd(centred, centred, square_)", "fmadd(out, centred, square_)"),
+    "moments_of_the_last_row": ("moments.add(out);", "if (i == 3) moments.add(out);"),
     "gradient_point": ("const Vec even_q = fma(q2, y2, y0), odd_q", "const Vec even_q = fma(p2, y2, y0), odd_q"),
     "gradient_columns": ("out[3] = x[3] - x[1]", "out[3] = x[3] - x[2]"),
     "gradient_dy_columns": ("out[2] = dy[0] - dy[1]", "out[2] = dy[1] - dy[0]"),
@@ -81,7 +88,7 @@ def copy_of(name: str) -> str:
 
 class Sizes(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "height", "width", "chunk")),
         *((name, ctypes.c_bool) for name in ("relu", "turned", "taps_together")),
     )
 
@@ -104,6 +111,25 @@ def close(y: torch.Tensor, wide: torch.Tensor) -> None:
 
 
 IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH = 3, 35, 70, 9, 15  # everything odd
+CHUNK, CHUNKS = 5, 8  # of 36 tiles
+
+
+def draw_norm() -> tuple[torch.Tensor, torch.Tensor]:
+    """mean, scale and bias as the kernels take them, and for PyTorch."""
+    rows = draw((3, CHANNELS), torch.float32)
+    return F.pad(rows, (0, 64)).contiguous(), rows.double()[:, :, None, None]
+
+
+def close_moments(found: torch.Tensor, y: torch.Tensor) -> None:
+    """Beside the means and the centred squares of y's tiles, CHUNK after CHUNK."""
+    image, row, column = torch.meshgrid(*map(torch.arange, (IMAGES, HEIGHT, WIDTH)), indexing="ij")
+    chunk = ((image * 3 + row // 4) * 4 + column // 4) // CHUNK
+    for number, (shift, total, squares) in enumerate(found.view(CHUNKS, 3, OUTPUTS).double()):
+        values = y.double().permute(0, 2, 3, 1)[chunk == number]
+        torch.testing.assert_close(shift + total / len(values), values.mean(0), rtol=1e-4, atol=1e-4)
+        spread = (values - values.mean(0)).square().sum(0)
+        rounding = 1e-5 * float(squares.max())  # of a value that ReLU or the image's edge has taken far from the others
+        torch.testing.assert_close(squares - total.square() / len(values), spread, rtol=1e-3, atol=rounding)
 
 
 def check(conv, gradient) -> None:
@@ -111,26 +137,32 @@ def check(conv, gradient) -> None:
     x = guarded(draw((IMAGES, CHANNELS, HEIGHT, WIDTH), torch.float32, "channels_last"))
     residual = draw((IMAGES, OUTPUTS, HEIGHT, WIDTH), torch.float32, "channels_last")
     y, bias, scale = guarded(torch.full_like(residual, float("nan"))), draw((OUTPUTS,), torch.float32), None
+    norm, (mean, factor, shift) = draw_norm()
+    activated, moments = ((x.double() - mean) * factor + shift).relu(), None
 
     for turned, layout in ((False, "nchw"), (True, "channels_last")):
         shape = (CHANNELS, OUTPUTS, 3, 3) if turned else (OUTPUTS, CHANNELS, 3, 3)
         weight = draw(shape, torch.float32, layout)
-        scale = None if turned else draw((OUTPUTS,), torch.float32)
-        sizes = Sizes(IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH, True, turned, layout == "nchw")
-        assert conv(*pointers(x, weight, scale, bias, residual, y), ctypes.byref(sizes))
+        scale, pending = (None, norm) if turned else (draw((OUTPUTS,), torch.float32), None)
+        moments = guarded(torch.full((CHUNKS * 3 * OUTPUTS,), float("nan"))) if turned else None
+        sizes = Sizes(IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH, CHUNK, True, turned, layout == "nchw")
+        assert conv(*pointers(x, weight, scale, bias, residual, y, pending, moments), ctypes.byref(sizes))
         kernel = weight.double().transpose(0, 1).flip(2, 3) if turned else weight.double() * scale[:, None, None, None]
-        close(y, (F.conv2d(x.double(), kernel, bias.double(), padding=1) + residual.double()).relu())
+        seen = activated if turned else x.double()
+        close(y, (F.conv2d(seen, kernel, bias.double(), padding=1) + residual.double()).relu())
+    close_moments(moments, y)
 
     dy = guarded(residual)
-    for layout in ("nchw", "channels_last"):
+    for layout, pending in (("nchw", None), ("channels_last", norm)):
         dweight = guarded(torch.full_like(draw((OUTPUTS, CHANNELS, 3, 3), torch.float32, layout), float("nan")))
         sizes.taps_together = layout == "nchw"
-        assert gradient(*pointers(dy, x, dweight), ctypes.byref(sizes))
-        close(dweight, torch.nn.grad.conv2d_weight(x.double(), dweight.shape, dy.double(), padding=1))
+        assert gradient(*pointers(dy, x, dweight, pending), ctypes.byref(sizes))
+        seen = x.double() if pending is None else activated
+        close(dweight, torch.nn.grad.conv2d_weight(seen, dweight.shape, dy.double(), padding=1))
 
     x[1, 3, 8, 13] = float("nan")
-    assert not conv(*pointers(x, weight, scale, bias, residual, y), ctypes.byref(sizes))
-    assert not gradient(*pointers(dy, x, dweight), ctypes.byref(sizes))
+    assert not conv(*pointers(x, weight, scale, bias, residual, y, None, None), ctypes.byref(sizes))
+    assert not gradient(*pointers(dy, x, dweight, None), ctypes.byref(sizes))
 
 
 def notices(kernels, name: str) -> bool:

@@ -64,6 +64,34 @@ std::optional<Norm> make_norm(int64_t channels, at::ScalarType acc, const NormTe
   return make_norm(channels, acc, tensors.get(2), tensors.get(3), *mean, *var, eps);
 }
 
+Norm required_norm(int64_t channels, at::ScalarType acc, const NormTensors& tensors, double eps) {
+  const std::optional<Norm> norm = make_norm(channels, acc, tensors, eps);
+  TORCH_CHECK(norm.has_value(), "norm: expected mean, var, weight and bias, got an empty list");
+  return *norm;
+}
+
+PendingNorm::PendingNorm(int64_t channels, at::ScalarType acc, const NormTensors& tensors, double eps) {
+  const std::optional<Norm> norm = make_norm(channels, acc, tensors, eps);
+  if (!norm.has_value()) return;
+  columns_.emplace(make_plan(1, channels, 1, true), Norm::kColumns, acc);
+  params = norm->columns(*columns_);
+}
+
+ColumnParams backward_params(
+    const Norm& norm, Columns& columns, const OptionalTensor& mean_dz, const OptionalTensor& mean_dzx) {
+  ColumnParams out = norm.columns(columns);
+  if (!mean_dz.has_value() || !mean_dzx.has_value()) return out;
+  const int64_t channels = norm.mean.numel();
+  const Tensor dz = channel_param(channels, norm.mean.scalar_type(), mean_dz, "mean_dz");
+  const Tensor dzx = channel_param(channels, norm.mean.scalar_type(), mean_dzx, "mean_dzx");
+  out.mean_dz = columns.fill(Norm::kColumns, [&](int64_t c) { return value_at(dz, c, 0); });
+  out.mean_dzx = columns.fill(Norm::kColumns + 1, [&](int64_t c) {
+    const double rstd = norm.rstd(c);
+    return rstd * rstd * value_at(dzx, c, 0);
+  });
+  return out;
+}
+
 void apply(
     const Problem& p, const Norm& norm, const OptionalTensor& residual, const std::optional<Norm>& residual_norm,
     bool relu, const Tensor& y) {

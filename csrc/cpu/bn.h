@@ -102,6 +102,22 @@ Norm make_norm(
 
 // From the ops' list of mean, var, weight, bias; none from an empty list.
 std::optional<Norm> make_norm(int64_t channels, at::ScalarType acc, const NormTensors& tensors, double eps);
+Norm required_norm(int64_t channels, at::ScalarType acc, const NormTensors& tensors, double eps);
+
+// The columns of a norm that is pending on rows of `channels` values; null where there is none.
+class PendingNorm {
+ public:
+  PendingNorm(int64_t channels, at::ScalarType acc, const NormTensors& tensors, double eps);
+  ColumnParams params;
+
+ private:
+  std::optional<Columns> columns_;
+};
+
+// What the gradient needs of a norm: with the means of dz and of dz * (x - mean), that of batch statistics.
+constexpr int64_t kBackwardColumns = Norm::kColumns + 2;
+ColumnParams backward_params(
+    const Norm& norm, Columns& columns, const OptionalTensor& mean_dz, const OptionalTensor& mean_dzx);
 
 template <typename F>
 void for_items(const Plan& plan, const F& f) {

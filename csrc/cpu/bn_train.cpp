@@ -6,16 +6,6 @@
 
 namespace resnet_fast::cpu {
 
-namespace {
-
-Norm required_norm(const Problem& p, const NormTensors& tensors, double eps) {
-  const std::optional<Norm> norm = make_norm(p.channels, p.acc, tensors, eps);
-  TORCH_CHECK(norm.has_value(), "norm: expected mean, var, weight and bias, got an empty list");
-  return *norm;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> bn_statistics(const Tensor& conv_out) {
   const OpGuard guard;
   return batch_stats(make_problem(conv_out));
@@ -28,7 +18,7 @@ Tensor bn_apply(
   const Problem p = make_problem(conv_out);
   Tensor y = at::empty_like(p.x);
   apply(
-      p, required_norm(p, norm, eps), residual, make_norm(p.channels, p.acc, residual_norm, residual_eps), relu, y);
+      p, required_norm(p.channels, p.acc, norm, eps), residual, make_norm(p.channels, p.acc, residual_norm, residual_eps), relu, y);
   return y;
 }
 
@@ -41,7 +31,7 @@ std::tuple<Tensor, Tensor> bn_backward_reduce(
   BackwardArgs args;
   args.dy = dy_like_x.const_data_ptr();
   args.x = p.x.const_data_ptr();
-  args.params = required_norm(p, norm, eps).columns(columns);
+  args.params = required_norm(p.channels, p.acc, norm, eps).columns(columns);
   args.mask = relu ? Mask::from_x : Mask::none;
   const Reduction sums(p);
   backward_sums(p, args, sums);
@@ -57,25 +47,15 @@ Tensor bn_backward_apply(
   const bool has_x = conv_out.has_value() && conv_out->defined();
   TORCH_CHECK(has_x || !(relu || training), "conv_out: needed for the ReLU's mask and for batch statistics");
   const Problem p = make_problem(has_x ? *conv_out : dy);
-  const Norm own = required_norm(p, norm, eps);
-  Columns columns(p.plan, Norm::kColumns + 2, p.acc);
+  Columns columns(p.plan, kBackwardColumns, p.acc);
   const Tensor dy_like_x = like_x(p, dy, "dy");
   Tensor dconv_out = at::empty_like(p.x);
   BackwardArgs args;
   args.dy = dy_like_x.const_data_ptr();
   args.x = p.x.const_data_ptr();
   args.dx = dconv_out.mutable_data_ptr();
-  args.params = own.columns(columns);
+  args.params = backward_params(required_norm(p.channels, p.acc, norm, eps), columns, mean_dz, mean_dzx);
   args.mask = relu ? Mask::from_x : Mask::none;
-  if (training) {
-    const Tensor dz = channel_param(p.channels, p.acc, mean_dz, "mean_dz");
-    const Tensor dzx = channel_param(p.channels, p.acc, mean_dzx, "mean_dzx");
-    args.params.mean_dz = columns.fill(Norm::kColumns, [&](int64_t c) { return value_at(dz, c, 0); });
-    args.params.mean_dzx = columns.fill(Norm::kColumns + 1, [&](int64_t c) {
-      const double rstd = own.rstd(c);
-      return rstd * rstd * value_at(dzx, c, 0);
-    });
-  }
   const auto kernel = training ? kernels().backward_apply_train[p.dtype] : kernels().backward_apply_eval[p.dtype];
   for_items(p.plan, [&](int64_t begin, int64_t end) { kernel(p.plan, args, begin, end); });
   return dconv_out;

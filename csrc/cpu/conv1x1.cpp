@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "guards.h"
+#include "scratch.h"
 
 namespace resnet_fast::cpu {
 
@@ -49,20 +50,6 @@ struct Slabs {
 
 // The longest slab whose rows are summed over.
 int64_t longest_sum(int64_t rows) { return std::clamp(rows / kEvenSlabs, kMinSummed, kMaxSummed); }
-
-// What every thread works in, without a fresh allocation a slab.
-class Scratch {
- public:
-  Scratch(int64_t elements, at::ScalarType dtype)
-      : stride_((elements * static_cast<int64_t>(c10::elementSize(dtype)) + kLanePadding * 8) / 64 * 64),
-        buffer_(at::empty({elements == 0 ? 0 : at::get_num_threads() * stride_}, at::kByte)) {}
-
-  void* mine() const { return static_cast<char*>(buffer_.mutable_data_ptr()) + at::get_thread_num() * stride_; }
-
- private:
-  int64_t stride_;
-  Tensor buffer_;
-};
 
 // Worker threads start with a dispatch state of their own.
 template <typename F>

@@ -15,6 +15,7 @@
 #include "bn_train.h"
 #include "conv_geometry.h"
 #include "guards.h"
+#include "moments.h"
 
 namespace resnet_fast::cpu {
 
@@ -137,29 +138,11 @@ int64_t slices(int64_t items, int64_t blocks) {
   return n;
 }
 
-// The batch norm that is pending on x.
-struct Pending {
-  std::optional<Columns> columns;
-  ColumnParams params;
-
-  Pending(int64_t channels, const NormTensors& tensors, double eps) {
-    const std::optional<Norm> norm = make_norm(channels, at::kFloat, tensors, eps);
-    if (!norm.has_value()) return;
-    columns.emplace(make_plan(1, channels, 1, true), Norm::kColumns, at::kFloat);
-    params = norm->columns(*columns);
-  }
-
-  amx::train::Pixels pixels(const Tensor& x, const std::vector<int32_t>& table) const {
-    amx::train::Pixels out{x.const_data_ptr(), x.size(1), table.data(), static_cast<int64_t>(table.size()),
-                           nullptr, nullptr, nullptr};
-    if (columns.has_value()) {
-      out.mean = static_cast<const float*>(params.mean);
-      out.scale = static_cast<const float*>(params.scale);
-      out.bias = static_cast<const float*>(params.bias);
-    }
-    return out;
-  }
-};
+amx::train::Pixels pixels_of(const Tensor& x, const PendingNorm& pending, const std::vector<int32_t>& table) {
+  return {x.const_data_ptr(), x.size(1), table.data(), static_cast<int64_t>(table.size()),
+          static_cast<const float*>(pending.params.mean), static_cast<const float*>(pending.params.scale),
+          static_cast<const float*>(pending.params.bias)};
+}
 
 // conv_weight, packed for all classes of a grid.
 class PackedWeight {
@@ -206,49 +189,9 @@ class PackedWeight {
   Scratch buffer_;
 };
 
-// Per chunk and channel: mean and centred sum of squares; the chunk's values a channel in `count`.
-struct ChunkMoments {
-  Tensor buffer;
-  std::vector<int64_t> count;
-  int64_t channels;
-
-  ChunkMoments(int64_t chunks, int64_t channels)
-      : buffer(at::empty({chunks, 2, channels}, at::kDouble)), count(chunks), channels(channels) {}
-
-  void put(int64_t chunk, int64_t channel, amx::train::Moments& m) {
-    amx::train::flush(m);
-    double* mean = buffer.mutable_data_ptr<double>() + chunk * 2 * channels + channel;
-    count[chunk] = m.rows;
-    const auto n = static_cast<double>(m.rows);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      mean[i] = m.shift[i] + m.sums[i] / n;
-      mean[channels + i] = std::max(0.0, m.squares[i] - m.sums[i] * m.sums[i] / n);
-    }
-  }
-
-  // mean and biased variance
-  std::tuple<Tensor, Tensor> merged() const {
-    const Tensor mean = at::empty({channels}, at::kFloat), var = at::empty({channels}, at::kFloat);
-    const double* parts = buffer.const_data_ptr<double>();
-    for (int64_t c = 0; c < channels; ++c) {
-      double n = 0, m = 0, m2 = 0;
-      for (size_t i = 0; i < count.size(); ++i) {
-        const double* part = parts + 2 * static_cast<int64_t>(i) * channels + c;
-        const double more = static_cast<double>(count[i]), delta = part[0] - m;
-        n += more;
-        m += delta * more / n;
-        m2 += part[channels] + delta * delta * more * (n - more) / n;
-      }
-      mean.mutable_data_ptr<float>()[c] = static_cast<float>(m);
-      var.mutable_data_ptr<float>()[c] = static_cast<float>(m2 / n);
-    }
-    return {mean, var};
-  }
-};
-
 // y = the grid's sums over act(x), + add.
 void multiply(
-    const Grid& grid, const Tensor& x, const Pending& pending, const PackedWeight& weight, const Tensor& y,
+    const Grid& grid, const Tensor& x, const PendingNorm& pending, const PackedWeight& weight, const Tensor& y,
     const Tensor* add, ChunkMoments* moments, const std::vector<Chunk>& chunks, Largest& largest) {
   const int planes = planes_of(x);
   const int64_t item = static_cast<int64_t>(y.element_size()), out_channels = y.size(1);
@@ -262,7 +205,7 @@ void multiply(
     const Chunk& chunk = chunks[i / parts];
     const int64_t begin = i % parts * weight.outputs() / parts, end = (i % parts + 1) * weight.outputs() / parts;
     // One plane of whole tiles of pixels with nothing pending is read where it is: no zeros meet what is not finite.
-    const bool direct = planes == 1 && grid.is_column() && !pending.columns.has_value() && chunk.rows % 16 == 0;
+    const bool direct = planes == 1 && grid.is_column() && pending.params.mean == nullptr && chunk.rows % 16 == 0;
     const uint16_t* packed = scratch.mine();
     int64_t positions = 0;
     if (direct) {
@@ -271,7 +214,7 @@ void multiply(
       const std::vector<int32_t> source = grid.source(chunk);
       positions = static_cast<int64_t>(source.size());
       largest.see(
-          amx::train::pack_pixels(planes, pending.pixels(x, source), scratch.mine(), block_values(positions)));
+          amx::train::pack_pixels(planes, pixels_of(x, pending, source), scratch.mine(), block_values(positions)));
     }
     for (int64_t number = 0; number < grid.classes(); ++number) {
       const Grid::Tiles tiles = grid.tiles(chunk, number);
@@ -300,7 +243,9 @@ void multiply(
         args.moments = moments == nullptr ? nullptr : sums.data();
         amx::train::conv(planes, args);
         for (size_t n = 0; n < sums.size(); ++n) {
-          moments->put(i / parts, (output + static_cast<int64_t>(n)) * kBlock, sums[n]);
+          amx::train::flush(sums[n]);
+          const int64_t channel = (output + static_cast<int64_t>(n)) * kBlock;
+          moments->put(i / parts, channel, kBlock, sums[n].rows, sums[n].shift, sums[n].sums, sums[n].squares);
         }
       }
     }
@@ -309,7 +254,7 @@ void multiply(
 
 // The gradient of conv_weight in its dtype; dy is that of the output.
 Tensor weight_gradient(
-    const Shape& shape, const Tensor& dy, const Tensor& x, const Pending& pending, const Tensor& conv_weight,
+    const Shape& shape, const Tensor& dy, const Tensor& x, const PendingNorm& pending, const Tensor& conv_weight,
     Largest& largest) {
   const Grid grid = shape.forward();
   const int planes = planes_of(x);
@@ -357,7 +302,7 @@ Tensor weight_gradient(
         largest.see(amx::train::pack_transposed(planes, dy_pixels, k, k_stop, packed_dy));
         for (int64_t c = 0; c < C; c += c_step) {
           const int64_t c_stop = std::min(c + c_step, C);
-          largest.see(amx::train::pack_pairs(planes, pending.pixels(x, source), c, c_stop, compact, packed_x));
+          largest.see(amx::train::pack_pairs(planes, pixels_of(x, pending, source), c, c_stop, compact, packed_x));
           amx::train::WgradArgs args;
           args.positions = positions;
           args.x_positions = compact ? x_positions / 2 : x_positions;
@@ -413,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_train(
   const std::vector<Chunk> chunks = conv_chunks(grid, shape.channels, shape.out_channels, planes);
   ChunkMoments moments(static_cast<int64_t>(chunks.size()), statistics ? shape.out_channels : 0);
   multiply(
-      grid, x, Pending(shape.channels, x_norm, x_eps), weight, conv_out, nullptr, statistics ? &moments : nullptr,
+      grid, x, PendingNorm(shape.channels, at::kFloat, x_norm, x_eps), weight, conv_out, nullptr, statistics ? &moments : nullptr,
       chunks, largest);
   const Tensor none = at::empty({0}, at::kFloat);
   if (largest.finite()) {
@@ -450,11 +395,11 @@ std::tuple<Tensor, Tensor> conv_train_backward(
     dx = at::empty_like(x);
     const std::vector<Chunk> chunks = conv_chunks(grid, shape.out_channels, shape.channels, planes);
     multiply(
-        grid, dy, Pending(shape.out_channels, NormTensors(), 0), weight, dx, added.defined() ? &added : nullptr, nullptr,
+        grid, dy, PendingNorm(shape.out_channels, at::kFloat, NormTensors(), 0), weight, dx, added.defined() ? &added : nullptr, nullptr,
         chunks, largest);
   }
   if (wants_dweight) {
-    dweight = weight_gradient(shape, dy, x, Pending(shape.channels, x_norm, x_eps), conv_weight, largest);
+    dweight = weight_gradient(shape, dy, x, PendingNorm(shape.channels, at::kFloat, x_norm, x_eps), conv_weight, largest);
   }
   if (largest.finite()) return {dx, dweight};
   const auto stock = at::convolution_backward(

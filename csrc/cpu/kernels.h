@@ -93,6 +93,15 @@ struct BackwardArgs {
   Mask mask = Mask::none;
 };
 
+// Max-pooling by windows of 3x3 with stride 2 and padding 1 of one image in channels_last, or of some of its rows.
+struct MaxPoolArgs {
+  int64_t channels = 0, height = 0, width = 0, pooled_height = 0, pooled_width = 0;
+  void* x = nullptr;          // row `first_row` of the pixels
+  int64_t first_row = 0;
+  void* y = nullptr;          // of the image's pooled pixels
+  uint8_t* index = nullptr;   // as y: where in its window the maximum is, 3 times the row plus the column; may be null
+};
+
 // What a 3x3 convolution with padding 1 and its weight's gradient have in common, in float32; tensors are channels_last.
 struct WinogradShape {
   const float* x = nullptr;
@@ -100,6 +109,7 @@ struct WinogradShape {
   int64_t channels = 0, outputs = 0, height = 0, width = 0;
   int64_t tile_rows = 0, tile_columns = 0;  // of an image
   int64_t panels = 0;                       // of 64 output channels
+  ColumnParams norm;  // of the batch norm and ReLU that are pending on x, whose padding has neither; null where none are
 };
 
 // A weight's steps, as [outputs][channels][9].
@@ -116,6 +126,10 @@ struct WinogradConv : WinogradShape {
   bool relu = false;
   int64_t summed = 0;      // channels that are summed up in one go
   bool continues = false;  // the products that there are, with more channels
+  // [chunk of tiles][3][outputs]: of y about a value of its own, which is the first row, the sum and the sum of squares; null
+  // where not wanted. Whole chunks are what winograd_output is called for.
+  float* moments = nullptr;
+  int64_t chunk = 1;
 };
 
 // Its weight as the model has it, and packed.
@@ -160,6 +174,10 @@ struct Kernels {
   void (*backward_apply_train[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
   // dx = scale * dz and dz, fixed statistics, no sums wanted
   void (*backward_apply_eval[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
+  // x -> y and the index, of y's rows [begin, end): the first maximum, or the last NaN
+  void (*max_pool[kDTypes])(const MaxPoolArgs&, int64_t begin, int64_t end);
+  // The gradient of y and the index -> x's, of x's rows [begin, end)
+  void (*max_unpool[kDTypes])(const MaxPoolArgs&, int64_t begin, int64_t end);
   // x -> slab.transformed, of the slab's tiles [begin, end)
   void (*winograd_input)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);
   // slab.transformed -> slab.products, of the panels [begin, end) of weights, for all of the slab's tiles

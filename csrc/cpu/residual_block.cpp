@@ -1,11 +1,13 @@
 #include "residual_block.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/rsqrt.h>
 
 #include "conv_bn_act.h"
 #include "guards.h"
+#include "max_pool.h"
 #include "winograd.h"
 #ifdef WITH_AMX
 #include "program/block.h"
@@ -86,7 +88,15 @@ at::Tensor stem(
 #ifdef WITH_AMX
   if (auto y = amx_stem(x, layer)) return *y;
 #endif
-  return at::max_pool2d(apply(layer, x.to(conv_weight.scalar_type()), {}, true), {3, 3}, {2, 2}, {1, 1});
+  const at::Tensor input = x.to(conv_weight.scalar_type());
+  if (!input.is_contiguous(at::MemoryFormat::ChannelsLast) || input.numel() == 0) {
+    return at::max_pool2d(apply(layer, input, {}, true), {3, 3}, {2, 2}, {1, 1});
+  }
+  const at::Tensor conv_out = at::convolution(
+      input, conv_weight, std::nullopt, layer.stride, layer.padding, layer.dilation, /*transposed=*/false,
+      /*output_padding=*/{0, 0}, layer.groups);
+  const NormTensors norm({mean, var, weight, bias});
+  return std::get<0>(bn_max_pool(conv_out.contiguous(at::MemoryFormat::ChannelsLast), norm, eps, /*wants_index=*/false));
 }
 
 }  // namespace resnet_fast::cpu

@@ -12,9 +12,11 @@
 #include <atomic>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "guards.h"
 #include "kernels.h"
+#include "moments.h"
 #include "winograd_points.h"
 #include "winograd_shapes.h"
 
@@ -28,6 +30,8 @@ constexpr int64_t kSmallSlab = 24, kLargeSlab = 72;
 constexpr int64_t kWeightsKept = 768 * 1024;  // bytes
 // Channels that are summed up in one go: long sums set the error (NOTES.md), and PyTorch's is least in narrow layers.
 constexpr int64_t kSum = 32, kNarrowSum = 16, kNarrow = 128;
+// Tiles that are so few that each has statistics of its own, so that threads can share them.
+constexpr int64_t kFewTiles = 64;
 
 bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
   const Kernels& k = kernels();
@@ -53,8 +57,8 @@ bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
   std::atomic<bool> finite{true};
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { k.winograd_input(conv, slab, begin, end); });
   multiply(slab);
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    if (!k.winograd_output(conv, slab, begin, end)) finite = false;
+  at::parallel_for(0, div_up(tiles, conv.chunk), 1, [&](int64_t begin, int64_t end) {
+    if (!k.winograd_output(conv, slab, begin * conv.chunk, std::min(end * conv.chunk, tiles))) finite = false;
   });
   return finite;
 }
@@ -173,6 +177,29 @@ Tensor pack(WinogradWeight weight) {
   return packed;
 }
 
+// By a weight that is not packed.
+bool run(Operands& of, const WinogradWeight& weight) {
+  TORCH_CHECK(of.conv.channels == weight.channels, "winograd_conv: x and weight are not of one convolution");
+  if (of.y.numel() == 0) return true;
+  if (is_small(of) && packed_bytes(of.conv) > kWeightsKept && of.conv.panels >= at::get_num_threads()) {
+    return run_together(of.conv, of.tiles, [&](const WinogradSlab& slab) { multiply_packing(of.conv, weight, slab); });
+  }
+  const Tensor packed = pack(weight);
+  of.conv.weight = packed.const_data_ptr<float>();
+  return run(of);
+}
+
+// Outputs of each chunk of tiles that are in the image.
+std::vector<int64_t> pixels_in_chunks(const WinogradConv& conv, int64_t tiles) {
+  std::vector<int64_t> out(div_up(tiles, conv.chunk));
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile / conv.tile_columns % conv.tile_rows * kWinogradOut;
+    const int64_t column = tile % conv.tile_columns * kWinogradOut;
+    out[tile / conv.chunk] += std::min(kWinogradOut, conv.height - row) * std::min(kWinogradOut, conv.width - column);
+  }
+  return out;
+}
+
 }  // namespace
 
 bool winograd_usable() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
@@ -202,16 +229,34 @@ std::tuple<Tensor, bool> winograd_conv(
   const Tensor w = winograd_dense(weight), scales = scale.has_value() ? scale->contiguous() : Tensor();
   const WinogradWeight described = describe(w, scales, turned);
   Operands of = operands(x, described.outputs, bias, residual, relu);
-  TORCH_CHECK(of.conv.channels == described.channels, "winograd_conv: x and weight are not of one convolution");
-  if (of.y.numel() == 0) return {of.y, true};
-  if (is_small(of) && packed_bytes(of.conv) > kWeightsKept && of.conv.panels >= at::get_num_threads()) {
-    const bool finite = run_together(
-        of.conv, of.tiles, [&](const WinogradSlab& slab) { multiply_packing(of.conv, described, slab); });
-    return {of.y, finite};
+  const bool finite = run(of, described);
+  return {of.y, finite};
+}
+
+std::tuple<Tensor, Tensor, Tensor, bool> winograd_conv_train(
+    const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& weight, bool statistics) {
+  const OpGuard guard;
+  const Tensor w = winograd_dense(weight), none = at::empty({0}, at::kFloat);
+  const WinogradWeight described = describe(w, {}, /*turned=*/false);
+  Operands of = operands(x, described.outputs, std::nullopt, std::nullopt, /*relu=*/false);
+  const PendingNorm pending(x.size(1), at::kFloat, x_norm, x_eps);
+  of.conv.norm = pending.params;
+  if (!statistics) return {of.y, none, none, run(of, described)};
+
+  // Slabs consist of whole chunks: both are multiples of kWinogradRows, or chunks of one tile.
+  of.conv.chunk = of.tiles < kFewTiles ? 1 : kWinogradRows;
+  const std::vector<int64_t> pixels = pixels_in_chunks(of.conv, of.tiles);
+  const auto chunks = static_cast<int64_t>(pixels.size());
+  const Tensor sums = at::empty({chunks, 3, of.conv.outputs}, at::kFloat);
+  of.conv.moments = sums.mutable_data_ptr<float>();
+  if (!run(of, described)) return {of.y, none, none, false};
+  ChunkMoments moments(chunks, of.conv.outputs);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const float* shift = of.conv.moments + i * 3 * of.conv.outputs;
+    moments.put(i, 0, of.conv.outputs, pixels[i], shift, shift + of.conv.outputs, shift + 2 * of.conv.outputs);
   }
-  const Tensor packed = pack(described);
-  of.conv.weight = packed.const_data_ptr<float>();
-  return {of.y, run(of)};
+  auto [mean, var] = moments.merged();
+  return {of.y, mean, var, true};
 }
 
 }  // namespace resnet_fast::cpu

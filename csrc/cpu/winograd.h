@@ -4,15 +4,9 @@
 // An output's error follows the largest values of its tile of 6x6 pixels, not of its own 3x3.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
+#include "bn.h"
 
 namespace resnet_fast::cpu {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Whether the kernels in use have vectors, without which the library is faster.
 bool winograd_usable();
@@ -31,5 +25,10 @@ std::tuple<Tensor, bool> winograd_conv_packed(
 std::tuple<Tensor, bool> winograd_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
     const OptionalTensor& residual, bool relu, bool turned);
+
+// A training step's: conv2d(act(norm(x)), weight, padding=1), its mean and biased variance (K,), which are empty where not
+// wanted, and whether all of it was finite.
+std::tuple<Tensor, Tensor, Tensor, bool> winograd_conv_train(
+    const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& weight, bool statistics);
 
 }  // namespace resnet_fast::cpu

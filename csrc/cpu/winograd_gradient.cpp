@@ -21,9 +21,9 @@ namespace {
 constexpr int64_t kSlab = 4 << 20;  // bytes
 constexpr int64_t kFewestTiles = 128;
 
-void check(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) {
+void check(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   const char* name = "winograd_weight_gradient";
-  for (const at::Tensor& t : {dy, x, weight}) {
+  for (const Tensor& t : {dy, x, weight}) {
     TORCH_CHECK(t.dim() == 4 && t.scalar_type() == at::kFloat, name, ": all tensors must be 4-D and float32");
   }
   TORCH_CHECK(
@@ -53,18 +53,21 @@ void sum_up(const WinogradGradient& conv, int64_t tiles) {
 
 }  // namespace
 
-std::tuple<at::Tensor, bool> winograd_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) {
+std::tuple<Tensor, bool> winograd_weight_gradient(
+    const Tensor& dy, const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& weight) {
   check(dy, x, weight);
   const OpGuard guard;
-  at::Tensor dweight = at::empty_like(winograd_dense(weight));
+  Tensor dweight = at::empty_like(winograd_dense(weight));
   if (dy.numel() == 0 || x.numel() == 0) return {dweight.zero_(), true};
-  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor gradient = dy.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor zeros = winograd_zeros(x);
+  const Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor gradient = dy.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor zeros = winograd_zeros(x);
   WinogradGradient conv{winograd_shape(input, zeros, dy.size(1), kWinogradWideOut), winograd_steps(dweight)};
+  const PendingNorm pending(x.size(1), at::kFloat, x_norm, x_eps);
+  conv.norm = pending.params;
   conv.dy = gradient.const_data_ptr<float>();
   conv.dweight = dweight.mutable_data_ptr<float>();
-  const at::Tensor sums = at::empty({kWinogradGradientElements, conv.panels, conv.channels, kWinogradPanel}, x.options());
+  const Tensor sums = at::empty({kWinogradGradientElements, conv.panels, conv.channels, kWinogradPanel}, x.options());
   conv.sums = sums.mutable_data_ptr<float>();
 
   sum_up(conv, x.size(0) * conv.tile_rows * conv.tile_columns);

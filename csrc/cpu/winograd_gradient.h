@@ -3,15 +3,13 @@
 // 24 products where the convolution's gradient has 72.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <tuple>
+#include "bn.h"
 
 namespace resnet_fast::cpu {
 
-// The gradient of weight (K, C, 3, 3), in its memory format, for x and dy in channels_last; and whether it is finite.
-// Where not, it is of no use.
-std::tuple<at::Tensor, bool> winograd_weight_gradient(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight);
+// The gradient of weight (K, C, 3, 3), in its memory format, for act(norm(x)) and dy in channels_last; and whether it is
+// finite. Where not, it is of no use.
+std::tuple<Tensor, bool> winograd_weight_gradient(
+    const Tensor& dy, const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& weight);
 
 }  // namespace resnet_fast::cpu

@@ -204,6 +204,7 @@ conv_epilogue = _op("conv_epilogue")
 _cpu_residual_block = _op("residual_block")
 _cpu_stem = _op("stem")
 autocast_cast = _op("autocast_cast")
+_max_pool = _op("max_pool")
 
 
 def conv_bn_shortcut_act(*args) -> torch.Tensor:
@@ -229,6 +230,12 @@ def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
 def stem(x: torch.Tensor, *args) -> torch.Tensor:
     """`ops.stem`, as `residual_block`."""
     return (_cpu_stem if x.device.type == "cpu" else _by_layer_stem)(x, *args)
+
+
+def max_pool(x: torch.Tensor) -> torch.Tensor | None:
+    """max_pool2d(x, 3, stride 2, padding 1) without a gradient; None where these kernels do not take x."""
+    fits = available() is None and x.device.type == "cpu" and x.dim() == 4 and x.dtype in _DTYPES and x.numel() > 0
+    return _max_pool(x) if fits and x.is_contiguous(memory_format=torch.channels_last) else None
 
 
 @functools.cache

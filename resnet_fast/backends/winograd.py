@@ -14,7 +14,7 @@ from .. import cpus
 from ..kernels import selection
 from ..problems import Conv, ConvProblem, Problem, WeightGradientProblem
 from . import native
-from .primitives import Geometry
+from .primitives import Geometry, Norm, arguments
 
 DTYPE = torch.float32
 """Of all that Winograd computes."""
@@ -66,10 +66,13 @@ def conv_packed(
     return y if finite else None
 
 
-def conv(x: Tensor, conv_weight: Tensor) -> Tensor | None:
-    """conv2d(x, padding=1), as `conv_packed`."""
-    y, finite = torch.ops.resnet_fast_native.winograd_conv(x, conv_weight, None, None, None, False, False)
-    return y if finite else None
+def conv(
+    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """conv2d(act(x), padding=1), where a norm is pending on x, and its mean and variance, if wanted; as `conv_packed`."""
+    op = torch.ops.resnet_fast_native.winograd_conv_train
+    y, mean, var, finite = op(x, *arguments(x_norm), conv_weight, statistics)
+    return (y, *((mean, var) if statistics else (None, None))) if finite else None
 
 
 def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor | None:
@@ -78,9 +81,10 @@ def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor
     return dx if finite else None
 
 
-def weight_gradient(dy: Tensor, x: Tensor, conv_weight: Tensor) -> Tensor | None:
-    """The gradient of conv_weight (K, C, 3, 3), in its memory format; None as `conv_packed`."""
-    dweight, finite = torch.ops.resnet_fast_native.winograd_weight_gradient(dy, x, conv_weight)
+def weight_gradient(dy: Tensor, x: Tensor, x_norm: Norm | None, conv_weight: Tensor) -> Tensor | None:
+    """The gradient of conv_weight (K, C, 3, 3), in its memory format, for act(x); None as `conv_packed`."""
+    op = torch.ops.resnet_fast_native.winograd_weight_gradient
+    dweight, finite = op(dy, x, *arguments(x_norm), conv_weight)
     return dweight if finite else None
 
 

@@ -49,7 +49,7 @@ def _live(problem: ConvProblem) -> Workload:
         return {"y": reference.conv(x, None, weight, geometry, LIBRARY_STAGE, statistics=False)[0]}
 
     def ours() -> Outputs:
-        return {"y": winograd.conv(x, weight)}
+        return {"y": winograd.conv(x, None, weight, False)[0]}
 
     return _workload(onednn, (x, weight), ours)
 
@@ -63,7 +63,7 @@ def _weight_gradient(problem: WeightGradientProblem) -> Workload:
         wants = {"wants_dx": False, "wants_dweight": True}
         return {"dweight": reference.conv_backward(dy, x, None, weight, geometry, LIBRARY_STAGE, **wants)[1]}
 
-    return _workload(onednn, (dy, x, weight), lambda: {"dweight": winograd.weight_gradient(dy, x, weight)})
+    return _workload(onednn, (dy, x, weight), lambda: {"dweight": winograd.weight_gradient(dy, x, None, weight)})
 
 
 def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours: Run) -> Workload:

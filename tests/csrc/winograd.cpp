@@ -8,6 +8,7 @@
 
 #include "cpu/kernels/blocks.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/kernels/normalize.h"
 #include "cpu/winograd_points.h"
 #include WINOGRAD_COPIES
 
@@ -17,6 +18,7 @@ namespace {
 
 struct Sizes {
   int64_t images, channels, outputs, height, width;
+  int64_t chunk;
   bool relu, turned, taps_together;  // the last: of the weight
   int64_t panels() const { return (outputs + kWinogradPanel - 1) / kWinogradPanel; }
   int64_t blocks() const { return (channels + kWinogradBlock - 1) / kWinogradBlock; }
@@ -34,50 +36,61 @@ struct Scratch {
   std::vector<float> transformed, products;
 };
 
+// norm: null, or mean, scale and bias, padded.
+void pend(WinogradShape& conv, const float* norm) {
+  if (norm == nullptr) return;
+  const int64_t step = conv.channels + kLanePadding;
+  conv.norm.mean = norm, conv.norm.scale = norm + step, conv.norm.bias = norm + 2 * step;
+}
+
 }  // namespace
 
-#define ENTRIES(name)                                                                                               \
-  extern "C" bool name##_conv(                                                                                      \
-      const float* x, const float* weight, const float* scale, const float* bias, const float* residual, float* y,  \
-      const Sizes* s) {                                                                                             \
-    std::vector<float> zeros(s->channels + 32), packed(36 * s->panels() * s->channels * kWinogradPanel);            \
-    WinogradWeight w;                                                                                               \
-    w.weight = weight, w.scale = scale, w.packed = packed.data(), w.panels = s->panels();                           \
-    w.outputs = s->outputs, w.channels = s->channels;                                                               \
-    const int64_t inner = s->turned ? s->outputs : s->channels; /* channels of the weight itself */                 \
-    w.output_step = 9 * inner, w.channel_step = s->taps_together ? 9 : 1, w.tap_step = s->taps_together ? 1 : inner; \
-    if (s->turned) {                                                                                                \
-      w.weight += 8 * w.tap_step, w.tap_step = -w.tap_step;                                                         \
-      std::swap(w.output_step, w.channel_step);                                                                     \
-    }                                                                                                               \
-    DEFAULT::name::winograd_pack(w, 0, s->channels);                                                                \
-    WinogradConv conv;                                                                                              \
-    conv.x = x, conv.zeros = zeros.data(), conv.weight = packed.data(), conv.bias = bias, conv.residual = residual; \
-    conv.y = y, conv.relu = s->relu, conv.panels = s->panels(), conv.summed = 16;                                   \
-    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;         \
-    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 3) / 4;                                   \
-    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns;                                           \
-    Scratch scratch(*s, 36, tiles);                                                                                 \
-    const WinogradSlab slab = scratch.slab(0, tiles);                                                               \
-    DEFAULT::name::winograd_input(conv, slab, 0, tiles);                                                            \
-    DEFAULT::name::winograd_product(conv, slab, 0, 36 * s->panels());                                               \
-    return DEFAULT::name::winograd_output(conv, slab, 0, tiles);                                                    \
-  }                                                                                                                 \
-  extern "C" bool name##_gradient(const float* dy, const float* x, float* dweight, const Sizes* s) {                \
-    std::vector<float> zeros(s->channels + 32), sums(24 * s->panels() * s->channels * kWinogradPanel);              \
-    WinogradGradient conv;                                                                                          \
-    conv.x = x, conv.dy = dy, conv.zeros = zeros.data(), conv.sums = sums.data(), conv.dweight = dweight;           \
-    conv.output_step = 9 * s->channels, conv.channel_step = s->taps_together ? 9 : 1;                               \
-    conv.tap_step = s->taps_together ? 1 : s->channels, conv.panels = s->panels();                                  \
-    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;         \
-    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 1) / 2;                                   \
-    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns, step = tiles / 2 + 1;                     \
-    Scratch scratch(*s, 24, step);                                                                                  \
-    for (int64_t first = 0; first < tiles; first += step) {                                                         \
-      const WinogradSlab slab = scratch.slab(first, std::min(step, tiles - first));                                 \
-      DEFAULT::name::winograd_gradient_input(conv, slab, 0, slab.tiles);                                            \
-      DEFAULT::name::winograd_gradient_product(conv, slab, 0, 24 * s->panels() * s->blocks());                      \
-    }                                                                                                               \
-    return DEFAULT::name::winograd_gradient_output(conv, 0, s->channels);                                           \
+#define ENTRIES(name)                                                                                                  \
+  extern "C" bool name##_conv(                                                                                         \
+      const float* x, const float* weight, const float* scale, const float* bias, const float* residual, float* y,     \
+      const float* norm, float* moments, const Sizes* s) {                                                             \
+    std::vector<float> zeros(s->channels + 32), packed(36 * s->panels() * s->channels * kWinogradPanel);               \
+    WinogradWeight w;                                                                                                  \
+    w.weight = weight, w.scale = scale, w.packed = packed.data(), w.panels = s->panels();                              \
+    w.outputs = s->outputs, w.channels = s->channels;                                                                  \
+    const int64_t inner = s->turned ? s->outputs : s->channels; /* channels of the weight itself */                    \
+    w.output_step = 9 * inner, w.channel_step = s->taps_together ? 9 : 1, w.tap_step = s->taps_together ? 1 : inner;   \
+    if (s->turned) {                                                                                                   \
+      w.weight += 8 * w.tap_step, w.tap_step = -w.tap_step;                                                            \
+      std::swap(w.output_step, w.channel_step);                                                                        \
+    }                                                                                                                  \
+    DEFAULT::name::winograd_pack(w, 0, s->channels);                                                                   \
+    WinogradConv conv;                                                                                                 \
+    conv.x = x, conv.zeros = zeros.data(), conv.weight = packed.data(), conv.bias = bias, conv.residual = residual;    \
+    conv.y = y, conv.relu = s->relu, conv.panels = s->panels(), conv.summed = 16;                                      \
+    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;            \
+    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 3) / 4;                                      \
+    conv.moments = moments, conv.chunk = s->chunk;                                                                     \
+    pend(conv, norm);                                                                                                  \
+    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns;                                              \
+    Scratch scratch(*s, 36, tiles);                                                                                    \
+    const WinogradSlab slab = scratch.slab(0, tiles);                                                                  \
+    DEFAULT::name::winograd_input(conv, slab, 0, tiles);                                                               \
+    DEFAULT::name::winograd_product(conv, slab, 0, 36 * s->panels());                                                  \
+    return DEFAULT::name::winograd_output(conv, slab, 0, tiles);                                                       \
+  }                                                                                                                    \
+  extern "C" bool name##_gradient(                                                                                     \
+      const float* dy, const float* x, float* dweight, const float* norm, const Sizes* s) {                            \
+    std::vector<float> zeros(s->channels + 32), sums(24 * s->panels() * s->channels * kWinogradPanel);                 \
+    WinogradGradient conv;                                                                                             \
+    conv.x = x, conv.dy = dy, conv.zeros = zeros.data(), conv.sums = sums.data(), conv.dweight = dweight;              \
+    conv.output_step = 9 * s->channels, conv.channel_step = s->taps_together ? 9 : 1;                                  \
+    conv.tap_step = s->taps_together ? 1 : s->channels, conv.panels = s->panels();                                     \
+    conv.channels = s->channels, conv.outputs = s->outputs, conv.height = s->height, conv.width = s->width;            \
+    conv.tile_rows = (s->height + 3) / 4, conv.tile_columns = (s->width + 1) / 2;                                      \
+    pend(conv, norm);                                                                                                  \
+    const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns, step = tiles / 2 + 1;                        \
+    Scratch scratch(*s, 24, step);                                                                                     \
+    for (int64_t first = 0; first < tiles; first += step) {                                                            \
+      const WinogradSlab slab = scratch.slab(first, std::min(step, tiles - first));                                    \
+      DEFAULT::name::winograd_gradient_input(conv, slab, 0, slab.tiles);                                               \
+      DEFAULT::name::winograd_gradient_product(conv, slab, 0, 24 * s->panels() * s->blocks());                         \
+    }                                                                                                                  \
+    return DEFAULT::name::winograd_gradient_output(conv, 0, s->channels);                                              \
   }
 WINOGRAD_NAMES(ENTRIES)

@@ -1,4 +1,5 @@
-// Every kernel of one instruction set, instantiated in stats.cpp, apply.cpp, centre.cpp and backward.cpp for the four dtypes.
+// Every kernel of one instruction set, instantiated in stats.cpp, apply.cpp, centre.cpp, backward.cpp and max_pool.cpp for the
+// four dtypes, and Winograd's.
 #pragma once
 
 #include "../kernels.h"
@@ -18,6 +19,10 @@ template <typename scalar_t>
 void backward_apply_train(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);
 template <typename scalar_t>
 void backward_apply_eval(const Plan& plan, const BackwardArgs& args, int64_t begin, int64_t end);
+template <typename scalar_t>
+void max_pool(const MaxPoolArgs& args, int64_t begin, int64_t end);
+template <typename scalar_t>
+void max_unpool(const MaxPoolArgs& args, int64_t begin, int64_t end);
 
 void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
 void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end);

@@ -20,6 +20,8 @@ const Kernels& table() {
       RF_ALL_DTYPES(backward_reduce),
       RF_ALL_DTYPES(backward_apply_train),
       RF_ALL_DTYPES(backward_apply_eval),
+      RF_ALL_DTYPES(max_pool),
+      RF_ALL_DTYPES(max_unpool),
       &winograd_input,
       &winograd_product,
       &winograd_output,

@@ -76,7 +76,10 @@ void winograd_pack(const WinogradWeight& conv, int64_t begin, int64_t end) {
   }
 }
 
-void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
+namespace {
+
+template <bool normed>
+void transform_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place = place_of<kOut, kOut>(conv, slab.first + tile);
     const float* pixels[kIn][kIn];
@@ -84,9 +87,10 @@ void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t 
     float* out = slab.transformed + tile * kWinogradBlock;
     for_each_vector<L::size>(conv.channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
       float* to = out + block_offset(channel, kWinogradBlock, slab.tiles);
+      const Pixel<normed> pixel(conv, channel);
       Vec x[kIn][kIn], half[kIn][kIn];
       for (int j = 0; j < kIn; ++j) {
-        for (int i = 0; i < kIn; ++i) x[i][j] = L::load(pixels[i][j] + channel, span).v[0];
+        for (int i = 0; i < kIn; ++i) x[i][j] = pixel.load(pixels[i][j], channel, span);
         transform_input(&x[0][j], kIn, &half[0][j], kIn);
       }
       for (int i = 0; i < kIn; ++i) {
@@ -96,6 +100,12 @@ void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t 
       }
     });
   }
+}
+
+}  // namespace
+
+void winograd_input(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
+  with_norm(conv, [&](auto normed) { transform_tiles<decltype(normed)::value>(conv, slab, begin, end); });
 }
 
 void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
@@ -121,12 +131,54 @@ void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_
   }
 }
 
-bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
+namespace {
+
+// Sums of a chunk's outputs, about a value near them, so that they do not cancel; in memory between its tiles.
+class Moments {
+ public:
+  Moments(const WinogradConv& conv, int64_t tile) : outputs_(conv.outputs), starts_(tile % conv.chunk == 0) {
+    at_ = conv.moments + tile / conv.chunk * 3 * outputs_;
+  }
+
+  // near: the first row of the tile's outputs
+  template <typename Span>
+  C10_ALWAYS_INLINE void load(int64_t channel, const Vec* near, Span span) {
+    if (starts_) {
+      shift_ = L{{Vec(1.0f / kOut) * ((near[0] + near[1]) + (near[2] + near[3]))}};
+      shift_.store_acc(at_ + channel, span);
+      sum_ = square_ = L::fill(0);
+    } else {
+      shift_ = L::load(at_ + channel, span);
+      sum_ = L::load(at_ + outputs_ + channel, span);
+      square_ = L::load(at_ + 2 * outputs_ + channel, span);
+    }
+  }
+  C10_ALWAYS_INLINE void add(const L& out) {
+    const L centred = out - shift_;
+    sum_ = sum_ + centred;
+    square_ = fmadd(centred, centred, square_);
+  }
+  template <typename Span>
+  C10_ALWAYS_INLINE void store(int64_t channel, Span span) const {
+    sum_.store_acc(at_ + outputs_ + channel, span);
+    square_.store_acc(at_ + 2 * outputs_ + channel, span);
+  }
+
+ private:
+  int64_t outputs_;
+  bool starts_;
+  float* at_;
+  L shift_, sum_, square_;
+};
+
+template <bool with_moments>
+bool write_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
   Vec zero_if_finite(0);
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place = place_of<kOut, kOut>(conv, slab.first + tile);
     const int64_t pixel = (place.image * conv.height + place.row) * conv.width + place.column;
     const float* products = slab.products + tile * kWinogradPanel;
+    Moments moments(conv, slab.first + tile);
     for_each_vector<L::size>(conv.outputs, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
       const float* from = products + block_offset(channel, kWinogradPanel, slab.tiles);
       Vec half[kOut][kIn];
@@ -139,6 +191,7 @@ bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t
       for (int i = 0; i < kOut; ++i) {
         Vec row[kOut];
         transform_output(half[i], 1, row, 1);
+        if (with_moments && i == 0) moments.load(channel, row, span);
         for (int j = 0; j < kOut; ++j) {
           zero_if_finite = fma(0, row[j], zero_if_finite);
           if (i >= place.rows || j >= place.columns) continue;
@@ -147,11 +200,19 @@ bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t
           if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
           if (conv.relu) out = relu(out);
           out.store(conv.y + offset, span);
+          if constexpr (with_moments) moments.add(out);
         }
       }
+      if constexpr (with_moments) moments.store(channel, span);
     });
   }
   return is_zero(zero_if_finite);
+}
+
+}  // namespace
+
+bool winograd_output(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
+  return conv.moments == nullptr ? write_tiles<false>(conv, slab, begin, end) : write_tiles<true>(conv, slab, begin, end);
 }
 
 }  // namespace CPU_CAPABILITY

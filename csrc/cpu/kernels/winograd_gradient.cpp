@@ -68,16 +68,18 @@ C10_ALWAYS_INLINE void transform_sums_columns(const Vec* m, Vec* out) {
 // By the number of rows, which are channels here, less one.
 constexpr auto kByChannels = multiply_table<1, kWinogradBlock>(std::make_integer_sequence<int, kRows>());
 
+template <bool normed>
 C10_ALWAYS_INLINE void transform_x(
     const WinogradGradient& conv, const Place& place, float* out, const WinogradSlab& slab) {
   const float* pixels[kIn][kWideIn];
   find_pixels(conv, place, pixels);
   for_each_vector<L::size>(conv.channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
     float* to = out + block_offset(channel, kWinogradBlock, slab.tiles);
+    const Pixel<normed> pixel(conv, channel);
     Vec half[kIn][kWideIn];
     for (int j = 0; j < kWideIn; ++j) {
       Vec column[kIn];
-      for (int i = 0; i < kIn; ++i) column[i] = L::load(pixels[i][j] + channel, span).v[0];
+      for (int i = 0; i < kIn; ++i) column[i] = pixel.load(pixels[i][j], channel, span);
       transform_input(column, 1, &half[0][j], kWideIn);
     }
     for (int i = 0; i < kIn; ++i) {
@@ -113,11 +115,13 @@ C10_ALWAYS_INLINE void transform_dy(
 }  // namespace
 
 void winograd_gradient_input(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const Place place = place_of<kOut, kWideOut>(conv, slab.first + tile);
-    transform_x(conv, place, slab.transformed + tile * kWinogradBlock, slab);
-    transform_dy(conv, place, slab.products + tile * kWinogradPanel, slab);
-  }
+  with_norm(conv, [&](auto normed) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const Place place = place_of<kOut, kWideOut>(conv, slab.first + tile);
+      transform_x<decltype(normed)::value>(conv, place, slab.transformed + tile * kWinogradBlock, slab);
+      transform_dy(conv, place, slab.products + tile * kWinogradPanel, slab);
+    }
+  });
 }
 
 void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@
 
 #include "../winograd_points.h"
 #include "blocks.h"
+#include "normalize.h"
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
@@ -71,6 +72,36 @@ C10_ALWAYS_INLINE void find_pixels(
       pixels[i][j] = padding ? conv.zeros : conv.x + pixel * conv.channels;
     }
   }
+}
+
+// What a pixel that find_pixels found is, with the batch norm and ReLU that are pending on it.
+template <bool normed>
+class Pixel {
+ public:
+  C10_ALWAYS_INLINE Pixel(const WinogradShape& conv, int64_t channel) : zeros_(conv.zeros) {
+    if constexpr (normed) {
+      mean_ = L::load_acc(static_cast<const float*>(conv.norm.mean) + channel);
+      scale_ = L::load_acc(static_cast<const float*>(conv.norm.scale) + channel);
+      bias_ = L::load_acc(static_cast<const float*>(conv.norm.bias) + channel);
+    }
+  }
+
+  template <typename Span>
+  C10_ALWAYS_INLINE Vec load(const float* pixel, int64_t channel, Span span) const {
+    const L x = L::load(pixel + channel, span);
+    if constexpr (normed) return pixel == zeros_ ? Vec(0) : relu(normalize(x, mean_, scale_, bias_)).v[0];
+    return x.v[0];
+  }
+
+ private:
+  const float* zeros_;
+  L mean_, scale_, bias_;
+};
+
+// f(whether a norm is pending), known at compile time.
+template <typename F>
+C10_ALWAYS_INLINE void with_norm(const WinogradShape& conv, const F& f) {
+  conv.norm.mean == nullptr ? f(std::false_type{}) : f(std::true_type{});
 }
 
 // Whether all lanes are zero, which 0 * x is where x is finite.

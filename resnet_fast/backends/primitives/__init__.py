@@ -28,6 +28,11 @@ class Norm(NamedTuple):
         return rstd if self.weight is None else rstd * self.weight.to(dtype)
 
 
+def arguments(norm: Norm | None) -> tuple[list[Tensor | None], float]:
+    """A norm as the extension's ops take one: mean, var, weight and bias, and eps; nothing for None."""
+    return ([], 0.0) if norm is None else (list(norm[:4]), norm.eps)
+
+
 class Geometry(NamedTuple):
     """How a convolution slides: pairs are [rows, columns]."""
 

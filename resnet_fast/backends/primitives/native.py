@@ -16,7 +16,7 @@ from ...layout import memory_format
 from ...memory import pooled
 from ...training import EPILOGUE
 from .. import native, winograd
-from . import Geometry, Norm, Shortcut, reference
+from . import Geometry, Norm, Shortcut, arguments, reference
 
 _PRODUCT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -25,6 +25,9 @@ _bn_apply = native._op("bn_apply")
 _bn_backward_reduce = native._op("bn_backward_reduce")
 _bn_backward_apply = native._op("bn_backward_apply")
 _relu_mask = native._op("relu_mask")
+_bn_max_pool = native._op("bn_max_pool")
+_bn_max_pool_backward_reduce = native._op("bn_max_pool_backward_reduce")
+_bn_max_pool_backward_apply = native._op("bn_max_pool_backward_apply")
 _conv1x1_train = native._op("conv1x1_train")
 _conv1x1_join = native._op("conv1x1_join")
 _gram = native._op("gram")
@@ -39,13 +42,13 @@ def conv(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`reference.conv`."""
     if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
-        conv_out, mean, var = _conv_train(x, *_norm(x_norm), conv_weight, *geometry[:3], statistics)
+        conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
         return conv_out, *((mean, var) if statistics else (None, None))
     if stage >= EPILOGUE and geometry.stride == [1, 1] and _is_product(x, conv_weight, geometry):
-        conv_out, mean, var = _conv1x1_train(x, *_norm(x_norm), conv_weight, statistics)
+        conv_out, mean, var = _conv1x1_train(x, *arguments(x_norm), conv_weight, statistics)
         return conv_out, *((mean, var) if statistics else (None, None))
-    conv_out = _convolved(x, x_norm, conv_weight, geometry)
-    return conv_out, *(batch_statistics(conv_out) if statistics else (None, None))
+    conv_out, mean, var = _convolved(x, x_norm, conv_weight, geometry, statistics and stage >= EPILOGUE)
+    return conv_out, *(batch_statistics(conv_out) if statistics and mean is None else (mean, var))
 
 
 def batch_statistics(conv_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,19 +64,23 @@ def apply(
     """`reference.apply`."""
     if conv_out.numel() == 0:
         return reference.apply(conv_out, norm, residual, residual_norm, relu)
-    return _bn_apply(conv_out, *_norm(norm), residual, *_norm(residual_norm), relu)
+    return _bn_apply(conv_out, *arguments(norm), residual, *arguments(residual_norm), relu)
 
 
 def pool(conv_out: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """`reference.pool`."""
-    return reference.pooled(apply(conv_out, norm))
+    return (
+        _bn_max_pool(conv_out, *arguments(norm), True)
+        if _is_rows(conv_out)
+        else reference.pooled(apply(conv_out, norm))
+    )
 
 
 def gram(x: Tensor, x_norm: Norm | None, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """`reference.gram`."""
     if not _is_rows(x):
         return reference.gram(_activated(x, x_norm), None, geometry)
-    return _gram(x, *_norm(x_norm), geometry.stride)
+    return _gram(x, *arguments(x_norm), geometry.stride)
 
 
 def conv_join(
@@ -101,10 +108,12 @@ def backward_reduce(
     dy: Tensor, conv_out: Tensor, norm: Norm, relu: bool, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.backward_reduce`."""
+    if index is not None and _is_rows(conv_out):
+        return _bn_max_pool_backward_reduce(dy, index, conv_out, *arguments(norm))
     dy = dy if index is None else reference.unpool(dy, index, conv_out)
     if dy.numel() == 0:
         return reference.backward_reduce(dy, conv_out, norm, relu)
-    return _bn_backward_reduce(dy, conv_out, *_norm(norm), relu)
+    return _bn_backward_reduce(dy, conv_out, *arguments(norm), relu)
 
 
 def backward_apply(
@@ -117,10 +126,12 @@ def backward_apply(
     index: Tensor | None = None,
 ) -> Tensor:
     """`reference.backward_apply`, in the memory format of conv_out where that is given."""
+    if index is not None and _is_rows(conv_out):
+        return _bn_max_pool_backward_apply(dy, index, conv_out, *arguments(norm), mean_dz, mean_dzx)
     dy = dy if index is None else reference.unpool(dy, index, conv_out)
     if dy.numel() == 0:
         return reference.backward_apply(dy, conv_out, norm, relu, mean_dz, mean_dzx)
-    return _bn_backward_apply(dy, conv_out, *_norm(norm), relu, mean_dz, mean_dzx)
+    return _bn_backward_apply(dy, conv_out, *arguments(norm), relu, mean_dz, mean_dzx)
 
 
 def conv_backward(
@@ -137,12 +148,12 @@ def conv_backward(
     """`reference.conv_backward`."""
     if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
         wants = [wants_dx, wants_dweight]
-        norm = _norm(x_norm)
+        norm = arguments(x_norm)
         grads = _conv_train_backward(dconv_out, x, *norm, conv_weight, *geometry[:3], add, wants)
         return tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
-    activated = _activated(x, x_norm) if wants_dweight else x
-    dx, dweight = _by_winograd(dconv_out, activated, conv_weight, geometry, wants_dx, wants_dweight, add)
+    dx, dweight = _by_winograd(dconv_out, x, x_norm, conv_weight, geometry, wants_dx, wants_dweight, add)
     rest = wants_dx and dx is None, wants_dweight and dweight is None
+    activated = _activated(x, x_norm) if rest[1] else x
     with pooled():
         by_library = reference.conv_backward(dconv_out, activated, None, conv_weight, geometry, stage, *rest, add)
     return by_library[0] if dx is None else dx, by_library[1] if dweight is None else dweight
@@ -152,7 +163,7 @@ def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: 
     """`reference.outer`."""
     if not _is_rows(x):
         return reference.outer(dz, _activated(x, x_norm), None, geometry, mean)
-    return _outer(dz, x, *_norm(x_norm), geometry.stride, mean)
+    return _outer(dz, x, *arguments(x_norm), geometry.stride, mean)
 
 
 def gram_dgrad(
@@ -172,55 +183,53 @@ def gram_dgrad(
     matrices = (dz_matrix, x_matrix, mean, constant, add)
     if not _is_rows(x):
         return reference.gram_dgrad(dz, _activated(x, x_norm), None, geometry, *matrices)
-    return _gram_dgrad(dz, x, *_norm(x_norm), geometry.stride, *matrices)
-
-
-def _norm(norm: Norm | None) -> tuple[list[Tensor | None], float]:
-    """As the ops take one: mean, var, weight, bias, and eps."""
-    return ([], 0.0) if norm is None else (list(norm[:4]), norm.eps)
+    return _gram_dgrad(dz, x, *arguments(x_norm), geometry.stride, *matrices)
 
 
 def _activated(x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else apply(x, norm)
 
 
-def _convolved(x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry) -> Tensor:
+def _convolved(
+    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, statistics: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """conv2d(act(x)); where they are wanted and Winograd computes it, its mean and variance."""
     stride, padding, dilation, groups = geometry
+    if _is_rows(x) and winograd.takes(x, conv_weight, geometry):
+        found = winograd.conv(x, x_norm, conv_weight, statistics)
+        if found is not None:
+            return found
     activated = _activated(x, x_norm)
-    if _is_rows(activated) and winograd.takes(activated, conv_weight, geometry):
-        y = winograd.conv(activated, conv_weight)
-        if y is not None:
-            return y
     with pooled():
-        return torch.ops.aten.convolution(
-            activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups
-        )
+        library = torch.ops.aten.convolution
+        return library(activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups), None, None
 
 
 def _by_winograd(
     dconv_out: Tensor,
     x: Tensor,
+    x_norm: Norm | None,
     conv_weight: Tensor,
     geometry: Geometry,
     wants_dx: bool,
     wants_dweight: bool,
     add: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, plus `add`, and of conv_weight, as far as they are wanted and Winograd takes them."""
+    """The gradients of act(x), plus `add`, and of conv_weight, as far as they are wanted and Winograd takes them."""
     dx = dweight = None
     if _is_rows(x) and _is_rows(dconv_out):
         if wants_dx and winograd.takes_data_gradient(x, conv_weight, geometry):
             dx = winograd.data_gradient(dconv_out, conv_weight, add)
         if wants_dweight and winograd.takes_weight_gradient(x, conv_weight, geometry):
-            dweight = winograd.weight_gradient(dconv_out, x, conv_weight)
+            dweight = winograd.weight_gradient(dconv_out, x, x_norm, conv_weight)
     return dx, dweight
 
 
 def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, relu: bool) -> Tensor:
     if not _is_product(x, conv_weight, geometry):
-        return apply(_convolved(x, x_norm, conv_weight, geometry), norm, residual, residual_norm, relu)
-    stride, joined = geometry.stride, (residual, *_norm(residual_norm))
-    return _conv1x1_join(x, *_norm(x_norm), conv_weight, stride, *_norm(norm), *joined, relu)
+        return apply(_convolved(x, x_norm, conv_weight, geometry)[0], norm, residual, residual_norm, relu)
+    stride, joined = geometry.stride, (residual, *arguments(residual_norm))
+    return _conv1x1_join(x, *arguments(x_norm), conv_weight, stride, *arguments(norm), *joined, relu)
 
 
 def _is_rows(x: Tensor) -> bool:
