@@ -98,9 +98,6 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor? mean_dz, Tensor? mean_dzx) -> Tensor");
 
   m.def(
-      "conv1x1_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, bool statistics) "
-      "-> (Tensor conv_out, Tensor mean, Tensor var)");
-  m.def(
       "conv1x1_join(Tensor x, Tensor?[] x_norm, float x_eps, Tensor conv_weight, int[2] stride, Tensor?[] norm, "
       "float eps, Tensor? residual, Tensor?[] residual_norm, float residual_eps, bool relu) -> Tensor");
   m.def("gram(Tensor x, Tensor?[] x_norm, float x_eps, int[2] stride) -> (Tensor mean, Tensor cov)");
@@ -147,7 +144,6 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("bn_max_pool", &resnet_fast::cpu::bn_max_pool);
   m.impl("bn_max_pool_backward_reduce", &resnet_fast::cpu::bn_max_pool_backward_reduce);
   m.impl("bn_max_pool_backward_apply", &resnet_fast::cpu::bn_max_pool_backward_apply);
-  m.impl("conv1x1_train", &resnet_fast::cpu::conv1x1_train);
   m.impl("conv1x1_join", &resnet_fast::cpu::conv1x1_join);
   m.impl("gram", &resnet_fast::cpu::gram);
   m.impl("outer", &resnet_fast::cpu::outer);

@@ -29,8 +29,8 @@ from .report import BlockReport
 from .twin import float32_twin
 
 SHAPES_KEPT = 4
-"""Input shapes that a module keeps for: on a GPU an arena and a graph, on a CPU oneDNN's packed weights, as large as the
-model's. The one unused longest goes first."""
+"""Input shapes that a module keeps for: on a GPU an arena and a graph, on a CPU oneDNN's packed weights, as large as
+the model's. The one unused longest goes first."""
 
 
 _building = threading.Lock()

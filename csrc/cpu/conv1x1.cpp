@@ -305,35 +305,6 @@ Tensor like_rows(const Tensor& t, const Pixels& pixels, const char* name) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> conv1x1_train(
-    const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& conv_weight, bool statistics) {
-  const OpGuard guard;
-  Pixels pixels(x, x_norm, x_eps, {1, 1});
-  const Tensor weight = weight_matrix(conv_weight, pixels).t();
-  const int64_t out_channels = weight.size(1);
-  const int64_t item = static_cast<int64_t>(x.element_size());
-  const Slabs slabs(pixels.rows, (pixels.channels + out_channels) * item);
-  pixels.prepare(slabs.step, {});
-  Tensor conv_out = output_image(pixels, out_channels, x);
-  char* out = static_cast<char*>(conv_out.mutable_data_ptr());
-  const Scratch scratch(pixels.plain() ? 0 : slabs.step * pixels.channels, pixels.scalar);
-  const Moments moments(slabs, statistics ? out_channels : 0);
-
-  for_slabs(0, slabs.count, [&](int64_t number) {
-    const Slab slab = slabs.at(number);
-    const void* rows = pixels.activated(slab, scratch.mine());
-    void* to = out + slab.first * out_channels * item;
-    Tensor product = matrix(to, slab.rows, out_channels, pixels.scalar);
-    at::mm_out(product, matrix(rows, slab.rows, pixels.channels, pixels.scalar), weight);
-    if (statistics) moments.add(slab, pixels.dtype, to);
-  });
-  if (!statistics) return {conv_out, at::empty({0}, pixels.acc), at::empty({0}, pixels.acc)};
-  Tensor total = moments.merged(slabs);
-  total.select(0, 1).div_(static_cast<double>(slabs.rows));
-  total = total.to(pixels.acc);
-  return {conv_out, total.select(0, 0).clone(), total.select(0, 1).clone()};
-}
-
 Tensor conv1x1_join(
     const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& conv_weight, at::IntArrayRef stride,
     const NormTensors& norm, double eps, const OptionalTensor& residual, const NormTensors& residual_norm,

@@ -7,10 +7,6 @@
 
 namespace resnet_fast::cpu {
 
-// conv_out, mean, var (biased); the last two empty where not wanted
-std::tuple<Tensor, Tensor, Tensor> conv1x1_train(
-    const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& conv_weight, bool statistics);
-
 // act(norm(conv(x)) + residual), or + residual_norm(residual)
 Tensor conv1x1_join(
     const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& conv_weight, at::IntArrayRef stride,

@@ -176,7 +176,7 @@ struct Kernels {
   void (*backward_apply_eval[kDTypes])(const Plan&, const BackwardArgs&, int64_t begin, int64_t end);
   // x -> y and the index, of y's rows [begin, end): the first maximum, or the last NaN
   void (*max_pool[kDTypes])(const MaxPoolArgs&, int64_t begin, int64_t end);
-  // The gradient of y and the index -> x's, of x's rows [begin, end)
+  // The gradient of y and the index -> x's, of x's rows [begin, end), begin even
   void (*max_unpool[kDTypes])(const MaxPoolArgs&, int64_t begin, int64_t end);
   // x -> slab.transformed, of the slab's tiles [begin, end)
   void (*winograd_input)(const WinogradConv&, const WinogradSlab&, int64_t begin, int64_t end);

@@ -25,7 +25,7 @@ int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }
 struct Bands {
   int64_t rows, step, in_image;
 
-  Bands(int64_t rows, int64_t most) : rows(rows), step(std::clamp<int64_t>(most, 1, rows)), in_image(div_up(rows, step)) {}
+  Bands(int64_t rows, int64_t most) : rows(rows), step(std::min(std::max<int64_t>(most, 2), rows)), in_image(div_up(rows, step)) {}
 
   template <typename F>
   void each(int64_t images, const F& f) const {
@@ -82,7 +82,7 @@ class Backward {
       const Tensor& dy, const Tensor& index, const Tensor& conv_out, const NormTensors& norm, double eps,
       const OptionalTensor& mean_dz = std::nullopt, const OptionalTensor& mean_dzx = std::nullopt)
       : images(conv_out),
-        bands(images.height, images.rows_in_band()),
+        bands(images.height, images.rows_in_band() / 2 * 2),  // windows begin at every second row
         dy_(dy.to(conv_out.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast)),
         index_(index.contiguous(at::MemoryFormat::ChannelsLast)),
         columns_(images.plan(bands.step), kBackwardColumns, images.acc) {

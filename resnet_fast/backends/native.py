@@ -130,15 +130,17 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     conv = "" if op.startswith("bn") else "oneDNN conv + "
     if op in _BLOCKS and dtype in TILE_DTYPES and has_tiles():
         conv = f"{tiles_name()} conv + "
-    elif op in _BLOCKS and dtype == torch.float32 and _winograd().why_not() is None:
+    elif op in _BLOCKS and dtype == _winograd().DTYPE and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
 
 
 def train_stage(device_type: str, dtype: torch.dtype) -> int:
     """The stage of training that "auto" takes (`resnet_fast.training`)."""
-    tiles = device_type == "cpu" and dtype in TILE_DTYPES and has_tiles()
-    return PROLOGUE if tiles else LIBRARY
+    if device_type != "cpu" or dtype not in TILE_DTYPES:
+        return LIBRARY
+    winograd = dtype == _winograd().DTYPE and _winograd().why_not() is None
+    return PROLOGUE if has_tiles() or winograd else LIBRARY
 
 
 def has_tiles() -> bool:

@@ -69,7 +69,7 @@ def conv_packed(
 def conv(
     x: Tensor, x_norm: Norm | None, conv_weight: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """conv2d(act(x), padding=1), where a norm is pending on x, and its mean and variance, if wanted; as `conv_packed`."""
+    """conv2d(act(x), padding=1), where a norm may be pending on x, and its mean and variance if wanted; as above."""
     op = torch.ops.resnet_fast_native.winograd_conv_train
     y, mean, var, finite = op(x, *arguments(x_norm), conv_weight, statistics)
     return (y, *((mean, var) if statistics else (None, None))) if finite else None

@@ -95,6 +95,17 @@ struct Lanes {
   }
 };
 
+// How many lanes of an L a step covers.
+template <typename L>
+constexpr int64_t count_of(Full) {
+  return L::size;
+}
+template <typename L>
+C10_ALWAYS_INLINE int64_t count_of(Part part) {
+  if (part.count <= 0 || part.count >= L::size) __builtin_unreachable();
+  return part.count;
+}
+
 template <typename scalar_t>
 C10_ALWAYS_INLINE Lanes<scalar_t> operator+(const Lanes<scalar_t>& a, const Lanes<scalar_t>& b) {
   Lanes<scalar_t> out;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kWindow = 3, kStride = 2, kPadding = 1;
 
-// [first, last) of the pixels in window `at`, or of the windows with pixel `at`.
+// [first, last) of the pixels in window `at`.
 struct Reach {
   int64_t first, last;
 };
@@ -21,10 +21,6 @@ struct Reach {
 C10_ALWAYS_INLINE Reach pixels_of(int64_t window, int64_t size) {
   const int64_t first = window * kStride - kPadding;
   return {first < 0 ? 0 : first, smaller(first + kWindow, size)};
-}
-
-C10_ALWAYS_INLINE Reach windows_of(int64_t pixel, int64_t windows) {
-  return {(pixel + kPadding - kWindow + kStride) / kStride, smaller((pixel + kPadding) / kStride + 1, windows)};
 }
 
 C10_ALWAYS_INLINE int64_t place_in(int64_t window, int64_t pixel) { return pixel - (window * kStride - kPadding); }
@@ -36,21 +32,36 @@ C10_ALWAYS_INLINE void store_index(const Lanes<scalar_t>& places, uint8_t* to, i
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(lanes[i]);
 }
 
+// Of one window: its gradient, and the place of its maximum; of none, a place that no pixel has.
 template <typename scalar_t>
-C10_ALWAYS_INLINE Lanes<scalar_t> load_index(const uint8_t* from, int64_t count) {
-  acc_type<scalar_t> lanes[Lanes<scalar_t>::size] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-  return Lanes<scalar_t>::load_acc(lanes);
-}
+struct Window {
+  using L = Lanes<scalar_t>;
+  using Vec = typename L::Vec;
+  L grad, index;
 
-template <typename L>
-constexpr int64_t count_of(Full) {
-  return L::size;
-}
-template <typename L>
-C10_ALWAYS_INLINE int64_t count_of(Part part) {
-  return part.count;
-}
+  template <typename Span>
+  C10_ALWAYS_INLINE Window(const MaxPoolArgs& args, int64_t row, int64_t column, int64_t channel, Span span) {
+    if (row >= args.pooled_height || column >= args.pooled_width) {
+      grad = L::fill(0), index = L::fill(-1);
+      return;
+    }
+    const int64_t at = (row * args.pooled_width + column) * args.channels + channel;
+    grad = L::load(static_cast<const scalar_t*>(args.y) + at, span);
+    acc_type<scalar_t> places[L::size];
+    for (int64_t i = 0; i < count_of<L>(span); ++i) places[i] = args.index[at + i];
+    index = L::load_acc(places);
+  }
+
+  // Its gradient where the maximum is at `place`, else zero.
+  C10_ALWAYS_INLINE L of(int place) const {
+    L out;
+    for (int part = 0; part < L::parts; ++part) {
+      const Vec here = index.v[part] == Vec(static_cast<acc_type<scalar_t>>(place));
+      out.v[part] = Vec::blendv(Vec(0), grad.v[part], here);
+    }
+    return out;
+  }
+};
 
 template <typename scalar_t, bool with_index>
 void pool_rows(const MaxPoolArgs& args, int64_t begin, int64_t end) {
@@ -71,9 +82,13 @@ void pool_rows(const MaxPoolArgs& args, int64_t begin, int64_t end) {
             const L value = L::load(x + (i - args.first_row) * row_step + j * channels + channel, span);
             const Vec place(static_cast<acc_type<scalar_t>>(place_in(row, i) * kWindow + place_in(column, j)));
             for (int part = 0; part < L::parts; ++part) {
-              const Vec taken = (value.v[part] > best.v[part]) | (value.v[part] != value.v[part]);
-              best.v[part] = Vec::blendv(best.v[part], value.v[part], taken);
-              if constexpr (with_index) places.v[part] = Vec::blendv(places.v[part], place, taken);
+              if constexpr (with_index) {
+                const Vec taken = (value.v[part] > best.v[part]) | (value.v[part] != value.v[part]);
+                best.v[part] = Vec::blendv(best.v[part], value.v[part], taken);
+                places.v[part] = Vec::blendv(places.v[part], place, taken);
+              } else {
+                best.v[part] = at::vec::maximum(best.v[part], value.v[part]);
+              }
             }
           }
         }
@@ -95,31 +110,27 @@ void max_pool(const MaxPoolArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// By twos of rows and columns: of such four pixels the first is in the middle of one window, the last in a corner of four.
 template <typename scalar_t>
 void max_unpool(const MaxPoolArgs& args, int64_t begin, int64_t end) {
   using L = Lanes<scalar_t>;
-  using Vec = typename L::Vec;
   const int64_t channels = args.channels, row_step = args.width * channels;
-  auto* dx = static_cast<scalar_t*>(args.x);
-  const auto* dy = static_cast<const scalar_t*>(args.y);
-  for (int64_t row = begin; row < end; ++row) {
-    const Reach down = windows_of(row, args.pooled_height);
-    for (int64_t column = 0; column < args.width; ++column) {
-      const Reach right = windows_of(column, args.pooled_width);
-      scalar_t* out = dx + (row - args.first_row) * row_step + column * channels;
+  for (int64_t row = begin; row < end; row += kStride) {
+    const bool below = row + 1 < end;
+    for (int64_t column = 0; column < args.width; column += kStride) {
+      const bool beside = column + 1 < args.width;
+      scalar_t* out = static_cast<scalar_t*>(args.x) + (row - args.first_row) * row_step + column * channels;
       for_each_vector<L::size>(channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
-        L sum = L::fill(0);
-        for (int64_t i = down.first; i < down.last; ++i) {
-          for (int64_t j = right.first; j < right.last; ++j) {
-            const int64_t at = (i * args.pooled_width + j) * channels + channel;
-            const Vec place(static_cast<acc_type<scalar_t>>(place_in(i, row) * kWindow + place_in(j, column)));
-            const L grad = L::load(dy + at, span), index = load_index<scalar_t>(args.index + at, count_of<L>(span));
-            for (int part = 0; part < L::parts; ++part) {
-              sum.v[part] = sum.v[part] + Vec::blendv(Vec(0), grad.v[part], index.v[part] == place);
-            }
-          }
+        const int64_t i = row / kStride, j = column / kStride;
+        const Window<scalar_t> own(args, i, j, channel, span), right(args, i, j + 1, channel, span);
+        const Window<scalar_t> under(args, i + 1, j, channel, span), across(args, i + 1, j + 1, channel, span);
+        scalar_t* to = out + channel;
+        own.of(4).store(to, span);
+        if (beside) (own.of(5) + right.of(3)).store(to + channels, span);
+        if (below) (own.of(7) + under.of(1)).store(to + row_step, span);
+        if (below && beside) {
+          (own.of(8) + right.of(6) + under.of(2) + across.of(0)).store(to + row_step + channels, span);
         }
-        sum.store(out + channel, span);
       });
     }
   }

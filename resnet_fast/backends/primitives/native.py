@@ -3,10 +3,11 @@
 Where a CPU has AMX, convolutions in channels_last, of bfloat16 or float32, without groups and of 32 channels or a
 multiple are the extension's tile products, forward and backward, with the norm before them and their statistics inside.
 
-A 1x1 in channels_last, of float32, float64 or bfloat16, is a product of matrices that does not leave the cache between
-its prologue and its statistics or epilogue. A 3x3 in float32 is Winograd's, and so are its gradients, where that is
-faster (`backends.winograd`). What that does not fit (NCHW, groups, float16, whose products few CPUs have
-in hardware) takes PyTorch's convolution and passes, or `reference`.
+Elsewhere a dense 3x3 in channels_last, of float32, is Winograd's, and so are its gradients, where that is faster
+(`backends.winograd`), with the norm before it and its statistics inside. In the Gram form a 1x1 in channels_last, of
+float32, float64 or bfloat16, is a product of matrices that does not leave the cache between its prologue and its
+epilogue. What none of that fits (NCHW, groups, float16, whose products few CPUs have in hardware) takes PyTorch's
+convolution and passes, or `reference`.
 """
 
 import torch
@@ -28,7 +29,6 @@ _relu_mask = native._op("relu_mask")
 _bn_max_pool = native._op("bn_max_pool")
 _bn_max_pool_backward_reduce = native._op("bn_max_pool_backward_reduce")
 _bn_max_pool_backward_apply = native._op("bn_max_pool_backward_apply")
-_conv1x1_train = native._op("conv1x1_train")
 _conv1x1_join = native._op("conv1x1_join")
 _gram = native._op("gram")
 _outer = native._op("outer")
@@ -43,9 +43,6 @@ def conv(
     """`reference.conv`."""
     if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
         conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
-        return conv_out, *((mean, var) if statistics else (None, None))
-    if stage >= EPILOGUE and geometry.stride == [1, 1] and _is_product(x, conv_weight, geometry):
-        conv_out, mean, var = _conv1x1_train(x, *arguments(x_norm), conv_weight, statistics)
         return conv_out, *((mean, var) if statistics else (None, None))
     conv_out, mean, var = _convolved(x, x_norm, conv_weight, geometry, statistics and stage >= EPILOGUE)
     return conv_out, *(batch_statistics(conv_out) if statistics and mean is None else (mean, var))
