@@ -7,12 +7,16 @@ every call, because SyncBatchNorm conversion, parametrizations, hooks and edits 
 construction; where something cannot be fused, the stock forward runs and the reason is logged once.
 """
 
+import functools
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from . import _log
 from .functional import residual_block
+from .functional.repeat import Repeatable
 from .layers import (
     conv_bn,
     count_batch,
@@ -28,6 +32,10 @@ from .layers import (
 
 class FusionError(RuntimeError):
     """A block that must be fused (`strict=True`) cannot be; the message says why."""
+
+
+_repeatable: WeakKeyDictionary[nn.Module, Repeatable] = WeakKeyDictionary()
+"""Of blocks, their last call in which nothing was learnt."""
 
 
 class _FastBlock:
@@ -60,6 +68,13 @@ class _FastBlock:
             shortcut = shortcut(x) if why_not_downsample(shortcut) is not None else conv_bn(*shortcut)
         main = [conv_bn(conv, bn) for conv, bn in self._stages()]
         settings = {"train_stage": self.fast_train_stage, "backend": self.fast_backend}
+        if not torch.compiler.is_compiling():
+            repeatable = _repeatable.get(self)
+            if repeatable is not None and not isinstance(shortcut, Tensor):
+                layers = main if shortcut is None else [*main, shortcut]
+                if (y := repeatable(x, layers, self.fast_backend)) is not None:
+                    return y
+            settings["keep"] = functools.partial(_repeatable.__setitem__, self)
         norms = batch_norms(self)
         y = residual_block(x, main, shortcut, group=group_name(norms), **settings)
         count_batch(norms)

@@ -116,7 +116,8 @@ def _groups(batch_norms: Sequence[nn.Module]) -> set[dist.ProcessGroup | None]:
 
 def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
     """The two as `functional` takes them, with the momentum of this batch, which `count_batch` is still to count."""
-    training, momentum, running_mean, running_var = False, 0.0, bn.running_mean, bn.running_var
+    training, momentum = False, 0.0
+    running_mean, running_var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
     if type(bn) in _BATCH_NORMS:
         momentum = 0.0 if bn.momentum is None else bn.momentum
         if _counts(bn) and bn.momentum is None:  # cumulative average
@@ -124,9 +125,17 @@ def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBn:
         training = has_batch_statistics(bn)
         if bn.training and not bn.track_running_stats:
             running_mean = running_var = None
-    statistics = (running_mean, running_var, bn.weight, bn.bias)
+    statistics = (running_mean, running_var, _tensor(bn, "weight"), _tensor(bn, "bias"))
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return ConvBn(conv.weight, *statistics, conv.bias, *geometry, bn.eps, training, momentum)
+    return ConvBn(_tensor(conv, "weight"), *statistics, _tensor(conv, "bias"), *geometry, bn.eps, training, momentum)
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """The attribute, which takes ten times as long where it is a parameter or a buffer."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._buffers.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def count_batch(batch_norms: Sequence[nn.Module]) -> None:

@@ -25,6 +25,7 @@ from .conv_bn_act import (
     needs_plain_pytorch,
     update_running,
 )
+from .repeat import Repeatable
 
 _ops = torch.ops.resnet_fast
 
@@ -37,6 +38,7 @@ def residual_block(
     train_stage: int | str = "auto",
     group: str = "",
     backend: str = "auto",
+    keep: Callable[[Repeatable], None] | None = None,
 ) -> Tensor:
     """relu(F(x) + shortcut), F being the layers of `main` with a ReLU between each two.
 
@@ -52,6 +54,7 @@ def residual_block(
         group: name of the torch.distributed process group over which statistics in training are taken (SyncBatchNorm),
             "" for this process alone.
         backend: as `conv_bn_act`.
+        keep: called with what repeats this call, where nothing is learnt and the shortcut is no tensor.
 
     Returns:
         y: (N, K, P, Q) in the convolutions' output dtype and memory format.
@@ -62,7 +65,7 @@ def residual_block(
     """
     if not main:
         raise ValueError("main must have at least one convolution, but is empty")
-    stage = training.requested(train_stage)
+    stage, requested = training.requested(train_stage), backend
     downsample = isinstance(shortcut, ConvBn)
     layers = [*main, shortcut] if downsample else list(main)
     _check_group(x, group)
@@ -74,6 +77,7 @@ def residual_block(
     if needs_plain_pytorch(x) or has_bias or (inference and dispatch.requested(backend) == "triton"):
         return _layer_by_layer(x, main, shortcut, backend)
 
+    given_x, given = x, layers
     x, layers, shapes = _checked_chain(x, main, shortcut if downsample else None)
     for layer, shape in zip(layers, shapes, strict=True):
         arguments.check_batch(shape, layer.training and not group)
@@ -87,8 +91,10 @@ def residual_block(
     epsilons = [layer.eps for layer in layers]
     if inference:
         backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
-        run = _inference_op("residual_block", x, backend)
-        return run(x, residual, *_columns(x, layers), numbers, epsilons, downsample)
+        op, rest = _inference_op("residual_block", x, backend), (*_columns(x, layers), numbers, epsilons, downsample)
+        if keep is not None and residual is None and not is_traced(x):
+            keep(Repeatable(given_x, given, requested, lambda x: op(x, None, *rest)))
+        return op(x, residual, *rest)
     layers = [cast_layer(layer, x.dtype) for layer in layers]
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
     stages = training.stages(stage, layers, downsample, x.device.type, x.dtype, backend)
