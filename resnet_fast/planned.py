@@ -158,8 +158,13 @@ class _Planned:
 
     def _look_at_children(self) -> None:
         """Forget what was made of a layer that was replaced."""
-        if self.__dict__.get("_planned_children") != tuple(self._modules.values()):
+        if self.__dict__.get("_planned_children") != self._two_generations():
             self._forget()
+
+    def _two_generations(self) -> tuple[nn.Module, ...]:
+        """The children and theirs: of a ResNet the stages and their blocks. More would take longer than it helps."""
+        children = tuple(child for child in self._modules.values() if child is not None)
+        return children + tuple(module for child in children for module in child._modules.values())
 
     def _tell_layers(self, network: nn.Module) -> None:
         """Say what computed the layers of `network`, this module or its twin, for an input shape first seen."""
@@ -215,7 +220,7 @@ class _Planned:
         """Plan anew: the layers are not what they were."""
         for name in _NOT_COPIED:
             self.__dict__.pop(name, None)
-        self.__dict__["_planned_children"] = tuple(self._modules.values())
+        self.__dict__["_planned_children"] = self._two_generations()
         self.__dict__["_modules_inside"] = [module for module in self.modules() if module is not self]
 
     def _apply(self, fn, recurse=True):

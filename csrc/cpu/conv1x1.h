@@ -1,4 +1,4 @@
-// 1x1 convolutions in training as products of matrices, slab by slab: see csrc/ops.cpp for the schemas.
+// 1x1 convolutions in the Gram form (stage 4) as products of matrices, slab by slab: see csrc/ops.cpp for the schemas.
 //
 // x is in channels_last, so its pixels, of a strided convolution those that it reads, are the rows of a matrix.
 #pragma once
