@@ -246,14 +246,17 @@ class FrozenBlock(Frozen):
 
 
 class FrozenStage(nn.Sequential):
-    """A Sequential of FrozenBlocks. Each may overwrite its input, unless a hook sees what passes between them."""
+    """A Sequential of FrozenBlocks. Each may overwrite its input, unless a hook or a foreign module saw it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) -> the last block's output."""
         seen = True  # the stage's input is the caller's
         for block in self:
-            x = block(x, not (seen or _has_hooks(block)))
-            seen = _has_hooks(block)
+            if isinstance(block, FrozenBlock):
+                x = block(x, not (seen or _has_hooks(block)))
+                seen = _has_hooks(block)
+            else:  # someone's own, which may keep its input or return it
+                x, seen = block(x), True
         return x
 
 
