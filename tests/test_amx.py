@@ -269,10 +269,11 @@ def test_what_goes_another_way(said):
     hook.remove()
     assert frozen.amx_network(x) is not None
     assert frozen(x[:0]).shape == (0, 7)
-    odd = small_resnet(torch.bfloat16, groups=2, width_per_group=12)[1]  # groups of 12, 24, 48 and 96 channels
+    model, odd = small_resnet(torch.bfloat16, groups=2, width_per_group=12)  # groups of 12, 24, 48 and 96 channels
     assert odd.amx_network(x) is None
     assert any("groups" in message for message in said())
-    torch.testing.assert_close(odd(x), odd._by_layer(x.bfloat16()))
+    plain = freeze(model, dtype=torch.bfloat16, backend="reference")
+    torch.testing.assert_close(odd(x), plain(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
