@@ -22,7 +22,8 @@ from resnet_fast.backends.primitives import Norm, reference
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NO_MASK, FROM_X, FROM_Y = range(3)
-_FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+_FLAGS = ("-O0", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+"""Not optimised, which changes no result: compiling takes most of the time."""
 
 
 class Image(ctypes.Structure):
