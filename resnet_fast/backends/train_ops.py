@@ -69,6 +69,8 @@ def _without_autocast(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def run(tensor, *args):
+        if not torch.is_autocast_enabled(tensor.device.type):  # as in most backward passes
+            return op(tensor, *args)
         with torch.autocast(tensor.device.type, enabled=False):
             return op(tensor, *args)
 

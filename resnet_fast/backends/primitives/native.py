@@ -198,8 +198,7 @@ def _convolved(
             return found
     activated = _activated(x, x_norm)
     with pooled():
-        library = torch.ops.aten.convolution
-        return library(activated, conv_weight, None, stride, padding, dilation, False, [0, 0], groups), None, None
+        return torch.conv2d(activated, conv_weight, None, stride, padding, dilation, groups), None, None
 
 
 def _by_winograd(
@@ -232,9 +231,9 @@ def _joined(x, x_norm, conv_weight, geometry, norm, residual, residual_norm, rel
 def _is_rows(x: Tensor) -> bool:
     """Whether CPU memory holds x pixel by pixel and its strides say so, which those of one pixel or channel may not."""
     wanted = torch.channels_last
-    suggested = memory_format(x)
-    dense = suggested == wanted and x.is_contiguous(memory_format=wanted)
-    return dense and x.device.type == "cpu" and x.numel() > 0
+    if not x.is_cpu or not x.is_contiguous(memory_format=wanted):
+        return False
+    return min(x.shape) > 1 or (x.numel() > 0 and memory_format(x) == wanted)
 
 
 def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
