@@ -132,25 +132,27 @@ class _Planned:
             return self._behind(network.run(x))
 
     def _cpu_network(self, x: Tensor) -> object | None:
-        """The network for x's shape, built when it is first seen; None, with the reason said, where there is none."""
+        """The network for x's shape and the threads in use, for which oneDNN's weights are packed, built when they are
+        first seen; None, with the reason said, where there is none."""
         if x.device.type != "cpu" or x.numel() == 0 or dispatch.requested(self.backend) not in ("auto", "native"):
             return None
         self._look_at_children()
         with _building:
             networks = self.__dict__.setdefault("_cpu_networks", OrderedDict())
-            if x.shape not in networks:
+            key = x.shape, torch.get_num_threads()
+            if key not in networks:
                 try:
                     section = self._section()
                     reason = cpu_network.why_not(section)
-                    networks[x.shape] = None if reason else cpu_network.build(section, x.shape)
+                    networks[key] = None if reason else cpu_network.build(section, x.shape)
                 except ValueError as error:
-                    networks[x.shape], reason = None, str(error)
+                    networks[key], reason = None, str(error)
                 if reason is not None:
                     _log.once(f"freeze: layers run one by one: {reason}", logging.INFO)
                 if len(networks) > SHAPES_KEPT:
                     networks.popitem(last=False)
-            networks.move_to_end(x.shape)
-            return networks[x.shape]
+            networks.move_to_end(key)
+            return networks[key]
 
     def _behind(self, y: Tensor) -> Tensor:
         """What follows the last block."""

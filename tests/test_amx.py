@@ -1,10 +1,12 @@
 """Frozen networks on AMX: every kind of layer beside PyTorch, any batch and image, and what goes another way."""
 
+import contextlib
 import copy
 import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -171,6 +173,28 @@ def test_threads_that_come_at_once():
 
 
 @needs_amx
+@pytest.mark.parametrize(("cores", "threads", "most"), [(2, 1, 2), (3, 1, 3), (2, 2, 1), (1, 4, 1)])
+@torch.no_grad()
+def test_as_many_run_at_a_time_as_there_are_cores_for(cores, threads, most, monkeypatch):
+    _, frozen = small_resnet(torch.bfloat16)
+    x, before = torch.randn(1, 3, 64, 64), torch.get_num_threads()
+    network = frozen.amx_network(x)
+    monkeypatch.setattr(amx.cpus, "here", lambda: amx.cpus.Cpu("of this test", cores))
+    try:
+        torch.set_num_threads(threads)
+        with contextlib.ExitStack() as stack:
+            programs = [stack.enter_context(network._borrowed(x.shape[1:], 1)).program for _ in range(most)]
+            assert len({id(program) for program in programs}) == most
+            late = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)).submit(frozen, x)
+            with pytest.raises(TimeoutError):
+                late.result(0.2)
+        assert torch.equal(late.result(60), frozen(x))
+        assert network._kinds[amx._key(x.shape[1:], 1)].made == most
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_amx
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_what_is_not_a_number_stays_in_its_image(dtype):
@@ -209,7 +233,7 @@ def test_sizes_change_after_freezing():
     for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (16, 16), (31, 11), (2, 64)]:
         x = torch.randn(batch, 3, size, size)
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
-    assert len(frozen.amx_network(x)._programs) <= amx.PROGRAMS_KEPT
+    assert len(frozen.amx_network(x)._kinds) <= amx.KINDS_KEPT
 
 
 @needs_amx

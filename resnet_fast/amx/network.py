@@ -2,19 +2,22 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .. import cpus
 from ..backends import native
 from ..planner import Section, why_not_plannable
 from .program import GROUP, Builder, Built
 from .weights import PLANES, Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
-PROGRAMS_KEPT = 4
-"""Programs that a network keeps; the one unused longest goes first."""
+KINDS_KEPT = 4
+"""Kinds of programs that a network keeps; the one unused longest goes first."""
 
 
 def why_not(dtype: torch.dtype) -> str | None:
@@ -49,8 +52,19 @@ class StepTime:
     bytes: int
 
 
+@dataclass
+class _Kind:
+    """Programs that are alike, for callers at the same time: those that nobody runs, and how many there are."""
+
+    idle: list[Built]
+    made: int = 1
+
+
 class AmxNetwork:
-    """`section` for any number of images of any size, one caller at a time.
+    """`section` for any number of images of any size.
+
+    Several callers run at the same time where the cores go round for their threads, each with a program, and with it
+    memory for activations, of its own; else the next one waits. Weights are shared.
 
     head: average pool and classifier are run too, and give logits; else the last block's output is what comes out.
 
@@ -70,15 +84,15 @@ class AmxNetwork:
             self._packed[section.stem[1]] = pack_stem(section.stem[1])
         if head:
             self._packed[section.classifier] = pack_linear(section.classifier)
-        self._programs: OrderedDict[tuple, Built] = OrderedDict()
-        self._building = threading.Lock()
+        self._kinds: OrderedDict[tuple, _Kind] = OrderedDict()
+        self._turn = threading.Condition()
 
     def why_not_image(self, x: Tensor) -> str | None:
         """Why x cannot be this network's input; None where it can. PyTorch's own layers have the error for users."""
         if x.dim() != 4:
             return f"x has {x.dim()} dimensions, not 4"
         try:
-            self._built(x.shape[1:], _parts(len(x))[0])
+            self._kind(_key(x.shape[1:], _parts(len(x))[0]))
         except ValueError as error:
             return str(error)
         return None
@@ -92,17 +106,17 @@ class AmxNetwork:
         """
         first, y = 0, None
         for images in _parts(len(x)):
-            built = self._built(x.shape[1:], images)
-            y = self._empty(built, len(x)) if y is None else y
-            built.program.run(self._readable(x[first : first + images]), y[first : first + images])
+            with self._borrowed(x.shape[1:], images) as built:
+                y = self._empty(built, len(x)) if y is None else y
+                built.program.run(self._readable(x[first : first + images]), y[first : first + images])
             first += images
         return y.flatten(1) if self.head else y
 
     @torch.no_grad()
     def timings(self, x: Tensor) -> list[StepTime]:
         """One run of x by its steps, in their order; the images must be what one program takes."""
-        built = self._built(x.shape[1:], len(x))
-        times = built.program.timed_run(self._readable(x), self._empty(built, len(x)))
+        with self._borrowed(x.shape[1:], len(x)) as built:
+            times = built.program.timed_run(self._readable(x), self._empty(built, len(x)))
         itemsize = self.section.dtype.itemsize
         return [
             StepTime(name, seconds, cost.flops * len(x), cost.values * len(x) * itemsize + cost.weight_bytes)
@@ -116,15 +130,42 @@ class AmxNetwork:
         """x as a program reads it: a stem takes any strides, blocks take channels_last."""
         return x if self.section.stem is not None else x.contiguous(memory_format=torch.channels_last)
 
-    def _built(self, image: torch.Size, images: int) -> Built:
-        key = (tuple(image), min(images, GROUP) if images < _FULL else GROUP, torch.get_num_threads())
-        with self._building:
-            if key not in self._programs:
-                self._programs[key] = Builder(self.section, self._packed, *key).build()
-                if len(self._programs) > PROGRAMS_KEPT:
-                    self._programs.popitem(last=False)
-            self._programs.move_to_end(key)
-            return self._programs[key]
+    @contextmanager
+    def _borrowed(self, image: torch.Size, images: int) -> Iterator[Built]:
+        """A program that nobody else runs: one more is built where all are in use and there are cores for it."""
+        key = _key(image, images)
+        kind, most = self._kind(key), cpus.here().cores // key[-1]
+        with self._turn:
+            self._turn.wait_for(lambda: kind.idle or kind.made < most)
+            if kind.idle:
+                built = kind.idle.pop()
+            else:
+                built = self._build(key)
+                kind.made += 1
+        try:
+            yield built
+        finally:
+            with self._turn:
+                kind.idle.append(built)
+                self._turn.notify()
+
+    def _kind(self, key: tuple) -> _Kind:
+        """The programs of `key`, one at least."""
+        with self._turn:
+            if key not in self._kinds:
+                self._kinds[key] = _Kind([self._build(key)])
+                if len(self._kinds) > KINDS_KEPT:
+                    self._kinds.popitem(last=False)
+            self._kinds.move_to_end(key)
+            return self._kinds[key]
+
+    def _build(self, key: tuple) -> Built:
+        return Builder(self.section, self._packed, *key).build()
+
+
+def _key(image: torch.Size, images: int) -> tuple[tuple[int, ...], int, int]:
+    """Of programs that are alike: the image's shape, how many at once, and threads."""
+    return tuple(image), min(images, GROUP) if images < _FULL else GROUP, torch.get_num_threads()
 
 
 def _parts(batch: int) -> list[int]:
