@@ -198,7 +198,7 @@ def test_onednn_graph_answers_as_pytorch_does(benched, torchscript):
     assert rows["onednn_graph"].match, rows["onednn_graph"].reason
 
 
-@pytest.mark.parametrize("name", ["openvino_latency", "openvino_throughput", "onnxruntime", "frozen_throughput"])
+@pytest.mark.parametrize("name", ["openvino_latency", "openvino_throughput", "onnxruntime"])
 def test_engines_answer_as_pytorch_does(name, benched):
     for package in others.INFERENCE[name].packages:
         pytest.importorskip(package)

@@ -23,7 +23,6 @@ INFERENCE = (
     "onnxruntime",
     "fast",
     "frozen",
-    "frozen_throughput",
 )
 TRAINING = ("eager_channels_last", "eager_fused_sgd", "compile_default", "fast", "fast_fused_sgd")
 """Names of contenders, in the order they are shown."""

@@ -7,22 +7,20 @@ rounded as autocast's are. They get as many threads as PyTorch, and the images i
 import contextlib
 import functools
 import importlib.util
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from resnet_fast import freeze, optimize
+from resnet_fast import optimize
 from resnet_fast.cli.contenders import Setting, Variant
 
 from . import jemalloc
 
 REQUESTS_A_THREAD = 2
-"""Batches in flight for each thread in one call, of OpenVINO's throughput mode and of ours."""
+"""Batches in flight for each thread in one call of OpenVINO's throughput mode."""
 
 
 @dataclass(frozen=True)
@@ -122,28 +120,6 @@ def _in_flight(queue, dtype: torch.dtype, images: Tensor) -> Tensor:
     return _tensor(queue[0].get_output_tensor(0).data, dtype)
 
 
-def _frozen_throughput(setting: Setting) -> Callable:
-    """As many callers as threads, one thread each; the logits of the first."""
-
-    def prepare(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        frozen, threads = freeze(model, dtype=setting.amp_dtype, backend=setting.backend), torch.get_num_threads()
-        started = threading.Barrier(threads + 1)
-        callers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        for _ in range(threads):
-            callers.submit(started.wait)
-        started.wait()
-        torch.set_num_threads(threads)  # which the callers have changed for the others' libraries
-        run = torch.inference_mode()(frozen)
-
-        def answer(images: Tensor) -> Tensor:
-            logits, *_ = callers.map(run, [images] * REQUESTS_A_THREAD * threads)
-            return logits
-
-        return answer
-
-    return prepare
-
-
 def _onnxruntime(setting: Setting) -> Callable:
     def prepare(model: nn.Module) -> Callable[[Tensor], Tensor]:
         import onnxruntime
@@ -186,6 +162,5 @@ INFERENCE = {
     "onnxruntime": Other(
         "ONNX Runtime", _onnxruntime, ("onnxruntime", "onnx", "onnxscript"), **_ENGINE, why_not=_float32_alone
     ),
-    "frozen_throughput": Other("ours, freeze(), a thread a request", _frozen_throughput, in_flight=True),
 }
 """By name, in the order they are shown."""
