@@ -14,6 +14,7 @@ from torchvision import models
 
 from ..backends.triton_conv import why_library
 from ..blocks import fast_type
+from ..layers import conv_of
 from ..problems import Conv, ConvProblem, GramDgradProblem, Problem, PrologueProblem
 
 
@@ -43,7 +44,7 @@ def of_block(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator
 def _main(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:
     stages, shape = fast_type(block)._stages(block), x_shape
     for number, (conv, _) in enumerate(stages):
-        layer = _layer(conv, shape)
+        layer = conv_of(conv, shape)
         yield ConvProblem(layer, dtype, relu=False, statistics=True)
         if number and layer.pointwise and layer.groups == 1:
             yield PrologueProblem(layer, dtype, statistics=True)
@@ -59,7 +60,7 @@ def _main(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Pr
 def _shortcut(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:
     if block.downsample is None:
         return
-    layer = _layer(block.downsample[0], x_shape)
+    layer = conv_of(block.downsample[0], x_shape)
     yield ConvProblem(layer, dtype, relu=False, statistics=True)
     yield from _data_gradient(layer, dtype, add=False)
     if _expands(layer):
@@ -72,7 +73,7 @@ def _joins(block: nn.Module, last: Conv, x_shape: tuple[int, ...], dtype: str) -
     """The last convolution where its input is activated in a pass of its own."""
     yield ConvProblem(last, dtype, residual=True)
     if block.downsample is not None:
-        yield ConvProblem(last, dtype, shortcut=_layer(block.downsample[0], x_shape))
+        yield ConvProblem(last, dtype, shortcut=conv_of(block.downsample[0], x_shape))
 
 
 def _data_gradient(layer: Conv, dtype: str, add: bool) -> Iterator[ConvProblem]:
@@ -87,9 +88,3 @@ def _gram(layer: Conv, dtype: str, prologue: bool) -> GramDgradProblem:
 
 def _expands(layer: Conv) -> bool:
     return layer.pointwise and layer.groups == 1 and layer.in_channels < layer.out_channels
-
-
-def _layer(conv: nn.Conv2d, x_shape: tuple[int, ...]) -> Conv:
-    batch, channels, height, width = x_shape
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return Conv(batch, channels, height, width, conv.out_channels, *geometry)
