@@ -254,11 +254,9 @@ class FrozenStage(nn.Sequential):
         """x (N, Cin, H, W) -> the last block's output."""
         seen = True  # the stage's input is the caller's
         for block in self:
-            if isinstance(block, FrozenBlock):
-                x = block(x, not (seen or _has_hooks(block)))
-                seen = _has_hooks(block)
-            else:  # someone's own, which may keep its input or return it
-                x, seen = block(x), True
+            ours, hooked = isinstance(block, FrozenBlock), _has_hooks(block)
+            x = block(x, not (seen or hooked)) if ours else block(x)
+            seen = hooked or not ours  # a foreign module may keep its input or return it
         return x
 
 

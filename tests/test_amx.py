@@ -176,22 +176,22 @@ def test_threads_that_come_at_once():
 @pytest.mark.parametrize(("cores", "threads", "most"), [(2, 1, 2), (3, 1, 3), (2, 2, 1), (1, 4, 1)])
 @torch.no_grad()
 def test_as_many_run_at_a_time_as_there_are_cores_for(cores, threads, most, monkeypatch):
+    """Of whatever size their images are."""
     _, frozen = small_resnet(torch.bfloat16)
-    x, before = torch.randn(1, 3, 64, 64), torch.get_num_threads()
-    network = frozen.amx_network(x)
+    inputs = [torch.randn(1, 3, size, size) for size in (64, 40)]
+    x, network = inputs[0], frozen.amx_network(inputs[0])
     monkeypatch.setattr(amx.cpus, "here", lambda: amx.cpus.Cpu("of this test", cores))
-    try:
-        torch.set_num_threads(threads)
-        with contextlib.ExitStack() as stack:
-            programs = [stack.enter_context(network._borrowed(x.shape[1:], 1)).program for _ in range(most)]
-            assert len({id(program) for program in programs}) == most
-            late = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)).submit(frozen, x)
+    torch.set_num_threads(threads)
+    callers = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,))
+    with contextlib.ExitStack() as stack:
+        programs = [stack.enter_context(network._borrowed(x.shape[1:], 1)).program for _ in range(most)]
+        assert len({id(program) for program in programs}) == most
+        late = [callers.submit(frozen, image) for image in inputs]
+        for each in late:
             with pytest.raises(TimeoutError):
-                late.result(0.2)
-        assert torch.equal(late.result(60), frozen(x))
-        assert network._kinds[amx._key(x.shape[1:], 1)].made == most
-    finally:
-        torch.set_num_threads(before)
+                each.result(0.2)
+    assert all(torch.equal(each.result(60), frozen(image)) for each, image in zip(late, inputs, strict=True))
+    assert len(network._idle[amx._key(x.shape[1:], 1)]) == most
 
 
 @needs_amx
@@ -233,7 +233,7 @@ def test_sizes_change_after_freezing():
     for batch, size in [(2, 64), (1, 64), (2, 40), (3, 33), (1, 96), (18, 32), (16, 16), (31, 11), (2, 64)]:
         x = torch.randn(batch, 3, size, size)
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
-    assert len(frozen.amx_network(x)._kinds) <= amx.KINDS_KEPT
+    assert len(frozen.amx_network(x)._idle) <= amx.KINDS_KEPT
 
 
 @needs_amx

@@ -98,27 +98,23 @@ def test_shapes_come_and_go(ran):
 def test_weights_are_packed_for_the_threads_in_use(ran, monkeypatch):
     """For another number of threads oneDNN may want another layout, and would pack anew in every call."""
     frozen, x, packed = frozen_model(), draw((2, 3, 40, 40), torch.float32), []
-    layer, before = frozen.layer1[0].convs[0], torch.get_num_threads()
-    original = FrozenConv2d._reordered
+    layer, original = frozen.layer1[0].convs[0], FrozenConv2d._reordered
     monkeypatch.setattr(FrozenConv2d, "_reordered", lambda self, shape: packed.append(self) or original(self, shape))
-    try:
-        torch.set_num_threads(1)
-        y = frozen(x)
-        torch.set_num_threads(2)
-        for _ in range(2):
-            torch.testing.assert_close(frozen(x), y)
-        assert len(ran) == 2
-        assert packed.count(layer) == 2
-        torch.set_num_threads(1)
-        assert torch.equal(frozen(x), y)
-        assert packed.count(layer) == 2
-        inputs = draw((2, 64, 10, 10), torch.float32, "channels_last")
-        for threads in (1, 1, 2):
-            torch.set_num_threads(threads)
-            layer(inputs)
-        assert packed.count(layer) == 4
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    y = frozen(x)
+    torch.set_num_threads(2)
+    for _ in range(2):
+        torch.testing.assert_close(frozen(x), y)
+    assert len(ran) == 2
+    assert packed.count(layer) == 2
+    torch.set_num_threads(1)
+    assert torch.equal(frozen(x), y)
+    assert packed.count(layer) == 2
+    inputs = draw((2, 64, 10, 10), torch.float32, "channels_last")
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        layer(inputs)
+    assert packed.count(layer) == 4
 
 
 @torch.no_grad()

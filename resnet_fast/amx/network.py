@@ -52,18 +52,10 @@ class StepTime:
     bytes: int
 
 
-@dataclass
-class _Kind:
-    """Programs that are alike, for callers at the same time: those that nobody runs, and how many there are."""
-
-    idle: list[Built]
-    made: int = 1
-
-
 class AmxNetwork:
     """`section` for any number of images of any size.
 
-    Several callers run at the same time where the cores go round for their threads, each with a program, and with it
+    Callers run at the same time as long as there are cores for the threads of all, each with a program, and with it
     memory for activations, of its own; else the next one waits. Weights are shared.
 
     head: average pool and classifier are run too, and give logits; else the last block's output is what comes out.
@@ -84,7 +76,8 @@ class AmxNetwork:
             self._packed[section.stem[1]] = pack_stem(section.stem[1])
         if head:
             self._packed[section.classifier] = pack_linear(section.classifier)
-        self._kinds: OrderedDict[tuple, _Kind] = OrderedDict()
+        self._idle: OrderedDict[tuple, list[Built]] = OrderedDict()  # programs that nobody runs, by their kind
+        self._busy = 0  # threads
         self._turn = threading.Condition()
 
     def why_not_image(self, x: Tensor) -> str | None:
@@ -92,7 +85,7 @@ class AmxNetwork:
         if x.dim() != 4:
             return f"x has {x.dim()} dimensions, not 4"
         try:
-            self._kind(_key(x.shape[1:], _parts(len(x))[0]))
+            self._idle_of(_key(x.shape[1:], _parts(len(x))[0]))
         except ValueError as error:
             return str(error)
         return None
@@ -132,32 +125,31 @@ class AmxNetwork:
 
     @contextmanager
     def _borrowed(self, image: torch.Size, images: int) -> Iterator[Built]:
-        """A program that nobody else runs: one more is built where all are in use and there are cores for it."""
+        """A program that nobody else runs, as soon as there are cores for it: a new one where all are in use."""
         key = _key(image, images)
-        kind, most = self._kind(key), cpus.here().cores // key[-1]
+        threads, cores = key[-1], cpus.here().cores
         with self._turn:
-            self._turn.wait_for(lambda: kind.idle or kind.made < most)
-            if kind.idle:
-                built = kind.idle.pop()
-            else:
-                built = self._build(key)
-                kind.made += 1
+            self._turn.wait_for(lambda: self._busy == 0 or self._busy + threads <= cores)
+            idle = self._idle_of(key)
+            built = idle.pop() if idle else self._build(key)
+            self._busy += threads
         try:
             yield built
         finally:
             with self._turn:
-                kind.idle.append(built)
-                self._turn.notify()
+                idle.append(built)
+                self._busy -= threads
+                self._turn.notify_all()
 
-    def _kind(self, key: tuple) -> _Kind:
-        """The programs of `key`, one at least."""
+    def _idle_of(self, key: tuple) -> list[Built]:
+        """The programs of `key` that nobody runs; of a new key there is one."""
         with self._turn:
-            if key not in self._kinds:
-                self._kinds[key] = _Kind([self._build(key)])
-                if len(self._kinds) > KINDS_KEPT:
-                    self._kinds.popitem(last=False)
-            self._kinds.move_to_end(key)
-            return self._kinds[key]
+            if key not in self._idle:
+                self._idle[key] = [self._build(key)]
+                if len(self._idle) > KINDS_KEPT:
+                    self._idle.popitem(last=False)
+            self._idle.move_to_end(key)
+            return self._idle[key]
 
     def _build(self, key: tuple) -> Built:
         return Builder(self.section, self._packed, *key).build()
