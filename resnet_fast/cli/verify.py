@@ -11,6 +11,7 @@ JSON: {"schema": "resnet_fast.verify/1", "match", "seconds", "environment", "row
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import time
@@ -94,10 +95,23 @@ def check_network(name: str, how: str, dtype: torch.dtype, device: str) -> list[
     return [numerics.compare("logits", actual, expected, networks.float64_logits(stock, images))]
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """float32 is float32. Where TF32 is allowed, cuDNN takes it in one algorithm and not in the next, so that PyTorch's
+    own error, which ours is held against, depends on which it picks for which call."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def _judge(check: Callable) -> dict:
     """A row's verdict. Only "this backend cannot run that" is a skip; any other exception is a mismatch."""
     try:
-        comparisons = check()
+        with _without_tf32():
+            comparisons = check()
     except BackendUnavailable as error:
         return {"match": None, "ratio": None, "tensor": None, "tensors": 0, "reason": str(error)}
     except Exception as error:
