@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from . import _log
+from . import _log, training
 from .functional import residual_block
 from .functional.repeat import Repeatable
 from .layers import (
@@ -27,6 +27,7 @@ from .layers import (
     why_not_normalised,
     why_not_stage,
     why_not_worth_it,
+    why_not_worth_training,
 )
 
 
@@ -164,6 +165,9 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     """Why this call cannot be fused, whatever the children are."""
     op = "residual_block_train" if block.training else "conv_bn_act"
     reason = why_not_called(op, x, block.conv1, block.fast_backend)
+    if reason is None and block.training and training.requested(block.fast_train_stage) is None:
+        convs = [conv for conv, _ in fast_type(block)._stages(block)]
+        reason = why_not_worth_training(x, convs, block.fast_backend)
     return reason or why_not_normalised(batch_norms(block), x)
 
 

@@ -3,6 +3,7 @@
 Everything is looked at on every call, because conversions, parametrizations, hooks and edits may come at any time.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import dispatch
+from .backends import native
 from .context import autocasts, conv_dtype, plain_pytorch_reason
 from .functional import ConvBn
 from .problems import Conv
@@ -63,12 +65,39 @@ def why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str
 _LITTLE = 16 * 2**20
 """Bytes: of a smaller input a GPU has done a layer's work before the host has launched the next."""
 
+_any_size_depth = 0
+
+
+class any_size(contextlib.ContextDecorator):
+    """Context manager or decorator in which no thread leaves a call to PyTorch because it is small: for checks on small
+    inputs of what is timed or trusted on large ones. Reentrant."""
+
+    def __enter__(self) -> None:
+        global _any_size_depth
+        _any_size_depth += 1
+
+    def __exit__(self, *exc_info) -> None:
+        global _any_size_depth
+        _any_size_depth -= 1
+
 
 def why_not_worth_it(x: Tensor, backend: str) -> str | None:
     """Why a call that could be fused is better left to PyTorch; None where it is not, or was asked for by name."""
-    if x.is_cuda and x.nbytes < _LITTLE and dispatch.requested(backend) == "auto":
+    if x.is_cuda and x.nbytes < _LITTLE and not _any_size_depth and dispatch.requested(backend) == "auto":
         return f"input of less than {_LITTLE >> 20} MiB: launches set the time, not the GPU (freeze, or name a backend)"
     return None
+
+
+def why_not_worth_training(x: Tensor, convs: Sequence[nn.Conv2d], backend: str) -> str | None:
+    """The same of a training step of a residual block of these convolutions on a CPU, whose calls take the host longer
+    than PyTorch's layers do."""
+    if not x.is_cpu or _any_size_depth or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
+        return None
+    dtype = conv_dtype(x)
+    least = native.least_training_bytes(dtype, all(conv.kernel_size == (3, 3) for conv in convs), convs[0].stride[0])
+    if x.numel() * dtype.itemsize >= least:
+        return None
+    return f"training on an input of less than {least / 2**20:g} MiB: calls set the time (or name backend, train_stage)"
 
 
 def why_not_called(op: str, x: Tensor, conv: nn.Conv2d, backend: str) -> str | None:

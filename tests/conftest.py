@@ -14,6 +14,7 @@ from cases import CPU
 
 from resnet_fast import _log, cpus, dispatch
 from resnet_fast.kernels import selection, tables
+from resnet_fast.layers import any_size
 
 
 def native_expected() -> bool:
@@ -85,7 +86,8 @@ def _clean_state(monkeypatch):
     _log.forget()
     dispatch.clear_cache()
     threads = torch.get_num_threads()
-    yield
+    with any_size():
+        yield
     torch.set_num_threads(threads)
     _log.forget()
     dispatch.clear_cache()

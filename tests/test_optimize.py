@@ -12,7 +12,20 @@ from torchvision.models.quantization.resnet import QuantizableBasicBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
-from resnet_fast import BackendUnavailable, FastBasicBlock, FusionError, Report, disabled, dispatch, optimize, restore
+from resnet_fast import (
+    BackendUnavailable,
+    FastBasicBlock,
+    FusionError,
+    Report,
+    disabled,
+    dispatch,
+    layers,
+    optimize,
+    restore,
+)
+from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import winograd
+from resnet_fast.layers import any_size
 
 
 def small(block=BasicBlock, seed=0):
@@ -277,3 +290,47 @@ def test_public_names():
         assert getattr(resnet_fast, name) is not None
     assert {"optimize", "restore", "freeze", "disabled", "FastBasicBlock", "FastBottleneck"} <= set(resnet_fast.__all__)
     assert torchvision.models.resnet.BasicBlock is BasicBlock, "nothing is patched at import"
+
+
+@pytest.mark.parametrize(
+    ("block", "pixels", "batch", "reason"),
+    [
+        (lambda: BasicBlock(64, 64), 8, 8, "calls set the time"),
+        (lambda: BasicBlock(64, 64), 28, 16, None),
+        (lambda: Bottleneck(64, 16), 28, 16, "calls set the time"),
+        (lambda: Bottleneck(256, 64), 28, 16, None),
+    ],
+)
+def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch, reason, monkeypatch, native, said):
+    """Where the calls cost more than the passes; not in eval mode, nor where a backend or a stage is asked for."""
+    monkeypatch.setattr(layers, "_any_size_depth", 0)
+    monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+    monkeypatch.setattr(winograd, "why_not", lambda: None)
+    stock = block().train().to(memory_format=torch.channels_last)
+    x = torch.randn(batch, stock.conv1.in_channels, pixels, pixels).to(memory_format=torch.channels_last)
+    fast = optimize(nn.Sequential(copy.deepcopy(stock)))[0]
+    if reason is None:
+        assert fast.why_stock(x) is None
+    else:
+        assert reason in fast.why_stock(x)
+        assert torch.equal(fast(x), stock(x))
+        assert reason in said()[-1]
+        with any_size():
+            assert fast.why_stock(x) is None
+    assert optimize(nn.Sequential(copy.deepcopy(stock)), backend="native")[0].why_stock(x) is None
+    assert optimize(nn.Sequential(copy.deepcopy(stock)), train_stage=1)[0].why_stock(x) is None
+    monkeypatch.setenv("RESNET_FAST_TRAIN", "1")
+    assert fast.why_stock(x) is None
+    monkeypatch.delenv("RESNET_FAST_TRAIN")
+    assert fast.eval().why_stock(x) is None
+
+
+def test_under_autocast_the_convolutions_dtype_counts(monkeypatch, native):
+    monkeypatch.setattr(layers, "_any_size_depth", 0)
+    monkeypatch.setattr(native_backend, "has_tiles", lambda: True)
+    fast = optimize(nn.Sequential(BasicBlock(64, 64)).train())[0]
+    x = torch.randn(14, 64, 14, 14)  # 0.67 MiB
+    assert "less than 0.75 MiB" in fast.why_stock(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "less than 0.375 MiB" in fast.why_stock(x)
+        assert fast.why_stock(torch.randn(16, 64, 14, 14)) is None

@@ -53,6 +53,12 @@ def load() -> ModuleType | None:
     return _module
 
 
+_MIB = 2**20
+_LITTLE = 6 * _MIB
+_LITTLE_BY_WINOGRAD = 3 * _MIB // 4
+_LITTLE_IN_TILES = {torch.bfloat16: 3 * _MIB // 8, torch.float32: 3 * _MIB // 4}
+
+
 def available() -> str | None:
     """None if the extension can be used, else one line that says why not and what would help."""
     load()
@@ -141,6 +147,19 @@ def train_stage(device_type: str, dtype: torch.dtype) -> int:
         return LIBRARY
     winograd = dtype == _winograd().DTYPE and _winograd().why_not() is None
     return PROLOGUE if has_tiles() or winograd else LIBRARY
+
+
+def least_training_bytes(dtype: torch.dtype, only_3x3: bool, stride: int) -> int:
+    """Of a residual block's input on a CPU, in the convolutions' dtype: below, PyTorch's layers take less time for a
+    training step, because the calls cost more than what is saved. Measured: benchmarks/NOTES.md.
+
+    only_3x3: whether all of its convolutions but a downsample's are; stride: of the first.
+    """
+    if dtype in TILE_DTYPES and has_tiles():
+        return _LITTLE_IN_TILES[dtype]
+    if only_3x3 and dtype == _winograd().DTYPE and _winograd().why_not() is None:
+        return _LITTLE_BY_WINOGRAD * stride * stride  # which the first is not with a stride
+    return _LITTLE
 
 
 def has_tiles() -> bool:

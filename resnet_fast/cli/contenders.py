@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .. import freeze, memory, numerics, optimize
 from ..capture import CapturedStep
+from ..layers import any_size
 from ..numerics import Comparison
 from ..saved import saved_bytes
 from . import checks, networks
@@ -128,6 +129,7 @@ def training(
             optimizer.zero_grad(set_to_none=True)
             return loss
 
+        @any_size()  # what is timed has more images
         def check() -> list[Comparison]:
             twin = variant.prepare(copy.deepcopy(setting.stock).train())
             with variant.context():

@@ -283,22 +283,27 @@ def _plain(x, running_mean, running_var, weight, bias, residual, training, momen
 
 @torch.no_grad()
 def update_running(rows: Iterable[tuple]) -> None:
-    """What (running_mean, running_var, mean, var, count, momentum) of each layer becomes, in a few launches for all."""
-    alike: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    """What (running_mean, running_var, mean, var, count, momentum) of each layer becomes, in a few launches for all.
+
+    (1 - momentum) * running + momentum * batch, in which the large product is not rounded before it is added, as in
+    PyTorch. Not lerp, whose other forms of the same sum differ where the batch is infinite.
+    """
+    alike: dict[float, tuple[list[Tensor], list[Tensor], list[float]]] = {}
     for running_mean, running_var, mean, var, count, momentum in rows:
-        if running_mean is not None:
-            running, batch = alike.setdefault(momentum, ([], []))
-            running += [running_mean, running_var]
-            batch += [mean, var * (count / (count - 1))]
-    for momentum, (running, batch) in alike.items():
-        _average_(running, batch, momentum)
-
-
-def _average_(running: list[Tensor], batch: list[Tensor], momentum: float) -> None:
-    """Not lerp_, whose other forms of the same sum differ where the batch is infinite."""
-    wide = [old if old.dtype == new.dtype else old.to(new.dtype) for old, new in zip(running, batch, strict=True)]
-    torch._foreach_mul_(wide, 1 - momentum)
-    torch._foreach_add_(wide, batch, alpha=momentum)
-    for old, new in zip(running, wide, strict=True):
-        if old is not new:
-            old.copy_(new)
+        if running_mean is None:
+            continue
+        unbiased = count / (count - 1)
+        if isinstance(unbiased, Tensor):
+            var, unbiased = var * unbiased, 1.0
+        running, batch, weights = alike.setdefault(momentum, ([], [], []))
+        running += [running_mean, running_var]
+        batch += [mean, var]
+        weights += [momentum, momentum * unbiased]
+    for momentum, (running, batch, weights) in alike.items():
+        new = torch._foreach_mul(batch, weights)
+        old = [
+            tensor if tensor.dtype == sum_.dtype else tensor.to(sum_.dtype)
+            for tensor, sum_ in zip(running, new, strict=True)
+        ]
+        torch._foreach_add_(new, old, alpha=1 - momentum)
+        torch._foreach_copy_(running, new)

@@ -84,6 +84,7 @@ class Kernel {
     const int64_t outer = args_.pixels_first ? pairs : blocks, inner = args_.pixels_first ? blocks : pairs;
     const int64_t chunks = (args_.steps + args_.chunk - 1) / args_.chunk, together = chunks == 1 ? 1 : kTogether;
     for (int64_t i = 0; i < outer; ++i) {
+      if (!args_.pixels_first && i + 1 < blocks) fetch_weights(begin + i + 1, pairs);
       for (int64_t first = 0; first < inner; first += together) {
         const int64_t behind = first + together < inner ? first + together : inner;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -158,6 +159,20 @@ class Kernel {
         multiply(a0 + next, a1 + next, a_bytes, weight, weight + kBlockValues / 2);
       }
       finish_rows(rows);
+      fetch_ahead();
+    }
+  }
+
+  // From now on, step by step, fetch an output block's weights, which come from memory, while the one before it passes by
+  // all pairs: by the loads of tiles alone a core has too few lines under way.
+  void fetch_weights(int64_t block, int64_t pairs) {
+    const int64_t values = args_.steps * planes * kBlockValues, steps = pairs * args_.steps;
+    ahead_ = {args_.weight + block * values, args_.weight + (block + 1) * values, (values / kVector + steps - 1) / steps};
+  }
+
+  void fetch_ahead() {
+    for (int64_t n = 0; n < ahead_.lines && ahead_.next < ahead_.end; ++n, ahead_.next += kVector) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead_.next), _MM_HINT_T1);
     }
   }
 
@@ -221,6 +236,10 @@ class Kernel {
   float* const scratch_;
   int64_t slot_ = 0;
   Unit summed_ = {}, waiting_ = {};
+  struct {
+    const uint16_t *next, *end;
+    int64_t lines;  // with every step
+  } ahead_ = {};
 };
 
 template <int planes, bool residual>

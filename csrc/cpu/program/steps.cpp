@@ -235,8 +235,10 @@ class ConvStep : public Step {
       for (int64_t block_step = output_blocks_; block_step > 0; block_step = halved(block_step)) {
         const int64_t tile_parts = div_up(pairs, tile_step), block_parts = div_up(output_blocks_, block_step);
         const int64_t all = tile_parts * block_parts;
-        const bool pixels_first = block_step * block_bytes <= kSecondCacheBytes;
-        if (!pixels_first && tile_step * pair_bytes > kSecondCacheBytes) continue;
+        // What stays is the smaller side: the other one, when it is the weights, is fetched ahead.
+        const double held_pixels = tile_step * pair_bytes, held_weights = block_step * block_bytes;
+        if (std::min(held_pixels, held_weights) > kSecondCacheBytes) continue;
+        const bool pixels_first = held_weights <= held_pixels;
         const double idle = static_cast<double>(div_up(all, threads) * threads) / all;
         const double traffic = pairs * pair_bytes * block_parts + output_blocks_ * block_bytes * tile_parts;
         const double cost = (traffic + product_bytes) * idle + kItemBytes * all;
