@@ -106,6 +106,14 @@ bool amx_usable() {
 #endif
 }
 
+bool dots_usable() {
+#ifdef WITH_AMX
+  return resnet_fast::cpu::amx::dots_usable();
+#else
+  return false;
+#endif
+}
+
 void bind_frozen_network(py::module_& m) {
   using resnet_fast::cpu::FrozenNetwork;
   using Numbers = std::vector<int64_t>;
@@ -132,8 +140,9 @@ void bind_program(py::module_& m) {
     for (const auto& time : program.timed_run(x, y)) out.emplace_back(time.name, time.seconds);
     return out;
   };
-  py::class_<Program>(m, "Program", "A frozen network on a CPU with AMX: see csrc/cpu/program/program.h.")
-      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("planes"), py::arg("capacity"), py::arg("threads"))
+  py::class_<Program>(m, "Program", "A frozen network by bfloat16 products: see csrc/cpu/program/program.h.")
+      .def(py::init<int64_t, int64_t, int64_t, bool>(), py::arg("planes"), py::arg("capacity"), py::arg("threads"),
+           py::arg("tiles"))
       .def("buffer", &Program::buffer, py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("halo"),
            py::arg("group"), py::arg("own"), py::arg("vector"))
       .def("section", &Program::section, py::arg("by_image"))
@@ -143,7 +152,7 @@ void bind_program(py::module_& m) {
            py::arg("relu"))
       .def("skip", &Program::skip, py::arg("x"), py::arg("y"), py::arg("stride"))
       .def("conv_max_pool", &Program::conv_max_pool, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("weight"),
-           py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("height"), py::arg("width"))
+           py::arg("bias"), py::arg("taps"), py::arg("columns"), py::arg("stride"), py::arg("height"), py::arg("width"))
       .def("average_pool", &Program::average_pool, py::arg("x"), py::arg("y"))
       .def("write", &Program::write, py::arg("x"))
       .def("run", &Program::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>())
@@ -156,7 +165,8 @@ void bind_program(py::module_& m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
-  m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, can run a Program.");
+  m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, have tiles.");
+  m.def("dots_usable", &dots_usable, "Whether they have bfloat16's dot products, which a Program can do with.");
   m.def("winograd_usable", &resnet_fast::cpu::winograd_usable, "Whether Winograd's kernels have vectors on this CPU.");
   bind_frozen_network(m);
 #ifdef WITH_AMX

@@ -1,9 +1,9 @@
 """Frozen modules that run as one: a whole torchvision ResNet, or one stage of another model's backbone.
 
 On a GPU the layers are planned per input shape, the kernels compiled and, for a ResNet, the whole forward is captured
-in a CUDA graph. On a CPU with AMX they are a program (`amx`), on others one call for all layers (`cpu_network`), in
-float32 where that is faster (`twin.py`). Where nothing can be, or a hook watches, the layers run one by one as
-`frozen.py` has them, and the reason is logged once.
+in a CUDA graph. On a CPU with AMX, or for bfloat16 with AVX-512's, they are a program (`amx`), on others one call for
+all layers (`cpu_network`), in float32 where that is faster (`twin.py`). Where nothing can be, or a hook watches, the
+layers run one by one as `frozen.py` has them, and the reason is logged once.
 """
 
 import logging
@@ -82,13 +82,13 @@ class _Planned:
         return None
 
     def amx_network(self, x: Tensor) -> AmxNetwork | None:
-        """The network that computes this module on a CPU with AMX; None where x goes another way."""
+        """The network that computes this module on a CPU by bfloat16 products; None where x goes another way."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
             return None
         if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
             return None
         if (reason := why_not_amx(self._weight_dtype())) is not None:
-            _log.once(f"freeze: no AMX program: {reason}", logging.INFO)
+            _log.once(f"freeze: no AMX or AVX-512 program: {reason}", logging.INFO)
             return None
         self._look_at_children()
         with _building:
@@ -103,7 +103,7 @@ class _Planned:
         try:
             return AmxNetwork(self._section(), self._has_head())
         except ValueError as error:
-            _log.once(f"freeze: no AMX program: {error}", logging.INFO)
+            _log.once(f"freeze: no AMX or AVX-512 program: {error}", logging.INFO)
             return None
 
     @property

@@ -1,4 +1,4 @@
-"""Frozen networks on AMX: every kind of layer beside PyTorch, any batch and image, and what goes another way."""
+"""Frozen networks on AMX or AVX-512: every kind of layer beside PyTorch, any batch and image; what goes another way."""
 
 import contextlib
 import copy
@@ -20,16 +20,38 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from resnet_fast import freeze, planned
 from resnet_fast.amx import network as amx
 from resnet_fast.amx.network import AmxNetwork
+from resnet_fast.backends import native as native_backend
 from resnet_fast.planner import Section, conv_of
 
-DTYPES = [torch.bfloat16, torch.float32]
+
+def skipped(dtype: torch.dtype):
+    reason = amx.why_not(dtype)
+    return pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")
 
 
-def needs_amx(test):
-    reason = amx.why_not(torch.bfloat16)
-    return pytest.mark.amx(
-        pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")(test)
-    )
+DTYPES = [torch.bfloat16, pytest.param(torch.float32, marks=skipped(torch.float32))]
+
+
+def needs_program(test):
+    """In bfloat16, and in those of DTYPES."""
+    return pytest.mark.amx(skipped(torch.bfloat16)(test))
+
+
+def needs_tiles(test):
+    return pytest.mark.amx(skipped(torch.float32)(test))
+
+
+@pytest.fixture(params=["tiles", "dot products"])
+def unit(request, monkeypatch) -> str:
+    """What multiplies; the other one than this CPU's best is skipped, or asked for."""
+    if request.param == "dot products":
+        if not native_backend.has_dots():
+            pytest.skip("this CPU has no bfloat16 in AVX-512")
+        monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+        monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: False)
+    elif not native_backend.has_tiles():
+        pytest.skip("this CPU has no AMX")
+    return request.param
 
 
 def downsample(channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -67,12 +89,14 @@ def network_of(frozen: nn.Module) -> AmxNetwork:
     return AmxNetwork(Section(None, False, list(frozen.named_children())), head=False)
 
 
-@needs_amx
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.amx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 19])
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
-def test_blocks(name, batch, dtype, poison):
+def test_blocks(name, batch, dtype, unit, poison):
+    if (reason := amx.why_not(dtype)) is not None:
+        pytest.skip(reason)
     model, frozen, size = stage(name, dtype)
     x = torch.randn(batch, *size).to(memory_format=torch.channels_last)
     ours = {"y": network_of(frozen)(x.to(dtype))}
@@ -80,7 +104,7 @@ def test_blocks(name, batch, dtype, poison):
     assert_all_match(ours, stock, {"y": copy.deepcopy(model).double()(x.double())})
 
 
-@needs_amx
+@needs_tiles
 @torch.no_grad()
 def test_float32_needs_its_lower_planes():
     """The tolerance of float32 tells a weight without its last 8 bits from one that has them."""
@@ -98,7 +122,7 @@ def test_float32_needs_its_lower_planes():
         assert_all_match({"y": network(x)}, {"y": stock}, {"y": exact})
 
 
-@needs_amx
+@needs_tiles
 @torch.no_grad()
 def test_shortcuts_of_one_shape_after_another():
     """Each block's output takes its shortcut's place, which must not be that of the block before."""
@@ -116,7 +140,7 @@ def small_resnet(dtype: torch.dtype, **settings) -> tuple[nn.Module, nn.Module]:
     return model, freeze(model, dtype=dtype)
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "a_view"])
 @torch.no_grad()
@@ -134,7 +158,7 @@ def test_images_of_any_strides(layout, dtype):
     assert_all_match({"y": ours}, {"y": stock}, {"y": exact})
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_an_image_is_computed_alike_in_any_batch_by_any_threads(dtype):
@@ -151,7 +175,7 @@ def test_an_image_is_computed_alike_in_any_batch_by_any_threads(dtype):
         assert torch.equal(network(x), y), threads
 
 
-@needs_amx
+@needs_program
 @torch.no_grad()
 def test_threads_that_come_at_once():
     _, frozen = small_resnet(torch.bfloat16)
@@ -172,7 +196,7 @@ def test_threads_that_come_at_once():
         assert all(torch.equal(y, expected[number]) for y in results[number])
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize(("cores", "threads", "most"), [(2, 1, 2), (3, 1, 3), (2, 2, 1), (1, 4, 1)])
 @torch.no_grad()
 def test_as_many_run_at_a_time_as_there_are_cores_for(cores, threads, most, monkeypatch):
@@ -194,7 +218,7 @@ def test_as_many_run_at_a_time_as_there_are_cores_for(cores, threads, most, monk
     assert len(network._idle[amx._key(x.shape[1:], 1)]) == most
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_what_is_not_a_number_stays_in_its_image(dtype):
@@ -209,7 +233,7 @@ def test_what_is_not_a_number_stays_in_its_image(dtype):
     assert torch.equal(frozen(x.nan_to_num(0.5))[others], y[others])  # nor does it stay in a buffer
 
 
-@needs_amx
+@needs_program
 @torch.no_grad()
 def test_new_weights_are_seen():
     _, frozen = small_resnet(torch.bfloat16)
@@ -226,7 +250,7 @@ def test_new_weights_are_seen():
         frozen(x)
 
 
-@needs_amx
+@needs_tiles
 @torch.no_grad()
 def test_sizes_change_after_freezing():
     model, frozen = small_resnet(torch.float32)
@@ -236,7 +260,7 @@ def test_sizes_change_after_freezing():
     assert len(frozen.amx_network(x)._idle) <= amx.KINDS_KEPT
 
 
-@needs_amx
+@needs_program
 @torch.no_grad()
 def test_the_steps_times_are_of_the_whole_work():
     _, frozen = small_resnet(torch.bfloat16)
@@ -267,7 +291,7 @@ WRONG_IMAGES = {
 }
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize("name", WRONG_IMAGES)
 def test_wrong_images_get_pytorchs_errors(name):
     x, error = WRONG_IMAGES[name]
@@ -276,7 +300,7 @@ def test_wrong_images_get_pytorchs_errors(name):
         frozen(x)
 
 
-@needs_amx
+@needs_program
 @torch.no_grad()
 def test_what_goes_another_way(said):
     _, frozen = small_resnet(torch.bfloat16)
@@ -331,7 +355,7 @@ with torch.no_grad():
     assert run.returncode == 0, run.stderr
 
 
-@needs_amx
+@needs_program
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", [resnet18, resnet50])
 @torch.no_grad()

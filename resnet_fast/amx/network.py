@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import cpus
 from ..backends import native
 from ..planner import Section, why_not_plannable
+from ..twin import bfloat16_is_slow
 from .program import GROUP, Builder, Built
 from .weights import PLANES, Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
 
@@ -25,9 +26,19 @@ def why_not(dtype: torch.dtype) -> str | None:
     if dtype not in PLANES:
         return f"{dtype} is neither bfloat16 nor float32"
     reason = native.available()
-    if reason is None and not native.has_tiles():
-        return "this CPU, system or build has no AMX with bfloat16"
-    return reason
+    if reason is not None or native.has_tiles():
+        return reason
+    reason = "this CPU, system or build has no AMX with bfloat16"
+    if dtype != torch.bfloat16:
+        return reason
+    if not native.has_dots():
+        return f"{reason}, nor its products in AVX-512"
+    return "this CPU multiplies bfloat16 slower than float32" if bfloat16_is_slow() else None
+
+
+def unit() -> str:
+    """What multiplies where there is no `why_not`, for reports."""
+    return native.tiles_name() if native.has_tiles() else "AVX-512 bfloat16"
 
 
 def why_not_section(section: Section) -> str | None:

@@ -64,7 +64,7 @@ class Builder:
     ) -> None:
         self.section, self.packed, self.image, self.capacity = section, packed, tuple(image), capacity
         self.by_image = capacity >= 2 * threads
-        self.program = native.load().Program(PLANES[section.dtype], capacity, threads)
+        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, native.has_tiles())
         self.buffers: dict[tuple, _Buffer] = {}
         self.costs: list[Cost] = []
         self.section_by_image: bool | None = None
@@ -132,7 +132,8 @@ class Builder:
         y = self._buffer("block", conv.out_channels, pool.out_height, pool.out_width)
         self._enter(x, y)
         tensors, size = (packed.weight, packed.bias), (conv.out_height, conv.out_width)
-        self.program.conv_max_pool(f"{name}+maxpool", x.number, y.number, *tensors, packed.taps, conv.stride[0], *size)
+        shape = (conv.kernel[1], conv.stride[0], *size)
+        self.program.conv_max_pool(f"{name}+maxpool", x.number, y.number, *tensors, packed.taps, *shape)
         self._cost(conv.real_flops, conv.x_elements + pool.y_elements, packed.bytes)
         return y
 

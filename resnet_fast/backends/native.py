@@ -167,6 +167,11 @@ def has_tiles() -> bool:
     return load() is not None and _module.amx_usable()
 
 
+def has_dots() -> bool:
+    """Whether frozen networks in bfloat16 may be AVX-512's dot products here."""
+    return load() is not None and _module.dots_usable()
+
+
 def tiles_name() -> str:
     """What multiplies tiles where `has_tiles`, for reports: AMX, or what the tests have put in its place."""
     return next(name for name in build_info()["capabilities"] if "AMX" in name)

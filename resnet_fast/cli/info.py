@@ -19,8 +19,9 @@ import torch
 from rich.table import Table
 
 from .. import _log, cpus, dispatch, gpus, memory, numerics, training
+from ..amx.network import unit
 from ..amx.network import why_not as why_not_amx
-from ..backends import native, winograd
+from ..backends import winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from . import checks, environment, output
@@ -106,7 +107,7 @@ def _tuned() -> list[dict]:
 
 
 def _frozen_cpu() -> dict[str, str]:
-    """What computes a frozen ResNet here, by dtype: AMX, or the library and in float32 Winograd, and then why."""
+    """What computes a frozen ResNet here, by dtype: AMX, AVX-512, or the library, in float32 with Winograd, and why."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
     return {str(dtype).removeprefix("torch."): _frozen_cpu_by(dtype) for dtype in dtypes}
 
@@ -114,7 +115,7 @@ def _frozen_cpu() -> dict[str, str]:
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
     reason = why_not_amx(dtype)
     if reason is None:
-        return native.tiles_name()
+        return unit()
     text = f"PyTorch's convolutions: {reason}"
     if dtype != torch.float32:
         return text

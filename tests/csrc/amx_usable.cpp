@@ -7,11 +7,13 @@
 
 namespace resnet_fast::cpu::amx {
 
-bool usable() {
+bool dots_usable() {
   static const bool answer =
       at::get_cpu_capability().rfind("AVX512", 0) == 0 && __builtin_cpu_supports("avx512bf16") != 0;
   return answer;
 }
+
+bool usable() { return dots_usable(); }
 
 const char* name() { return "emulated AMX, for tests"; }
 

@@ -1,10 +1,10 @@
-// Convolutions and pooling on blocked bfloat16 activations, by AMX tile products and AVX-512, seen from the host side.
+// Convolutions and pooling on blocked bfloat16 activations, by AMX tile products or AVX-512 alone, seen from the host side.
 //
 // The .cpp files here are compiled for AMX and know nothing of tensors or threads; they may run only where usable() is
-// true. A vector of activations is 32 channels, 64 bytes: a row of a tile. A buffer holds [block of 32 channels] [plane]
-// [pixel] [row] of them, so that a tile of 16 consecutive rows is 1 KiB without gaps, which loads as fast from the second
-// cache level as from the first. With one plane a value is a bfloat16. With three it is a float32, the exact sum of its
-// planes: high = bf16(v), middle = bf16(v - high), low = v - high - middle (Henry et al. 2019, arXiv:1904.06376).
+// true; conv_dots() and what touches no tile, with one plane, also where dots_usable() is. A vector of activations is 32
+// channels, 64 bytes: a row of a tile. A buffer holds [block of 32 channels] [plane] [pixel] [row] of them, so that a tile
+// of 16 consecutive rows is 1 KiB without gaps, which loads as fast from the second cache level as from the first. With
+// one plane a value is a bfloat16. With three it is a float32, the exact sum of its planes: high = bf16(v), middle = bf16(v - high), low = v - high - middle (Henry et al. 2019, arXiv:1904.06376).
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,9 @@ constexpr int64_t kScratchFloats = 5120;  // that a thread lends to conv(), 64-b
 // False as well where PyTorch was told to use less than AVX-512 (ATEN_CPU_CAPABILITY).
 bool usable();
 
+// Whether this CPU has bfloat16's dot products in AVX-512, and PyTorch was not told to use less.
+bool dots_usable();
+
 // "AMX", for reports; something else where the tests have replaced it.
 const char* name();
 
@@ -28,11 +31,12 @@ void configure_tiles();
 void release_tiles();
 
 // Where 16 rows are read, one step after the other, and where each is written, in values from the image's first pixel.
-// Bit i of `rows`: row i is written.
+// Bit i of `rows`: row i is written. Bit i of a row's `beside`: of its tap i nothing but halo, which is zero, is read.
 struct Tile {
   int64_t x;
   int32_t y[kTileRows];
   uint32_t rows;
+  uint16_t beside[kTileRows];
 };
 
 struct ConvArgs {
@@ -43,6 +47,8 @@ struct ConvArgs {
   int64_t outputs_per_group;        // blocks of output channels that share their input blocks
   const int64_t* offsets;           // from Tile::x to what each step multiplies: for every block all taps
   int64_t steps;                    // taps * blocks
+  int64_t taps;                     // of conv_dots(): of a block, or 1 where the tiles know nothing of what is beside
+  int64_t pairs;                    // of conv_dots(): of channels in a vector, without those whose weights are all zero
   int64_t chunk;                    // steps that are summed up in one go
   const uint16_t* weight;           // [output block][step][plane][2][16][16][2]
   const float* scale;               // null for 1
@@ -56,6 +62,9 @@ struct ConvArgs {
 
 // y = act(scale * conv(x) + bias + residual) for the tiles [0, tiles) and the output blocks [begin, end).
 void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch);
+
+// The same by dot products, where dots_usable(): one plane, no scale.
+void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end);
 
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
 struct ImageArgs {

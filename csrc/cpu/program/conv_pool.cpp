@@ -10,13 +10,14 @@ namespace resnet_fast::cpu {
 namespace {
 
 constexpr int64_t kBandBytes = 3 << 18;  // of 2 MiB
+constexpr int64_t kPairsOfPixel = 2;     // of channels, of an image's pixel
 
 // An item is a band of y's rows, which 2 * rows + 1 rows of the convolution make; the band before needs the first too.
 class ConvPoolStep : public Step {
  public:
   ConvPoolStep(
       int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
-      const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t stride)
+      const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride)
       : Step(name, 1, 0),
         x_(x),
         band_(band),
@@ -31,7 +32,7 @@ class ConvPoolStep : public Step {
     for (const auto& tap : taps) offsets_.push_back(tap[0] * x.row + tap[1] * x.pixel);
     for (int64_t row = 0; row < band.height; ++row) {
       for (int64_t column = 0; column < band.width; column += amx::kTileRows) {
-        amx::Tile tile{row * x_step_ + column * stride * x.pixel, {}, 0};
+        amx::Tile tile{row * x_step_ + column * stride * x.pixel, {}, 0, {}};
         for (int64_t i = 0; i < std::min(amx::kTileRows, band.width - column); ++i) {
           tile.y[i] = static_cast<int32_t>(row * band.row + (column + i) * band.pixel);
           tile.rows |= 1u << i;
@@ -48,6 +49,8 @@ class ConvPoolStep : public Step {
     args_.outputs_per_group = output_blocks_;
     args_.offsets = offsets_.data();
     args_.steps = args_.chunk = static_cast<int64_t>(offsets_.size());
+    args_.taps = 1;
+    args_.pairs = kPairsOfPixel * columns;
     args_.weight = static_cast<uint16_t*>(packed.weight.mutable_data_ptr());
     args_.scale = packed.scale.defined() ? packed.scale.const_data_ptr<float>() : nullptr;
     args_.bias = packed.bias.const_data_ptr<float>();
@@ -66,7 +69,7 @@ class ConvPoolStep : public Step {
     amx::ConvArgs args = args_;
     args.x = pixels(x_, run, 1) + (row + begin) * x_step_;
     args.y = band + begin * band_.row;
-    amx::conv(args, tiles_.data(), (end - begin) * row_tiles_, 0, output_blocks_, run.scratch);
+    convolve(run, args, tiles_.data(), (end - begin) * row_tiles_, 0, output_blocks_);
     uint16_t* const y = pixels(y_, run, 1) + y_row * y_.row;
     for (int64_t block = 0; block < output_blocks_; ++block) {
       amx::max_pool({args.planes, band + band_.row + block * band_.block, y + block * y_.block, band_.plane, band_.row,
@@ -104,8 +107,8 @@ int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_h
 
 std::unique_ptr<Step> make_conv_pool(
     int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t stride) {
-  return std::make_unique<ConvPoolStep>(planes, name, x, band, y, height, packed, taps, stride);
+    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride) {
+  return std::make_unique<ConvPoolStep>(planes, name, x, band, y, height, packed, taps, columns, stride);
 }
 
 }  // namespace resnet_fast::cpu

@@ -22,10 +22,11 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 }  // namespace
 
-Program::Program(int64_t planes, int64_t capacity, int64_t threads)
-    : planes_(static_cast<int>(planes)), capacity_(capacity), threads_(threads) {
-  TORCH_CHECK(amx::usable(), "this CPU, or its system, has no AMX with bfloat16");
-  TORCH_CHECK_VALUE(planes == 1 || planes == 3, "planes must be 1 or 3, not ", planes);
+Program::Program(int64_t planes, int64_t capacity, int64_t threads, bool tiles)
+    : planes_(static_cast<int>(planes)), capacity_(capacity), threads_(threads), tiles_(tiles) {
+  TORCH_CHECK(!tiles || amx::usable(), "this CPU, or its system, has no AMX with bfloat16");
+  TORCH_CHECK(tiles || amx::dots_usable(), "this CPU has no bfloat16 in AVX-512");
+  TORCH_CHECK_VALUE(planes == 1 || (planes == 3 && tiles), "planes must be 1, or 3 with tiles, not ", planes);
   TORCH_CHECK_VALUE(capacity > 0 && threads > 0, "capacity and threads must be positive");
 }
 
@@ -85,9 +86,9 @@ void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_
 
 void Program::conv_max_pool(
     const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
-    const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t height, int64_t width) {
+    const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride, int64_t height, int64_t width) {
   const Packed packed{0, false, weight, {}, bias};
-  add(make_conv_pool(planes_, name, at(x), at(band(y, width)), at(y), height, packed, taps, stride));
+  add(make_conv_pool(planes_, name, at(x), at(band(y, width)), at(y), height, packed, taps, columns, stride));
 }
 
 int64_t Program::band(int64_t y, int64_t width) {
@@ -139,7 +140,7 @@ void Program::run_chunk(
   {
     const int64_t thread = omp_get_thread_num();
     alignas(64) float scratch[amx::kScratchFloats];
-    amx::configure_tiles();
+    if (tiles_) amx::configure_tiles();
     int64_t number = 0, counter = 0;
     const auto timed = [&](int64_t step, const auto& work) {
       if (seconds == nullptr) return work();
@@ -150,7 +151,7 @@ void Program::run_chunk(
     for (const Section& section : sections_) {
       if (section.by_image) {
         for (int64_t image; (image = next[counter]++) < images;) {
-          const Run run{x, y, first, images, thread, image, scratch, live};
+          const Run run{x, y, first, images, thread, image, scratch, live, tiles_};
           int64_t step_number = number;
           for (const auto& step : section.steps) {
             timed(step_number++, [&] {
@@ -167,14 +168,14 @@ void Program::run_chunk(
         timed(number++, [&] {
           const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
           for (int64_t item; (item = next[counter]++) < all;) {
-            step->run({x, y, first, images, thread, item / step->items, scratch, live}, item % step->items);
+            step->run({x, y, first, images, thread, item / step->items, scratch, live, tiles_}, item % step->items);
           }
 #pragma omp barrier
         });
         ++counter;
       }
     }
-    amx::release_tiles();
+    if (tiles_) amx::release_tiles();
   }
 }
 

@@ -1,4 +1,4 @@
-// A frozen network on a CPU with AMX, as one call: convolutions and pools from buffer to buffer, all laid out beforehand.
+// A frozen network on a CPU with AMX, or with bfloat16's dot products in AVX-512, as one call: convolutions and pools from buffer to buffer, all laid out beforehand.
 //
 // Built step by step from Python (resnet_fast/cpu_program.py), then run for any number of images, `capacity` at a time.
 // Buffers belong to the program, weights are tensors that programs share, so one caller runs at a time and others wait.
@@ -39,8 +39,9 @@ struct Live;
 
 class Program {
  public:
-  // planes: 1 for bfloat16, 3 for float32. threads: the most that will run it.
-  Program(int64_t planes, int64_t capacity, int64_t threads);
+  // planes: 1 for bfloat16, 3 for float32. threads: the most that will run it. tiles: AMX's, else dot products, which one
+  // plane can do without them.
+  Program(int64_t planes, int64_t capacity, int64_t threads, bool tiles = true);
   ~Program();
 
   // Returns its number. group and own as above; vector 4 makes it an image's.
@@ -61,10 +62,11 @@ class Program {
       bool relu);
   // y is every stride-th pixel of every stride-th row of x.
   void skip(int64_t x, int64_t y, int64_t stride);
-  // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1) of an image x, whose convolution is height x width.
+  // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1) of an image x, whose convolution is height x width. taps: a row
+  // of `columns` pixels each.
   void conv_max_pool(
       const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
-      const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t height, int64_t width);
+      const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride, int64_t height, int64_t width);
   // The buffer that a convolution `width` wide and pooled into y is in, a band at a time.
   int64_t band(int64_t y, int64_t width);
   void average_pool(int64_t x, int64_t y);
@@ -89,6 +91,7 @@ class Program {
 
   int planes_;
   int64_t capacity_, threads_;
+  bool tiles_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::vector<Section> sections_;
   std::mutex turn_;

@@ -146,7 +146,11 @@ class ConvStep : public Step {
     args_.y_plane = y.plane;
     args_.y_block = y.block;
     args_.relu = shape.relu;
+    args_.pairs = kPairs;
     place_tiles(shape.stride);
+    const bool looks = taps.size() > 1 && taps.size() <= 8 * sizeof(amx::Tile::beside[0]);
+    args_.taps = looks ? static_cast<int64_t>(taps.size()) : 1;
+    if (looks) look_beside(taps, shape.stride);
     if (packed.by_item) {
       tile_step_ = static_cast<int64_t>(tiles_.size());
       block_step_ = 1;
@@ -169,8 +173,8 @@ class ConvStep : public Step {
       pack_block(args.planes, packed_, *run.live, first_block, weight);
       args.weight = weight - first_block * block_values;
     }
-    amx::conv(args, tiles_.data() + first_tile, tiles, first_block, std::min(first_block + block_step_, output_blocks_),
-              run.scratch);
+    convolve(run, args, tiles_.data() + first_tile, tiles, first_block,
+             std::min(first_block + block_step_, output_blocks_));
   }
 
  private:
@@ -215,6 +219,19 @@ class ConvStep : public Step {
     }
   }
 
+  void look_beside(const std::vector<std::vector<int64_t>>& taps, int64_t stride) {
+    for (amx::Tile& tile : tiles_) {
+      for (int64_t i = 0; i < amx::kTileRows; ++i) {
+        const int64_t row = tile.y[i] / y_.row * stride, column = tile.y[i] % y_.row / y_.pixel * stride;
+        for (size_t tap = 0; tap < taps.size(); ++tap) {
+          const int64_t r = row + taps[tap][0], c = column + taps[tap][1];
+          const bool inside = r >= 0 && r < x_.height && c >= 0 && c < x_.width;
+          tile.beside[i] |= static_cast<uint16_t>(inside ? 0 : 1 << tap);
+        }
+      }
+    }
+  }
+
   int32_t y_at(int64_t row, int64_t column) const { return static_cast<int32_t>(row * y_.row + column * y_.pixel); }
 
   // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into
@@ -254,6 +271,7 @@ class ConvStep : public Step {
     }
   }
 
+  static constexpr int64_t kPairs = amx::kVector / 2;
   static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
   static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed

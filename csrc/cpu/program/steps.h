@@ -33,7 +33,13 @@ struct Run {
   int64_t first, images, thread, unit;
   float* scratch;
   Live* live;
+  bool tiles;  // AMX's, else dot products
 };
+
+inline void convolve(
+    const Run& run, const amx::ConvArgs& args, const amx::Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+  run.tiles ? amx::conv(args, tile, tiles, begin, end, run.scratch) : amx::conv_dots(args, tile, tiles, begin, end);
+}
 
 // Where the first pixel of an image is; with a step over groups, that of the group's first image.
 uint16_t* pixels(const Buffer& buffer, const Run& run, int64_t step_group);
@@ -79,7 +85,7 @@ std::unique_ptr<Step> make_conv(
 // of a few of the convolution's `height` rows: band_height, where `threads` share an image.
 std::unique_ptr<Step> make_conv_pool(
     int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t stride);
+    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride);
 int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_height, int64_t threads);
 
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);

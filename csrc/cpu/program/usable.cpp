@@ -27,20 +27,29 @@ bool system_permits() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool find_out() {
-  constexpr unsigned kEdx = 3, kEax = 0;
-  const bool tiles = has(7, 0, kEdx, 24) && has(7, 0, kEdx, 22), avx512_bf16 = has(7, 1, kEax, 5);
-  const bool allowed = at::get_cpu_capability().rfind("AVX512", 0) == 0;
-  return tiles && avx512_bf16 && allowed && system_permits();
+bool find_dots() {
+  constexpr unsigned kEax = 0;
+  return has(7, 1, kEax, 5) && at::get_cpu_capability().rfind("AVX512", 0) == 0;
+}
+
+bool find_tiles() {
+  constexpr unsigned kEdx = 3;
+  return find_dots() && has(7, 0, kEdx, 24) && has(7, 0, kEdx, 22) && system_permits();
 }
 #else
-bool find_out() { return false; }
+bool find_dots() { return false; }
+bool find_tiles() { return false; }
 #endif
 
 }  // namespace
 
 bool usable() {
-  static const bool answer = find_out();
+  static const bool answer = find_tiles();
+  return answer;
+}
+
+bool dots_usable() {
+  static const bool answer = find_dots();
   return answer;
 }
 

@@ -1,0 +1,134 @@
+// conv() of amx.h for CPUs that have bfloat16's dot products in AVX-512 and no tiles: eight pixels by 32 output channels
+// in registers, summed up over input channels and taps, with bias and residual from the start and ReLU before they are
+// stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is fetched
+// ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
+#include "amx.h"
+#include "vectors.h"
+
+namespace resnet_fast::cpu::amx {
+namespace {
+
+constexpr int64_t kPixels = 8;  // 16 sums: the products' latency is hidden, and a pair of weights serves 16 products
+constexpr int64_t kPairs = 16;  // of input channels in a block
+constexpr int64_t kGroups = 128;  // of pixels that pass by weights, or weights by them
+
+struct Pixel {
+  int32_t x, y;
+  uint16_t beside;
+};
+
+inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pixel), reinterpret_cast<__m512bh>(weight));
+}
+
+template <bool residual, bool relu_after, bool whole>
+void unit(
+    const ConvArgs& args, const Pixel* pixel, int64_t count, int64_t block, const Pixel* next, const uint16_t* ahead,
+    int64_t lines) {
+  const uint16_t* x = args.x + block / args.outputs_per_group * args.blocks * args.x_block;
+  const uint16_t* weight = args.weight + block * args.steps * kBlockValues;
+  const float* bias = args.bias + block * kVector;
+  const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
+  int64_t row[kPixels];
+  uint32_t beside = 0xffff;
+  __m512 sum[kPixels][2];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kPixels; ++i) {
+    row[i] = pixel[i].x;
+    beside &= pixel[i].beside;
+    sum[i][0] = bias0;
+    sum[i][1] = bias1;
+    if constexpr (residual) {
+      const uint16_t* r = args.residual + pixel[i].y + block * args.y_block;
+      sum[i][0] = _mm512_add_ps(sum[i][0], load_half(r));
+      sum[i][1] = _mm512_add_ps(sum[i][1], load_half(r + 16));
+    }
+  }
+  int64_t tap = 0;
+  for (int64_t step = 0; step < args.steps; ++step, weight += kBlockValues) {
+    const bool skip = beside >> tap & 1;
+    if (++tap == args.taps) tap = 0;
+    if (skip) continue;
+    const uint16_t* at = x + args.offsets[step];
+    if (next != nullptr) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kPixels; ++i) _mm_prefetch(reinterpret_cast<const char*>(at + next[i].x), _MM_HINT_T0);
+    }
+    for (int64_t n = 0; n < lines; ++n, ahead += kVector) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+    const int64_t pairs = whole ? kPairs : args.pairs;
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const __m512i first = _mm512_loadu_si512(weight + pair * kVector);
+      const __m512i second = _mm512_loadu_si512(weight + kBlockValues / 2 + pair * kVector);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kPixels; ++i) {
+        const __m512i value = _mm512_set1_epi32(*reinterpret_cast<const int*>(at + row[i] + 2 * pair));
+        sum[i][0] = multiply_add(sum[i][0], value, first);
+        sum[i][1] = multiply_add(sum[i][1], value, second);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kPixels; ++i) {
+    if (i >= count) break;
+    const __m512 a = relu_after ? relu(sum[i][0]) : sum[i][0], b = relu_after ? relu(sum[i][1]) : sum[i][1];
+    uint16_t* y = args.y + pixel[i].y + block * args.y_block;
+    _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+}
+
+template <bool residual, bool relu_after, bool whole>
+void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+  Pixel pixel[kGroups * kPixels];
+  int64_t next = 0, row = 0;
+  while (next < tiles) {
+    int64_t count = 0;
+    while (next < tiles && count < kGroups * kPixels) {
+      const Tile& from = tile[next];
+      if (from.rows >> row & 1) {
+        const auto beside = static_cast<uint16_t>(args.taps > 1 ? from.beside[row] : 0);
+        pixel[count++] = {static_cast<int32_t>(from.x + row * args.x_row), from.y[row], beside};
+      }
+      if (++row == kTileRows) row = 0, ++next;
+    }
+    if (count == 0) return;
+    const int64_t groups = (count + kPixels - 1) / kPixels;
+    for (int64_t i = count; i < groups * kPixels; ++i) pixel[i] = pixel[count - 1];
+    const bool pointwise = args.steps == args.blocks;
+    const int64_t values = args.steps * kBlockValues, lines = (kBlockValues / kVector + groups - 1) / groups;
+    const auto one = [&](int64_t group, int64_t block, bool last) {
+      const Pixel* const at = pixel + group * kPixels;
+      const bool weights = !args.pixels_first && block + 1 < end;
+      unit<residual, relu_after, whole>(
+          args, at, count - group * kPixels, block, pointwise && last && group + 1 < groups ? at + kPixels : nullptr,
+          args.weight + (block + 1) * values + group * lines * args.steps * kVector, weights ? lines : 0);
+    };
+    if (args.pixels_first) {
+      for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t block = begin; block < end; ++block) one(group, block, block + 1 == end);
+      }
+    } else {
+      for (int64_t block = begin; block < end; ++block) {
+        for (int64_t group = 0; group < groups; ++group) one(group, block, true);
+      }
+    }
+  }
+}
+
+template <bool residual, bool relu_after>
+void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+  args.pairs == kPairs ? run<residual, relu_after, true>(args, tile, tiles, begin, end)
+                       : run<residual, relu_after, false>(args, tile, tiles, begin, end);
+}
+
+}  // namespace
+
+void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+  if (args.residual != nullptr) {
+    args.relu ? run<true, true>(args, tile, tiles, begin, end) : run<true, false>(args, tile, tiles, begin, end);
+  } else {
+    args.relu ? run<false, true>(args, tile, tiles, begin, end) : run<false, false>(args, tile, tiles, begin, end);
+  }
+}
+
+}  // namespace resnet_fast::cpu::amx
