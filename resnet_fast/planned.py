@@ -37,7 +37,7 @@ _building = threading.Lock()
 _NOT_COPIED = (
     "_engines_by_shape",
     "_planned_children",
-    "_modules_inside",
+    "_hooks_inside",
     "_float32_twin",
     "_amx",
     "_cpu_networks",
@@ -205,14 +205,9 @@ class _Planned:
         hooks = nn.modules.module
         if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
             return True
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
-
-    @property
-    def _inside(self) -> list[nn.Module]:
-        """Every module below this one, listed once: walking the tree takes longer than launching the network."""
-        if "_modules_inside" not in self.__dict__:
+        if "_hooks_inside" not in self.__dict__:
             self._forget()
-        return self.__dict__["_modules_inside"]
+        return any(self.__dict__["_hooks_inside"])
 
     @property
     def _engines(self) -> OrderedDict[tuple, Engine]:
@@ -223,7 +218,11 @@ class _Planned:
         for name in _NOT_COPIED:
             self.__dict__.pop(name, None)
         self.__dict__["_planned_children"] = self._two_generations()
-        self.__dict__["_modules_inside"] = [module for module in self.modules() if module is not self]
+        inside = [module for module in self.modules() if module is not self]
+        # The dictionaries, listed once: walking the tree takes longer than launching the network.
+        self.__dict__["_hooks_inside"] = [
+            h for module in inside for h in (module._forward_hooks, module._forward_pre_hooks)
+        ]
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)

@@ -368,3 +368,24 @@ def test_whole_networks(make, dtype):
     assert network is not None
     ours, exact = frozen(x), copy.deepcopy(model).double()(x.double())
     assert_all_match({"y": ours}, {"y": model.to(dtype)(x.to(dtype))}, {"y": exact})
+
+
+def test_dot_products_where_there_are_no_tiles(native, monkeypatch):
+    """In bfloat16, unless float32 is faster, on as many threads as were measured."""
+    found = {"has_tiles": False, "has_dots": True}
+    for name in found:
+        monkeypatch.setattr(native_backend, name, lambda name=name: found[name])
+    monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: False)
+    assert amx.why_not(torch.bfloat16) is None
+    assert amx.unit() == "AVX-512 bfloat16"
+    assert "no AMX" in amx.why_not(torch.float32)
+    torch.set_num_threads(9)
+    assert "more than 8 threads" in amx.why_not(torch.bfloat16)
+    torch.set_num_threads(8)
+    assert amx.why_not(torch.bfloat16) is None
+    monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: True)
+    assert "slower than float32" in amx.why_not(torch.bfloat16)
+    found["has_dots"] = False
+    assert "nor its products in AVX-512" in amx.why_not(torch.bfloat16)
+    found["has_tiles"] = True
+    assert amx.why_not(torch.float32) is None

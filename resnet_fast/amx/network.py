@@ -17,6 +17,7 @@ from .program import GROUP, Builder, Built
 from .weights import PLANES, Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
+_MOST_THREADS = 8  # without AMX: oneDNN is so near that what is not measured is left to it
 KINDS_KEPT = 4
 """Kinds of programs that a network keeps; the one unused longest goes first."""
 
@@ -33,6 +34,8 @@ def why_not(dtype: torch.dtype) -> str | None:
         return reason
     if not native.has_dots():
         return f"{reason}, nor its products in AVX-512"
+    if torch.get_num_threads() > _MOST_THREADS:
+        return f"of dot products with more than {_MOST_THREADS} threads nothing is measured"
     return "this CPU multiplies bfloat16 slower than float32" if bfloat16_is_slow() else None
 
 
