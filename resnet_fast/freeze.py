@@ -39,9 +39,9 @@ def freeze(
     Args:
         model: in eval mode (the running statistics are what is folded).
         dtype: of the frozen copy's parameters and output; None keeps them. Inputs of any float dtype are cast.
-        backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`) and AMX on
-            CPUs that have it; "triton" takes those kernels or raises when called; "native" takes the extension's
-            convolutions (cuDNN's fused ones, or one of its own; on CPUs AMX, or oneDNN's and Winograd's) or raises when
+        backend: "auto" takes the Triton kernels on GPUs that something was measured on (`resnet-fast tune`) and AMX, or
+            AVX-512's bfloat16, on CPUs that have it; "triton" takes those kernels or raises when called; "native" takes
+            the extension's convolutions (cuDNN's fused ones, or one of its own; on CPUs as "auto") or raises when
             called on a GPU without it; "reference" takes the library's.
         fusion: how far the Triton kernels fuse: "conv", one kernel a convolution; "tail", one for the second half of a
             bottleneck and the next block's first convolution; "auto", whichever is faster layer by layer.

@@ -17,10 +17,18 @@ struct Pixel {
   uint16_t beside;
 };
 
+inline __m512i broadcast(const uint16_t* pair) {
+  int32_t both;
+  __builtin_memcpy(&both, pair, sizeof(both));
+  return _mm512_set1_epi32(both);
+}
+
 inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pixel), reinterpret_cast<__m512bh>(weight));
 }
 
+// y of `count` pixels (the others are there again) and an output block. next: pixels to fetch, or null; ahead: weights to
+// fetch, so many lines with every step. whole: all pairs of a vector have weights.
 template <bool residual, bool relu_after, bool whole>
 void unit(
     const ConvArgs& args, const Pixel* pixel, int64_t count, int64_t block, const Pixel* next, const uint16_t* ahead,
@@ -62,7 +70,7 @@ void unit(
       const __m512i second = _mm512_loadu_si512(weight + kBlockValues / 2 + pair * kVector);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kPixels; ++i) {
-        const __m512i value = _mm512_set1_epi32(*reinterpret_cast<const int*>(at + row[i] + 2 * pair));
+        const __m512i value = broadcast(at + row[i] + 2 * pair);
         sum[i][0] = multiply_add(sum[i][0], value, first);
         sum[i][1] = multiply_add(sum[i][1], value, second);
       }
