@@ -98,22 +98,6 @@ py::dict pool_stats() {
 
 struct Pooled {};
 
-bool amx_usable() {
-#ifdef WITH_AMX
-  return resnet_fast::cpu::amx::usable();
-#else
-  return false;
-#endif
-}
-
-bool dots_usable() {
-#ifdef WITH_AMX
-  return resnet_fast::cpu::amx::dots_usable();
-#else
-  return false;
-#endif
-}
-
 void bind_frozen_network(py::module_& m) {
   using resnet_fast::cpu::FrozenNetwork;
   using Numbers = std::vector<int64_t>;
@@ -140,6 +124,9 @@ void bind_program(py::module_& m) {
     for (const auto& time : program.timed_run(x, y)) out.emplace_back(time.name, time.seconds);
     return out;
   };
+  namespace amx = resnet_fast::cpu::amx;
+  m.def("amx_usable", &amx::usable, "Whether this CPU and system, and this build, have tiles.");
+  m.def("dots_usable", &amx::dots_usable, "Whether they have bfloat16's dot products, which a Program can do with.");
   py::class_<Program>(m, "Program", "A frozen network by bfloat16 products: see csrc/cpu/program/program.h.")
       .def(py::init<int64_t, int64_t, int64_t, bool>(), py::arg("planes"), py::arg("capacity"), py::arg("threads"),
            py::arg("tiles"))
@@ -165,12 +152,12 @@ void bind_program(py::module_& m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
-  m.def("amx_usable", &amx_usable, "Whether this CPU and system, and this build, have tiles.");
-  m.def("dots_usable", &dots_usable, "Whether they have bfloat16's dot products, which a Program can do with.");
   m.def("winograd_usable", &resnet_fast::cpu::winograd_usable, "Whether Winograd's kernels have vectors on this CPU.");
   bind_frozen_network(m);
 #ifdef WITH_AMX
   bind_program(m);
+#else
+  for (const char* name : {"amx_usable", "dots_usable"}) m.def(name, [] { return false; });
 #endif
   py::class_<Pooled>(m, "Pooled", "Context manager around pool_enter() and pool_exit(). Stateless: instances nest.")
       .def(py::init<>())

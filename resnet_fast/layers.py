@@ -19,24 +19,32 @@ from .functional import ConvBn
 from .problems import Conv
 
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_disabled_depth = 0
 
 
-class disabled:
-    """Context manager in which every fast block, on every thread, runs its stock forward. Reentrant."""
+class _OnEveryThread(contextlib.ContextDecorator):
+    """A context manager or decorator that is in force on every thread. Reentrant."""
+
+    depth = 0  # of each class its own
 
     def __enter__(self) -> None:
-        global _disabled_depth
-        _disabled_depth += 1
+        type(self).depth += 1
 
     def __exit__(self, *exc_info) -> None:
-        global _disabled_depth
-        _disabled_depth -= 1
+        type(self).depth -= 1
+
+
+class disabled(_OnEveryThread):
+    """Context manager in which every fast block, on every thread, runs its stock forward. Reentrant."""
+
+
+class any_size(_OnEveryThread):
+    """Context manager in which no thread leaves a call to PyTorch because it is small: for checks, on small inputs, of
+    what is timed or trusted on large ones. Reentrant."""
 
 
 def is_disabled() -> bool:
     """Whether this is inside `disabled()`."""
-    return _disabled_depth > 0
+    return disabled.depth > 0
 
 
 def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
@@ -65,25 +73,10 @@ def why_not_module(name: str, module: nn.Module, types: tuple[type, ...]) -> str
 _LITTLE = 16 * 2**20
 """Bytes: of a smaller input a GPU has done a layer's work before the host has launched the next."""
 
-_any_size_depth = 0
-
-
-class any_size(contextlib.ContextDecorator):
-    """Context manager or decorator in which no thread leaves a call to PyTorch because it is small: for checks on small
-    inputs of what is timed or trusted on large ones. Reentrant."""
-
-    def __enter__(self) -> None:
-        global _any_size_depth
-        _any_size_depth += 1
-
-    def __exit__(self, *exc_info) -> None:
-        global _any_size_depth
-        _any_size_depth -= 1
-
 
 def why_not_worth_it(x: Tensor, backend: str) -> str | None:
     """Why a call that could be fused is better left to PyTorch; None where it is not, or was asked for by name."""
-    if x.is_cuda and x.nbytes < _LITTLE and not _any_size_depth and dispatch.requested(backend) == "auto":
+    if x.is_cuda and x.nbytes < _LITTLE and not any_size.depth and dispatch.requested(backend) == "auto":
         return f"input of less than {_LITTLE >> 20} MiB: launches set the time, not the GPU (freeze, or name a backend)"
     return None
 
@@ -91,7 +84,7 @@ def why_not_worth_it(x: Tensor, backend: str) -> str | None:
 def why_not_worth_training(x: Tensor, convs: Sequence[nn.Conv2d], backend: str) -> str | None:
     """The same of a training step of a residual block of these convolutions on a CPU, whose calls take the host longer
     than PyTorch's layers do."""
-    if not x.is_cpu or _any_size_depth or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
+    if not x.is_cpu or any_size.depth > 0 or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
         return None
     dtype = conv_dtype(x)
     least = native.least_training_bytes(dtype, all(conv.kernel_size == (3, 3) for conv in convs), convs[0].stride[0])

@@ -19,7 +19,6 @@ from resnet_fast import (
     Report,
     disabled,
     dispatch,
-    layers,
     optimize,
     restore,
 )
@@ -303,7 +302,7 @@ def test_public_names():
 )
 def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch, reason, monkeypatch, native, said):
     """Where the calls cost more than the passes; not in eval mode, nor where a backend or a stage is asked for."""
-    monkeypatch.setattr(layers, "_any_size_depth", 0)
+    monkeypatch.setattr(any_size, "depth", 0)
     monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
     monkeypatch.setattr(winograd, "why_not", lambda: None)
     stock = block().train().to(memory_format=torch.channels_last)
@@ -326,7 +325,7 @@ def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch,
 
 
 def test_under_autocast_the_convolutions_dtype_counts(monkeypatch, native):
-    monkeypatch.setattr(layers, "_any_size_depth", 0)
+    monkeypatch.setattr(any_size, "depth", 0)
     monkeypatch.setattr(native_backend, "has_tiles", lambda: True)
     fast = optimize(nn.Sequential(BasicBlock(64, 64)).train())[0]
     x = torch.randn(14, 64, 14, 14)  # 0.67 MiB

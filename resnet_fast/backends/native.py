@@ -19,6 +19,11 @@ from . import inference, train_ops
 TILE_DTYPES = (torch.float32, torch.bfloat16)
 """Of the convolutions that a CPU with AMX computes itself."""
 
+_MIB = 2**20
+_LITTLE = 6 * _MIB  # `least_training_bytes`
+_LITTLE_BY_WINOGRAD = 3 * _MIB // 4
+_LITTLE_IN_TILES = {torch.bfloat16: 3 * _MIB // 8, torch.float32: 3 * _MIB // 4}
+
 _BLOCKS = ("residual_block", "residual_block_train")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,12 +56,6 @@ def load() -> ModuleType | None:
             else:
                 _fail(_failure)
     return _module
-
-
-_MIB = 2**20
-_LITTLE = 6 * _MIB
-_LITTLE_BY_WINOGRAD = 3 * _MIB // 4
-_LITTLE_IN_TILES = {torch.bfloat16: 3 * _MIB // 8, torch.float32: 3 * _MIB // 4}
 
 
 def available() -> str | None:
@@ -138,7 +137,11 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         conv = f"{tiles_name()} conv + "
     elif op in _BLOCKS and dtype == _winograd().DTYPE and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
-    return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')})"
+    small = ""
+    if op == "residual_block_train":
+        least = sorted({least_training_bytes(dtype, only_3x3, stride=1) for only_3x3 in (True, False)})
+        small = f"; PyTorch's layers under {' or '.join(f'{size / _MIB:g}' for size in least)} MiB of input"
+    return f"{conv}fused bn_act ({(build_info() or {}).get('cpu_capability', 'CPU')}){small}"
 
 
 def train_stage(device_type: str, dtype: torch.dtype) -> int:

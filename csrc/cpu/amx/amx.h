@@ -1,10 +1,11 @@
-// Convolutions and pooling on blocked bfloat16 activations, by AMX tile products or AVX-512 alone, seen from the host side.
+// Convolutions and pooling on blocked bfloat16 activations, by AMX tile products or AVX-512, seen from the host side.
 //
 // The .cpp files here are compiled for AMX and know nothing of tensors or threads; they may run only where usable() is
-// true; conv_dots() and what touches no tile, with one plane, also where dots_usable() is. A vector of activations is 32
-// channels, 64 bytes: a row of a tile. A buffer holds [block of 32 channels] [plane] [pixel] [row] of them, so that a tile
-// of 16 consecutive rows is 1 KiB without gaps, which loads as fast from the second cache level as from the first. With
-// one plane a value is a bfloat16. With three it is a float32, the exact sum of its planes: high = bf16(v), middle = bf16(v - high), low = v - high - middle (Henry et al. 2019, arXiv:1904.06376).
+// true; conv_dots() and what touches no tile, with one plane, also where dots_usable() is. A vector of activations is
+// 32 channels, 64 bytes: a row of a tile. A buffer holds [block of 32 channels] [plane] [pixel] [row] of them, so that a
+// tile of 16 consecutive rows is 1 KiB without gaps, which loads as fast from the second cache level as from the first.
+// With one plane a value is a bfloat16. With three it is a float32, the exact sum of its planes: high = bf16(v), middle =
+// bf16(v - high), low = v - high - middle (Henry et al. 2019, arXiv:1904.06376).
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 namespace resnet_fast::cpu::amx {
 
 constexpr int64_t kVector = 32;          // channels in a vector
+constexpr int64_t kPairs = 16;           // of channels in a vector: what a product takes at a time
 constexpr int64_t kTileRows = 16;        // vectors in a tile
 constexpr int64_t kBlockValues = 1024;   // weights of 32 input by 32 output channels, one plane
 constexpr int64_t kScratchFloats = 5120;  // that a thread lends to conv(), 64-byte aligned

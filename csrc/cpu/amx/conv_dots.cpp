@@ -1,7 +1,7 @@
-// conv() of amx.h for CPUs that have bfloat16's dot products in AVX-512 and no tiles: eight pixels by 32 output channels
-// in registers, summed up over input channels and taps, with bias and residual from the start and ReLU before they are
-// stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is fetched
-// ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
+// conv() of amx.h for CPUs that have bfloat16's dot products in AVX-512 and no tiles: eight pixels by 32 channels of
+// output in registers, summed up over input channels and taps, with bias and residual from the start and ReLU before they
+// are stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is
+// fetched ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
 #include "amx.h"
 #include "vectors.h"
 
@@ -9,7 +9,6 @@ namespace resnet_fast::cpu::amx {
 namespace {
 
 constexpr int64_t kPixels = 8;  // 16 sums: the products' latency is hidden, and a pair of weights serves 16 products
-constexpr int64_t kPairs = 16;  // of input channels in a block
 constexpr int64_t kGroups = 128;  // of pixels that pass by weights, or weights by them
 
 struct Pixel {
@@ -94,8 +93,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
     while (next < tiles && count < kGroups * kPixels) {
       const Tile& from = tile[next];
       if (from.rows >> row & 1) {
-        const auto beside = static_cast<uint16_t>(args.taps > 1 ? from.beside[row] : 0);
-        pixel[count++] = {static_cast<int32_t>(from.x + row * args.x_row), from.y[row], beside};
+        pixel[count++] = {static_cast<int32_t>(from.x + row * args.x_row), from.y[row], from.beside[row]};
       }
       if (++row == kTileRows) row = 0, ++next;
     }

@@ -10,7 +10,6 @@ namespace resnet_fast::cpu {
 namespace {
 
 constexpr int64_t kBandBytes = 3 << 18;  // of 2 MiB
-constexpr int64_t kPairsOfPixel = 2;     // of channels, of an image's pixel
 
 // An item is a band of y's rows, which 2 * rows + 1 rows of the convolution make; the band before needs the first too.
 class ConvPoolStep : public Step {
@@ -50,7 +49,7 @@ class ConvPoolStep : public Step {
     args_.offsets = offsets_.data();
     args_.steps = args_.chunk = static_cast<int64_t>(offsets_.size());
     args_.taps = 1;
-    args_.pairs = kPairsOfPixel * columns;
+    args_.pairs = div_up(x.vector * columns, 2);
     args_.weight = static_cast<uint16_t*>(packed.weight.mutable_data_ptr());
     args_.scale = packed.scale.defined() ? packed.scale.const_data_ptr<float>() : nullptr;
     args_.bias = packed.bias.const_data_ptr<float>();

@@ -1,6 +1,7 @@
-// A frozen network on a CPU with AMX, or with bfloat16's dot products in AVX-512, as one call: convolutions and pools from buffer to buffer, all laid out beforehand.
+// A frozen network on a CPU with AMX, or with bfloat16's dot products in AVX-512, as one call: convolutions and pools from
+// buffer to buffer, all laid out beforehand.
 //
-// Built step by step from Python (resnet_fast/cpu_program.py), then run for any number of images, `capacity` at a time.
+// Built step by step from Python (resnet_fast/amx/program.py), then run for any number of images, `capacity` at a time.
 // Buffers belong to the program, weights are tensors that programs share, so one caller runs at a time and others wait.
 // In a section `by_image` every thread takes images through all its steps, in buffers of its own that stay in its second
 // cache level; elsewhere the threads share each step. No value depends on which thread computes it.

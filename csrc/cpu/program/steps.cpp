@@ -146,7 +146,7 @@ class ConvStep : public Step {
     args_.y_plane = y.plane;
     args_.y_block = y.block;
     args_.relu = shape.relu;
-    args_.pairs = kPairs;
+    args_.pairs = amx::kPairs;
     place_tiles(shape.stride);
     const bool looks = taps.size() > 1 && taps.size() <= 8 * sizeof(amx::Tile::beside[0]);
     args_.taps = looks ? static_cast<int64_t>(taps.size()) : 1;
@@ -271,7 +271,6 @@ class ConvStep : public Step {
     }
   }
 
-  static constexpr int64_t kPairs = amx::kVector / 2;
   static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
   static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
