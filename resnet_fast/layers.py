@@ -6,6 +6,7 @@ Everything is looked at on every call, because conversions, parametrizations, ho
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,30 +22,37 @@ from .problems import Conv
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+_depth = {"disabled": 0, "any_size": 0}  # a dictionary, whose values torch.compile guards; those of a class it does not
+
+
 class _OnEveryThread(contextlib.ContextDecorator):
     """A context manager or decorator that is in force on every thread. Reentrant."""
 
-    depth = 0  # of each class its own
+    _name: ClassVar[str]
 
     def __enter__(self) -> None:
-        type(self).depth += 1
+        _depth[self._name] += 1
 
     def __exit__(self, *exc_info) -> None:
-        type(self).depth -= 1
+        _depth[self._name] -= 1
 
 
 class disabled(_OnEveryThread):
     """Context manager in which every fast block, on every thread, runs its stock forward. Reentrant."""
+
+    _name = "disabled"
 
 
 class any_size(_OnEveryThread):
     """Context manager in which no thread leaves a call to PyTorch because it is small: for checks, on small inputs, of
     what is timed or trusted on large ones. Reentrant."""
 
+    _name = "any_size"
+
 
 def is_disabled() -> bool:
     """Whether this is inside `disabled()`."""
-    return disabled.depth > 0
+    return _depth["disabled"] > 0
 
 
 def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
@@ -76,7 +84,7 @@ _LITTLE = 16 * 2**20
 
 def why_not_worth_it(x: Tensor, backend: str) -> str | None:
     """Why a call that could be fused is better left to PyTorch; None where it is not, or was asked for by name."""
-    if x.is_cuda and x.nbytes < _LITTLE and not any_size.depth and dispatch.requested(backend) == "auto":
+    if x.is_cuda and x.nbytes < _LITTLE and not _depth["any_size"] and dispatch.requested(backend) == "auto":
         return f"input of less than {_LITTLE >> 20} MiB: launches set the time, not the GPU (freeze, or name a backend)"
     return None
 
@@ -84,7 +92,7 @@ def why_not_worth_it(x: Tensor, backend: str) -> str | None:
 def why_not_worth_training(x: Tensor, convs: Sequence[nn.Conv2d], backend: str) -> str | None:
     """The same of a training step of a residual block of these convolutions on a CPU, whose calls take the host longer
     than PyTorch's layers do."""
-    if not x.is_cpu or any_size.depth > 0 or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
+    if not x.is_cpu or _depth["any_size"] or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
         return None
     dtype = conv_dtype(x)
     least = native.least_training_bytes(dtype, all(conv.kernel_size == (3, 3) for conv in convs), convs[0].stride[0])

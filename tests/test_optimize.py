@@ -19,6 +19,7 @@ from resnet_fast import (
     Report,
     disabled,
     dispatch,
+    layers,
     optimize,
     restore,
 )
@@ -302,7 +303,7 @@ def test_public_names():
 )
 def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch, reason, monkeypatch, native, said):
     """Where the calls cost more than the passes; not in eval mode, nor where a backend or a stage is asked for."""
-    monkeypatch.setattr(any_size, "depth", 0)
+    monkeypatch.setitem(layers._depth, "any_size", 0)
     monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
     monkeypatch.setattr(winograd, "why_not", lambda: None)
     stock = block().train().to(memory_format=torch.channels_last)
@@ -325,7 +326,7 @@ def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch,
 
 
 def test_under_autocast_the_convolutions_dtype_counts(monkeypatch, native):
-    monkeypatch.setattr(any_size, "depth", 0)
+    monkeypatch.setitem(layers._depth, "any_size", 0)
     monkeypatch.setattr(native_backend, "has_tiles", lambda: True)
     fast = optimize(nn.Sequential(BasicBlock(64, 64)).train())[0]
     x = torch.randn(14, 64, 14, 14)  # 0.67 MiB
@@ -333,3 +334,20 @@ def test_under_autocast_the_convolutions_dtype_counts(monkeypatch, native):
     with torch.autocast("cpu", torch.bfloat16):
         assert "less than 0.375 MiB" in fast.why_stock(x)
         assert fast.why_stock(torch.randn(16, 64, 14, 14)) is None
+
+
+def test_disabling_is_seen_by_what_was_compiled():
+    seen = []
+
+    def compiler(graph, inputs):
+        seen.append(any("resnet_fast" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(optimize(nn.Sequential(BasicBlock(32, 32)).eval()), backend=compiler, dynamic=False)
+    x = torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        compiled(x)
+        with disabled():
+            compiled(x)
+        compiled(x)
+    assert seen == [True, False]
