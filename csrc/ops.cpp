@@ -53,11 +53,11 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool relu, str path) -> Tensor");
   m.def(
       "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
-      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, int[] winograd) "
-      "-> Tensor");
+      "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, int[] winograd, "
+      "str unit) -> Tensor");
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "SymInt[] geometry, float eps) -> Tensor");
+      "SymInt[] geometry, float eps, str unit) -> Tensor");
   // CPU only, float32: a 3x3 convolution with stride and padding 1, by its weight packed once or not, and the weight's
   // gradient; false where NaN or Inf arose
   m.def("winograd_pack(Tensor weight) -> Tensor");

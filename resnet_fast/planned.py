@@ -17,8 +17,8 @@ from torchvision.models.resnet import ResNet
 
 from . import _log, cpu_network, dispatch
 from .amx.network import AmxNetwork
-from .amx.network import why_not as why_not_amx
 from .backends import triton
+from .backends.native import why_no_unit
 from .capture import CapturedCall
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
@@ -87,7 +87,7 @@ class _Planned:
             return None
         if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
             return None
-        if (reason := why_not_amx(self._weight_dtype())) is not None:
+        if (reason := why_no_unit(self._weight_dtype())) is not None:
             _log.once(f"freeze: no AMX or AVX-512 program: {reason}", logging.INFO)
             return None
         self._look_at_children()

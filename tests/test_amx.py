@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from resnet_fast import freeze, planned
+from resnet_fast import freeze, planned, twin
 from resnet_fast.amx import network as amx
 from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.backends import native as native_backend
@@ -25,7 +25,7 @@ from resnet_fast.planner import Section, conv_of
 
 
 def skipped(dtype: torch.dtype):
-    reason = amx.why_not(dtype)
+    reason = native_backend.why_no_unit(dtype)
     return pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")
 
 
@@ -48,7 +48,7 @@ def unit(request, monkeypatch) -> str:
         if not native_backend.has_dots():
             pytest.skip("this CPU has no bfloat16 in AVX-512")
         monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
-        monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: False)
+        monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
     elif not native_backend.has_tiles():
         pytest.skip("this CPU has no AMX")
     return request.param
@@ -95,7 +95,7 @@ def network_of(frozen: nn.Module) -> AmxNetwork:
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_blocks(name, batch, dtype, unit, poison):
-    if (reason := amx.why_not(dtype)) is not None:
+    if (reason := native_backend.why_no_unit(dtype)) is not None:
         pytest.skip(reason)
     model, frozen, size = stage(name, dtype)
     x = torch.randn(batch, *size).to(memory_format=torch.channels_last)
@@ -326,12 +326,12 @@ def test_what_goes_another_way(said):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_refused(dtype):
-    assert "float" in amx.why_not(dtype)
+    assert "float" in native_backend.why_no_unit(dtype)
 
 
 @torch.no_grad()
 def test_without_amx_the_layers_run_one_by_one(monkeypatch, said):
-    monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "no AMX, for this test")
+    monkeypatch.setattr(planned, "why_no_unit", lambda dtype: "no AMX, for this test")
     model, frozen = small_resnet(torch.float32)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
@@ -343,8 +343,8 @@ def test_a_lower_cpu_capability_is_obeyed(native):
     """PyTorch told to use AVX2 means that AMX is not used either, and never an instruction that is not there."""
     script = """
 import torch, torchvision, resnet_fast
-from resnet_fast.amx import network
-assert "no AMX" in network.why_not(torch.bfloat16), network.why_not(torch.bfloat16)
+from resnet_fast.backends import native
+assert "no AMX" in native.why_no_unit(torch.bfloat16), native.why_no_unit(torch.bfloat16)
 model = torchvision.models.resnet18(num_classes=5).eval()
 with torch.no_grad():
     torch.testing.assert_close(resnet_fast.freeze(model)(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64)),
@@ -375,17 +375,17 @@ def test_dot_products_where_there_are_no_tiles(native, monkeypatch):
     found = {"has_tiles": False, "has_dots": True}
     for name in found:
         monkeypatch.setattr(native_backend, name, lambda name=name: found[name])
-    monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: False)
-    assert amx.why_not(torch.bfloat16) is None
-    assert amx.unit() == "AVX-512 bfloat16"
-    assert "no AMX" in amx.why_not(torch.float32)
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
+    assert native_backend.why_no_unit(torch.bfloat16) is None
+    assert native_backend.unit_name() == "AVX-512 bfloat16"
+    assert "no AMX" in native_backend.why_no_unit(torch.float32)
     torch.set_num_threads(9)
-    assert "more than 8 threads" in amx.why_not(torch.bfloat16)
+    assert "more than 8 threads" in native_backend.why_no_unit(torch.bfloat16)
     torch.set_num_threads(8)
-    assert amx.why_not(torch.bfloat16) is None
-    monkeypatch.setattr(amx, "bfloat16_is_slow", lambda: True)
-    assert "slower than float32" in amx.why_not(torch.bfloat16)
+    assert native_backend.why_no_unit(torch.bfloat16) is None
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: True)
+    assert "slower than float32" in native_backend.why_no_unit(torch.bfloat16)
     found["has_dots"] = False
-    assert "nor its products in AVX-512" in amx.why_not(torch.bfloat16)
+    assert "nor its products in AVX-512" in native_backend.why_no_unit(torch.bfloat16)
     found["has_tiles"] = True
-    assert amx.why_not(torch.float32) is None
+    assert native_backend.why_no_unit(torch.float32) is None

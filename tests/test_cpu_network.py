@@ -29,7 +29,7 @@ MODELS = {
 
 @pytest.fixture
 def without_amx(monkeypatch):
-    monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "it is turned off")
+    monkeypatch.setattr(planned, "why_no_unit", lambda dtype: "it is turned off")
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_it_is_the_manual_bit_by_bit(draw, emulated):
 
 @pytest.mark.parametrize("draw", [numbers, tiny])
 def test_it_is_the_cpu_bit_by_bit(draw, emulated, compiled):
-    if not native_backend.has_tiles() or native_backend.tiles_name() != "AMX":
+    if not native_backend.has_tiles() or native_backend.unit_name() != "AMX":
         pytest.skip("this CPU has no AMX with bfloat16")
     real = ctypes.CDLL(str(compiled(CONV.read_text(), NATIVE)))
     for seed in range(20):

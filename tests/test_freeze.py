@@ -201,7 +201,7 @@ def test_compile_fullgraph():
 @pytest.fixture(params=[True, False], ids=["slow_bfloat16", "fast_bfloat16"])
 def slow_bfloat16(request, monkeypatch) -> bool:
     """A CPU without AMX that computes bfloat16 slower than float32, and one that does not."""
-    monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "it is turned off")
+    monkeypatch.setattr(planned, "why_no_unit", lambda dtype: "it is turned off")
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: request.param)
     return request.param
 

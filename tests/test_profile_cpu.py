@@ -10,8 +10,7 @@ from models import lively
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from resnet_fast import cli, freeze, planned, twin
-from resnet_fast.amx.network import unit
-from resnet_fast.amx.network import why_not as why_not_amx
+from resnet_fast.backends.native import unit_name, why_no_unit
 from resnet_fast.cli import cpu_ceilings, layer_timings, networks, profile_cpu
 from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming
@@ -34,7 +33,7 @@ SMALL = ("--device", "cpu", "--model", "resnet18", "-b", "2", "--img-size", "64"
 def _layers_one_by_one(request, monkeypatch):
     """As on a CPU without AMX, but for tests of it."""
     if request.node.get_closest_marker("amx") is None:
-        monkeypatch.setattr(planned, "why_not_amx", lambda dtype: "it is turned off")
+        monkeypatch.setattr(planned, "why_no_unit", lambda dtype: "it is turned off")
 
 
 @pytest.fixture
@@ -184,18 +183,20 @@ def test_a_twin_is_timed_where_it_computes(slow, images, monkeypatch):
 
 
 @pytest.mark.amx
-@pytest.mark.skipif(why_not_amx(torch.bfloat16) is not None, reason=str(why_not_amx(torch.bfloat16)))
+@pytest.mark.skipif(why_no_unit(torch.bfloat16) is not None, reason=str(why_no_unit(torch.bfloat16)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_programs_are_timed_step_by_step(dtype, images):
     """With the same work as the layers; the classifier is PyTorch's in float32, and in the program in bfloat16."""
-    if (reason := why_not_amx(dtype)) is not None:
+    if (reason := why_no_unit(dtype)) is not None:
         pytest.skip(reason)
     frozen = freeze(_network(), dtype=dtype)
     found = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=2)}
     for module in (frozen, *(m for m in frozen.modules() if isinstance(m, FrozenConv2d))):
         module.backend = "reference"  # the convolutions' too: Winograd does less work
     by_layer = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=1)}
-    assert {each.kernel for each in found.values()} == {unit()} | ({"PyTorch"} if dtype == torch.float32 else set())
+    assert {each.kernel for each in found.values()} == {unit_name()} | (
+        {"PyTorch"} if dtype == torch.float32 else set()
+    )
     apart = {"conv1", "maxpool"} | ({"avgpool", "fc"} if dtype == torch.float32 else set())
     assert set(by_layer) - set(found) == apart
     assert "conv1+maxpool" in found

@@ -164,7 +164,7 @@ def test_tune_lists_a_cpus_problems(tuned, capsys):
 def test_info_says_what_a_cpu_takes(monkeypatch):
     text = info._frozen_cpu_by(torch.float32)
     assert text.startswith(("AMX", "emulated AMX")) or text.endswith("where predicted to be faster")
-    monkeypatch.setattr(info, "why_not_amx", lambda dtype: "no AMX for the test")
+    monkeypatch.setattr(info.native, "why_no_unit", lambda dtype: "no AMX for the test")
     monkeypatch.setattr(backend, "why_not", lambda: "no vectors for the test")
     assert "no Winograd F(4x4, 3x3): no vectors for the test" in info._frozen_cpu_by(torch.float32)
     assert "Winograd" not in info._frozen_cpu_by(torch.bfloat16)

@@ -63,7 +63,8 @@ at::Tensor layer_by_layer(const ResidualBlock& block) {
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd) {
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd,
+    std::string_view unit) {
   const OpGuard guard;
   ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
   for (size_t i = 0; i < conv_weights.size(); ++i) {
@@ -72,7 +73,7 @@ at::Tensor residual_block(
   }
   for (const int64_t number : winograd) block.layers.at(number).winograd = true;
 #ifdef WITH_AMX
-  if (auto y = amx_residual_block(block)) return *y;
+  if (auto y = amx_residual_block(block, unit_named(unit))) return *y;
 #endif
   return layer_by_layer(block);
 }
@@ -80,13 +81,13 @@ at::Tensor residual_block(
 at::Tensor stem(
     const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
-    double eps) {
+    double eps, std::string_view unit) {
   const OpGuard guard;
   const at::Tensor none;
   const BlockLayer layer =
       make_layer(conv_weight, weight.value_or(none), bias.value_or(none), mean, var, geometry, eps);
 #ifdef WITH_AMX
-  if (auto y = amx_stem(x, layer)) return *y;
+  if (auto y = amx_stem(x, layer, unit_named(unit))) return *y;
 #endif
   const at::Tensor input = x.to(conv_weight.scalar_type());
   if (!input.is_contiguous(at::MemoryFormat::ChannelsLast) || input.numel() == 0) {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 #include <vector>
 
 namespace resnet_fast::cpu {
@@ -26,16 +27,17 @@ struct ResidualBlock {
 };
 
 // Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd: the
-// numbers of the layers that it is faster for.
+// numbers of the layers that it is faster for. unit: what multiplies the whole block's convolutions in one program, or "".
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd);
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, std::string_view unit);
 
-// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to.
+// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to. unit:
+// as above.
 at::Tensor stem(
     const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
-    double eps);
+    double eps, std::string_view unit);
 
 }  // namespace resnet_fast::cpu

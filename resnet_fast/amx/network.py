@@ -10,38 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpus
-from ..backends import native
 from ..planner import Section, why_not_plannable
-from ..twin import bfloat16_is_slow
 from .program import GROUP, Builder, Built
-from .weights import PLANES, Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
+from .weights import Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
-_MOST_THREADS = 8  # without AMX: oneDNN is so near that what is not measured is left to it
 KINDS_KEPT = 4
 """Kinds of programs that a network keeps; the one unused longest goes first."""
-
-
-def why_not(dtype: torch.dtype) -> str | None:
-    """Why no network of this dtype can run on this machine; None where one can."""
-    if dtype not in PLANES:
-        return f"{dtype} is neither bfloat16 nor float32"
-    reason = native.available()
-    if reason is not None or native.has_tiles():
-        return reason
-    reason = "this CPU, system or build has no AMX with bfloat16"
-    if dtype != torch.bfloat16:
-        return reason
-    if not native.has_dots():
-        return f"{reason}, nor its products in AVX-512"
-    if torch.get_num_threads() > _MOST_THREADS:
-        return f"of dot products with more than {_MOST_THREADS} threads nothing is measured"
-    return "this CPU multiplies bfloat16 slower than float32" if bfloat16_is_slow() else None
-
-
-def unit() -> str:
-    """What multiplies where there is no `why_not`, for reports."""
-    return native.tiles_name() if native.has_tiles() else "AVX-512 bfloat16"
 
 
 def why_not_section(section: Section) -> str | None:

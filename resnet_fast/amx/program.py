@@ -64,7 +64,8 @@ class Builder:
     ) -> None:
         self.section, self.packed, self.image, self.capacity = section, packed, tuple(image), capacity
         self.by_image = capacity >= 2 * threads
-        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, native.has_tiles())
+        tiles = native.unit(section.dtype) == "tiles"
+        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, tiles)
         self.buffers: dict[tuple, _Buffer] = {}
         self.costs: list[Cost] = []
         self.section_by_image: bool | None = None

@@ -12,12 +12,14 @@ from types import ModuleType
 
 import torch
 
-from .. import _log
+from .. import _log, twin
 from ..training import LIBRARY, PROLOGUE
 from . import inference, train_ops
 
 TILE_DTYPES = (torch.float32, torch.bfloat16)
 """Of the convolutions that a CPU with AMX computes itself."""
+
+_MOST_THREADS = 8  # of dot products: oneDNN is so near that what is not measured is left to it
 
 _MIB = 2**20
 _LITTLE = 6 * _MIB  # `least_training_bytes`
@@ -133,8 +135,8 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
     conv = "" if op.startswith("bn") else "oneDNN conv + "
-    if op in _BLOCKS and dtype in TILE_DTYPES and has_tiles():
-        conv = f"{tiles_name()} conv + "
+    if (op == "residual_block" and unit(dtype)) or (op in _BLOCKS and dtype in TILE_DTYPES and has_tiles()):
+        conv = f"{unit_name()} conv + "
     elif op in _BLOCKS and dtype == _winograd().DTYPE and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     small = ""
@@ -165,19 +167,44 @@ def least_training_bytes(dtype: torch.dtype, only_3x3: bool, stride: int) -> int
     return _LITTLE
 
 
+def unit(dtype: torch.dtype) -> str:
+    """What multiplies in the extension's own convolutions of this dtype on this CPU, as its ops take it: "tiles", which
+    are AMX's, "dots", which are AVX-512's products of bfloat16, or "" where oneDNN does."""
+    return "" if why_no_unit(dtype) else "tiles" if has_tiles() else "dots"
+
+
+def why_no_unit(dtype: torch.dtype) -> str | None:
+    """Why there is no `unit`; None where there is."""
+    if dtype not in TILE_DTYPES:
+        return f"{dtype} is neither bfloat16 nor float32"
+    reason = available()
+    if reason is not None or has_tiles():
+        return reason
+    reason = "this CPU, system or build has no AMX with bfloat16"
+    if dtype != torch.bfloat16:
+        return reason
+    if not has_dots():
+        return f"{reason}, nor its products in AVX-512"
+    if torch.get_num_threads() > _MOST_THREADS:
+        return f"of dot products with more than {_MOST_THREADS} threads nothing is measured"
+    return "this CPU multiplies bfloat16 slower than float32" if twin.bfloat16_is_slow() else None
+
+
+def unit_name() -> str:
+    """The `unit`, where there is one, for reports: AMX, or what the tests have put in its place, or AVX-512."""
+    if not has_tiles():
+        return "AVX-512 bfloat16"
+    return next(name for name in build_info()["capabilities"] if "AMX" in name)
+
+
 def has_tiles() -> bool:
-    """Whether training's convolutions may be AMX tile products here."""
+    """Whether this CPU and system, and this build, have AMX's tiles of bfloat16."""
     return load() is not None and _module.amx_usable()
 
 
 def has_dots() -> bool:
-    """Whether frozen networks in bfloat16 may be AVX-512's dot products here."""
+    """Whether they have AVX-512's dot products of bfloat16."""
     return load() is not None and _module.dots_usable()
-
-
-def tiles_name() -> str:
-    """What multiplies tiles where `has_tiles`, for reports: AMX, or what the tests have put in its place."""
-    return next(name for name in build_info()["capabilities"] if "AMX" in name)
 
 
 def _fail(reason: str) -> None:
@@ -253,12 +280,15 @@ def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
     if x.device.type != "cpu":
         return _by_layer_residual_block(x, *args)
     _, conv_weights, *_, geometry, _, downsample = args
-    return _cpu_residual_block(x, *args, _winograd().layers(x, conv_weights, geometry, downsample))
+    return _cpu_residual_block(x, *args, _winograd().layers(x, conv_weights, geometry, downsample), unit(x.dtype))
 
 
 def stem(x: torch.Tensor, *args) -> torch.Tensor:
     """`ops.stem`, as `residual_block`."""
-    return (_cpu_stem if x.device.type == "cpu" else _by_layer_stem)(x, *args)
+    if x.device.type != "cpu":
+        return _by_layer_stem(x, *args)
+    conv_weight, *_ = args
+    return _cpu_stem(x, *args, unit(conv_weight.dtype))
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor | None:

@@ -19,9 +19,7 @@ import torch
 from rich.table import Table
 
 from .. import _log, cpus, dispatch, gpus, memory, numerics, training
-from ..amx.network import unit
-from ..amx.network import why_not as why_not_amx
-from ..backends import winograd
+from ..backends import native, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from . import checks, environment, output
@@ -113,9 +111,9 @@ def _frozen_cpu() -> dict[str, str]:
 
 
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
-    reason = why_not_amx(dtype)
+    reason = native.why_no_unit(dtype)
     if reason is None:
-        return unit()
+        return native.unit_name()
     text = f"PyTorch's convolutions: {reason}"
     if dtype != torch.float32:
         return text

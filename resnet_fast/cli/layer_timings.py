@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..amx.network import AmxNetwork, unit
+from ..amx.network import AmxNetwork
+from ..backends import native
 from ..frozen import FrozenConv2d
 from ..kernels import winograd
 from ..layers import conv_of
@@ -65,8 +66,9 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
 def _amx_timings(network: nn.Module, amx: AmxNetwork, images: Tensor, repeats: int) -> list[LayerTiming]:
     """Of a network that is a program: by its program, and by the clock what PyTorch does behind it."""
     runs = [amx.timings(images) for _ in range(2 + repeats)][2:]
+    unit = native.unit_name()
     timings = [
-        LayerTiming(step.name, unit(), statistics.median(run[number].seconds for run in runs), step.flops, step.bytes)
+        LayerTiming(step.name, unit, statistics.median(run[number].seconds for run in runs), step.flops, step.bytes)
         for number, step in enumerate(runs[0])
     ]
     if not amx.head:

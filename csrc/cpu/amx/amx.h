@@ -65,7 +65,7 @@ struct ConvArgs {
 // y = act(scale * conv(x) + bias + residual) for the tiles [0, tiles) and the output blocks [begin, end).
 void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch);
 
-// The same by dot products, where dots_usable(): one plane, no scale.
+// The same by dot products, where dots_usable(), of one plane.
 void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end);
 
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.

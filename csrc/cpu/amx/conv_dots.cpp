@@ -1,6 +1,6 @@
 // conv() of amx.h for CPUs that have bfloat16's dot products in AVX-512 and no tiles: eight pixels by 32 channels of
-// output in registers, summed up over input channels and taps, with bias and residual from the start and ReLU before they
-// are stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is
+// output in registers, summed up over input channels and taps, with bias and residual from the start, or a scale and both
+// at the end, and ReLU before they are stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is
 // fetched ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
 #include "amx.h"
 #include "vectors.h"
@@ -27,8 +27,9 @@ inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
 }
 
 // y of `count` pixels (the others are there again) and an output block. next: pixels to fetch, or null; ahead: weights to
-// fetch, so many lines with every step. whole: all pairs of a vector have weights.
-template <bool residual, bool relu_after, bool whole>
+// fetch, so many lines with every step. scaled: the sums are multiplied by a scale. whole: all pairs of a vector have
+// weights.
+template <bool scaled, bool whole>
 void unit(
     const ConvArgs& args, const Pixel* pixel, int64_t count, int64_t block, const Pixel* next, const uint16_t* ahead,
     int64_t lines) {
@@ -36,6 +37,12 @@ void unit(
   const uint16_t* weight = args.weight + block * args.steps * kBlockValues;
   const float* bias = args.bias + block * kVector;
   const __m512 bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
+  const auto add_residual = [&](__m512(&sum)[2], const Pixel& to) {
+    if (args.residual == nullptr) return;
+    const uint16_t* r = args.residual + to.y + block * args.y_block;
+    sum[0] = _mm512_add_ps(sum[0], load_half(r));
+    sum[1] = _mm512_add_ps(sum[1], load_half(r + 16));
+  };
   int64_t row[kPixels];
   uint32_t beside = 0xffff;
   __m512 sum[kPixels][2];
@@ -43,13 +50,9 @@ void unit(
   for (int64_t i = 0; i < kPixels; ++i) {
     row[i] = pixel[i].x;
     beside &= pixel[i].beside;
-    sum[i][0] = bias0;
-    sum[i][1] = bias1;
-    if constexpr (residual) {
-      const uint16_t* r = args.residual + pixel[i].y + block * args.y_block;
-      sum[i][0] = _mm512_add_ps(sum[i][0], load_half(r));
-      sum[i][1] = _mm512_add_ps(sum[i][1], load_half(r + 16));
-    }
+    sum[i][0] = scaled ? _mm512_setzero_ps() : bias0;
+    sum[i][1] = scaled ? _mm512_setzero_ps() : bias1;
+    if constexpr (!scaled) add_residual(sum[i], pixel[i]);
   }
   int64_t tap = 0;
   for (int64_t step = 0; step < args.steps; ++step, weight += kBlockValues) {
@@ -78,13 +81,19 @@ void unit(
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kPixels; ++i) {
     if (i >= count) break;
-    const __m512 a = relu_after ? relu(sum[i][0]) : sum[i][0], b = relu_after ? relu(sum[i][1]) : sum[i][1];
+    if constexpr (scaled) {
+      const float* scale = args.scale + block * kVector;
+      sum[i][0] = _mm512_fmadd_ps(sum[i][0], _mm512_loadu_ps(scale), bias0);
+      sum[i][1] = _mm512_fmadd_ps(sum[i][1], _mm512_loadu_ps(scale + 16), bias1);
+      add_residual(sum[i], pixel[i]);
+    }
+    const __m512 a = args.relu ? relu(sum[i][0]) : sum[i][0], b = args.relu ? relu(sum[i][1]) : sum[i][1];
     uint16_t* y = args.y + pixel[i].y + block * args.y_block;
     _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
   }
 }
 
-template <bool residual, bool relu_after, bool whole>
+template <bool scaled, bool whole>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
   Pixel pixel[kGroups * kPixels];
   int64_t next = 0, row = 0;
@@ -105,7 +114,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
     const auto one = [&](int64_t group, int64_t block, bool last) {
       const Pixel* const at = pixel + group * kPixels;
       const bool weights = !args.pixels_first && block + 1 < end;
-      unit<residual, relu_after, whole>(
+      unit<scaled, whole>(
           args, at, count - group * kPixels, block, pointwise && last && group + 1 < groups ? at + kPixels : nullptr,
           args.weight + (block + 1) * values + group * lines * args.steps * kVector, weights ? lines : 0);
     };
@@ -121,19 +130,14 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
   }
 }
 
-template <bool residual, bool relu_after>
-void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-  args.pairs == kPairs ? run<residual, relu_after, true>(args, tile, tiles, begin, end)
-                       : run<residual, relu_after, false>(args, tile, tiles, begin, end);
-}
-
 }  // namespace
 
 void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-  if (args.residual != nullptr) {
-    args.relu ? run<true, true>(args, tile, tiles, begin, end) : run<true, false>(args, tile, tiles, begin, end);
+  if (args.scale != nullptr) {
+    args.pairs == kPairs ? run<true, true>(args, tile, tiles, begin, end) : run<true, false>(args, tile, tiles, begin, end);
   } else {
-    args.relu ? run<false, true>(args, tile, tiles, begin, end) : run<false, false>(args, tile, tiles, begin, end);
+    args.pairs == kPairs ? run<false, true>(args, tile, tiles, begin, end)
+                         : run<false, false>(args, tile, tiles, begin, end);
   }
 }
 

@@ -189,10 +189,10 @@ class Builder {
   std::vector<Packed> packed_;
 };
 
-bool fits(const ResidualBlock& block) {
+bool fits(const ResidualBlock& block, Unit unit) {
   const at::Tensor& x = block.x;
   const auto dtype = x.scalar_type();
-  if (!amx::usable() || (dtype != at::kBFloat16 && dtype != at::kFloat)) return false;
+  if (!computes(unit, dtype)) return false;
   if (!channels_last(x) || x.numel() == 0 || x.size(2) * x.size(3) == 1) return false;
   return std::all_of(block.layers.begin(), block.layers.end(), [&](const BlockLayer& layer) {
     const auto weight = layer.conv_weight.scalar_type();
@@ -218,8 +218,8 @@ std::vector<Conv> convolutions(const ResidualBlock& block) {
 
 }  // namespace
 
-std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
-  if (!fits(block)) return std::nullopt;
+std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block, Unit unit) {
+  if (!fits(block, unit)) return std::nullopt;
   const std::vector<Conv> convs = convolutions(block);
   if (!std::all_of(convs.begin(), convs.end(), [](const Conv& conv) { return conv.fits(); })) return std::nullopt;
 
@@ -241,7 +241,7 @@ std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block) {
   const auto build = [&](Program& program, int64_t capacity, int64_t threads, bool all) {
     Builder(program, {planes, capacity, threads, all, downsample, residual}, convs).build();
   };
-  run_planned(key, planes, build, x, y, live);
+  run_planned(key, planes, unit, build, x, y, live);
   return live.finite ? std::make_optional(y) : std::nullopt;
 }
 

@@ -52,17 +52,17 @@ Plans& plans() {
 }  // namespace
 
 void run_planned(
-    const Key& key, int planes, const Build& build, const at::Tensor& x, const at::Tensor& y, Live& live) {
+    const Key& key, int planes, Unit unit, const Build& build, const at::Tensor& x, const at::Tensor& y, Live& live) {
   const int64_t batch = x.size(0), rest = batch % kGroup, whole = rest >= kFull ? batch : batch - rest;
   const int64_t threads = at::get_num_threads();
   const at::Tensor residual = live.residual;
   for (int64_t first = 0; first < batch;) {
     const int64_t images = first < whole ? whole : batch - whole, capacity = images < kFull ? images : kGroup;
     Key own = key;
-    own.insert(own.end(), {planes, capacity, threads, images <= capacity});
+    own.insert(own.end(), {planes, unit == Unit::kTiles, capacity, threads, images <= capacity});
     std::unique_ptr<Program> program = plans().take(own);
     if (program == nullptr) {
-      program = std::make_unique<Program>(planes, capacity, threads);
+      program = std::make_unique<Program>(planes, capacity, threads, unit == Unit::kTiles);
       build(*program, capacity, threads, images <= capacity);
     }
     if (residual.defined()) live.residual = residual.narrow(0, first, images);

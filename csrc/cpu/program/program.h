@@ -42,7 +42,7 @@ class Program {
  public:
   // planes: 1 for bfloat16, 3 for float32. threads: the most that will run it. tiles: AMX's, else dot products, which one
   // plane can do without them.
-  Program(int64_t planes, int64_t capacity, int64_t threads, bool tiles = true);
+  Program(int64_t planes, int64_t capacity, int64_t threads, bool tiles);
   ~Program();
 
   // Returns its number. group and own as above; vector 4 makes it an image's.

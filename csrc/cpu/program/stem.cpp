@@ -11,10 +11,10 @@ namespace {
 constexpr int64_t kImageVector = 4;                         // channels of an image with what they are padded by
 constexpr int64_t kColumns = amx::kVector / kImageVector;  // of a kernel, that one product covers
 
-bool fits(const at::Tensor& x, const BlockLayer& layer) {
+bool fits(const at::Tensor& x, const BlockLayer& layer, Unit unit) {
   const at::Tensor& weight = layer.conv_weight;
   const auto dtype = weight.scalar_type();
-  if (!amx::usable() || (dtype != at::kBFloat16 && dtype != at::kFloat)) return false;
+  if (!computes(unit, dtype)) return false;
   if (x.numel() == 0 || (x.scalar_type() != dtype && x.scalar_type() != at::kFloat)) return false;
   const bool channels_last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
                              weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
@@ -34,8 +34,8 @@ at::Tensor widened(const at::Tensor& weight) {
 
 }  // namespace
 
-std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer) {
-  if (!fits(x, layer)) return std::nullopt;
+std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer, Unit unit) {
+  if (!fits(x, layer, unit)) return std::nullopt;
   const at::Tensor& weight = layer.conv_weight;
   const int64_t channels = weight.size(0), rows = weight.size(2), stride = layer.stride[0];
   const int64_t top = layer.padding[0], left = layer.padding[1];
@@ -70,7 +70,7 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer)
     }
   };
   const std::vector<int64_t> key = {x.size(1), x.size(2), x.size(3), channels, rows, weight.size(3), stride, top, left};
-  run_planned(key, planes, build, x, y, live);
+  run_planned(key, planes, unit, build, x, y, live);
   return live.finite ? std::make_optional(y) : std::nullopt;
 }
 
