@@ -64,8 +64,8 @@ class Builder:
     ) -> None:
         self.section, self.packed, self.image, self.capacity = section, packed, tuple(image), capacity
         self.by_image = capacity >= 2 * threads
-        tiles = native.unit(section.dtype) == "tiles"
-        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, tiles)
+        self.tiles = native.unit(section.dtype) == "tiles"
+        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, self.tiles)
         self.buffers: dict[tuple, _Buffer] = {}
         self.costs: list[Cost] = []
         self.section_by_image: bool | None = None
@@ -204,7 +204,8 @@ class Builder:
             small = height * width <= _SMALL_PIXELS
             one = (height, width) == (1, 1)  # whose images may be rows of a tile however few they are
             # A stem's kernel reads an image's pixels one behind another: its images are never side by side.
-            group = GROUP if vector == VECTOR and (one or (small and self.capacity >= GROUP)) else 1
+            together = GROUP if self.tiles else min(self.capacity, GROUP)
+            group = together if vector == VECTOR and (one or (small and self.capacity >= together)) else 1
             own, halo = self.by_image and not small, self.halos.get((height, width), 0)
             number = self.program.buffer(channels, height, width, halo, group, own, vector)
             self.buffers[key] = _Buffer(number, role, channels, height, width, own)

@@ -33,13 +33,19 @@ void configure_tiles();
 void release_tiles();
 
 // Where 16 rows are read, one step after the other, and where each is written, in values from the image's first pixel.
-// Bit i of `rows`: row i is written. Bit i of a row's `beside`: of its tap i nothing but halo, which is zero, is read.
+// Bit i of `rows`: row i is written.
 struct Tile {
   int64_t x;
   int32_t y[kTileRows];
   uint32_t rows;
-  uint16_t beside[kTileRows];
 };
+
+// The same of one row, for conv_dots(). Bit i of `beside`: of its tap i nothing but halo, which is zero, is read.
+struct Pixel {
+  int32_t x, y;
+  uint32_t beside;
+};
+constexpr int64_t kMostBeside = 32;  // taps
 
 struct ConvArgs {
   int planes;
@@ -49,7 +55,7 @@ struct ConvArgs {
   int64_t outputs_per_group;        // blocks of output channels that share their input blocks
   const int64_t* offsets;           // from Tile::x to what each step multiplies: for every block all taps
   int64_t steps;                    // taps * blocks
-  int64_t taps;                     // of conv_dots(): of a block, or 1 where the tiles know nothing of what is beside
+  int64_t taps;                     // of conv_dots(): of a block, or 1 where the pixels know nothing of what is beside
   int64_t pairs;                    // of conv_dots(): of channels in a vector, without those whose weights are all zero
   int64_t chunk;                    // steps that are summed up in one go
   const uint16_t* weight;           // [output block][step][plane][2][16][16][2]
@@ -66,7 +72,7 @@ struct ConvArgs {
 void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch);
 
 // The same by dot products, where dots_usable(), of one plane.
-void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end);
+void conv_dots(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin, int64_t end);
 
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
 struct ImageArgs {

@@ -11,10 +11,7 @@ namespace {
 constexpr int64_t kPixels = 8;  // 16 sums: the products' latency is hidden, and a pair of weights serves 16 products
 constexpr int64_t kGroups = 128;  // of pixels that pass by weights, or weights by them
 
-struct Pixel {
-  int32_t x, y;
-  uint16_t beside;
-};
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline __m512i broadcast(const uint16_t* pair) {
   int32_t both;
@@ -26,7 +23,7 @@ inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pixel), reinterpret_cast<__m512bh>(weight));
 }
 
-// y of `count` pixels (the others are there again) and an output block. next: pixels to fetch, or null; ahead: weights to
+// y of the first `count` of eight pixels and an output block. next: pixels to fetch, or null; ahead: weights to
 // fetch, so many lines with every step. scaled: the sums are multiplied by a scale. whole: all pairs of a vector have
 // weights.
 template <bool scaled, bool whole>
@@ -44,7 +41,7 @@ void unit(
     sum[1] = _mm512_add_ps(sum[1], load_half(r + 16));
   };
   int64_t row[kPixels];
-  uint32_t beside = 0xffff;
+  uint32_t beside = ~0u;
   __m512 sum[kPixels][2];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kPixels; ++i) {
@@ -94,28 +91,25 @@ void unit(
 }
 
 template <bool scaled, bool whole>
-void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-  Pixel pixel[kGroups * kPixels];
-  int64_t next = 0, row = 0;
-  while (next < tiles) {
-    int64_t count = 0;
-    while (next < tiles && count < kGroups * kPixels) {
-      const Tile& from = tile[next];
-      if (from.rows >> row & 1) {
-        pixel[count++] = {static_cast<int32_t>(from.x + row * args.x_row), from.y[row], from.beside[row]};
-      }
-      if (++row == kTileRows) row = 0, ++next;
-    }
-    if (count == 0) return;
-    const int64_t groups = (count + kPixels - 1) / kPixels;
-    for (int64_t i = count; i < groups * kPixels; ++i) pixel[i] = pixel[count - 1];
-    const bool pointwise = args.steps == args.blocks;
-    const int64_t values = args.steps * kBlockValues, lines = (kBlockValues / kVector + groups - 1) / groups;
-    const auto one = [&](int64_t group, int64_t block, bool last) {
-      const Pixel* const at = pixel + group * kPixels;
+void run(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin, int64_t end) {
+  const bool pointwise = args.steps == args.blocks;
+  const int64_t values = args.steps * kBlockValues;
+  Pixel last[kPixels];  // of the pixels, filled up
+  for (int64_t i = 0; i < kPixels; ++i) {
+    last[i] = pixel[least(pixels / kPixels * kPixels + i, pixels - 1)];
+  }
+  for (int64_t first = 0; first < pixels; first += kGroups * kPixels) {
+    const int64_t count = least(kGroups * kPixels, pixels - first), groups = (count + kPixels - 1) / kPixels;
+    const int64_t lines = (kBlockValues / kVector + groups - 1) / groups;
+    const auto at = [&](int64_t group) {
+      const int64_t number = first + group * kPixels;
+      return number + kPixels <= pixels ? pixel + number : last;
+    };
+    const auto one = [&](int64_t group, int64_t block, bool last_block) {
       const bool weights = !args.pixels_first && block + 1 < end;
       unit<scaled, whole>(
-          args, at, count - group * kPixels, block, pointwise && last && group + 1 < groups ? at + kPixels : nullptr,
+          args, at(group), count - group * kPixels, block,
+          pointwise && last_block && group + 1 < groups ? at(group + 1) : nullptr,
           args.weight + (block + 1) * values + group * lines * args.steps * kVector, weights ? lines : 0);
     };
     if (args.pixels_first) {
@@ -132,12 +126,13 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
 
 }  // namespace
 
-void conv_dots(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
+void conv_dots(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin, int64_t end) {
+  if (pixels == 0) return;
   if (args.scale != nullptr) {
-    args.pairs == kPairs ? run<true, true>(args, tile, tiles, begin, end) : run<true, false>(args, tile, tiles, begin, end);
+    args.pairs == kPairs ? run<true, true>(args, pixel, pixels, begin, end) : run<true, false>(args, pixel, pixels, begin, end);
   } else {
-    args.pairs == kPairs ? run<false, true>(args, tile, tiles, begin, end)
-                         : run<false, false>(args, tile, tiles, begin, end);
+    args.pairs == kPairs ? run<false, true>(args, pixel, pixels, begin, end)
+                         : run<false, false>(args, pixel, pixels, begin, end);
   }
 }
 

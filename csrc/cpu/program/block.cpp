@@ -57,6 +57,7 @@ struct Layout {
   int64_t capacity, threads;
   bool all;  // images of a call are no more than the capacity
   bool downsample, residual;
+  bool tiles;
 };
 
 // Lays a block out as a Program. Large images go through the block one by one, each thread with its own; from where they
@@ -83,9 +84,9 @@ class Builder {
     const int64_t channels = first.in_channels, height = first.height, width = first.width;
     const int64_t out_channels = final.out_channels, out_height = final.out_height(), out_width = final.out_width();
     const bool one_plane = layout_.planes == 1;
-    const bool dense = first.pointwise() && first.stride == 1 && channels <= kDirectChannels;
-    const bool x_direct = one_plane && !small(height, width) && dense;
-    const bool y_direct = one_plane && !small(out_height, out_width);
+    const bool dense = first.pointwise() && first.stride == 1 && (channels <= kDirectChannels || !layout_.tiles);
+    const bool x_direct = one_plane && !indirect(height, width) && dense;
+    const bool y_direct = one_plane && !indirect(out_height, out_width);
 
     const int64_t x_tensor = one_plane ? program_.tensor(Place::kX, channels, height, width) : -1;
     int64_t y = y_direct ? program_.tensor(Place::kY, out_channels, out_height, out_width) : -1;
@@ -127,6 +128,14 @@ class Builder {
  private:
   static bool small(int64_t height, int64_t width) { return height * width <= kSmallPixels; }
 
+  bool indirect(int64_t height, int64_t width) const { return height * width <= (layout_.tiles ? kSmallPixels : 128); }
+
+  // Images side by side: of tiles they are to be the rows, of dot products they leave the same taps out.
+  int64_t group_of_small() const {
+    if (!layout_.tiles) return std::min(layout_.capacity, kGroup);
+    return layout_.capacity >= kGroup ? kGroup : 1;
+  }
+
   void pack() {
     std::vector<Packed> before;
     for (const Conv& conv : convs_) {
@@ -144,14 +153,14 @@ class Builder {
   bool by_item(const Conv& conv) const {
     const bool grouped = small(conv.out_height(), conv.out_width()) && small(conv.height, conv.width);
     const int64_t images = layout_.capacity;
-    const bool one_unit = layout_.all && (images == 1 || (images == kGroup && grouped));
+    const bool one_unit = layout_.all && (images == 1 || (images == group_of_small() && grouped));
     const int64_t bytes = 2 * layout_.planes * images * conv.in_channels * conv.height * conv.width;
     return one_unit && bytes <= kSecondCacheBytes && conv.out_channels / amx::kVector >= layout_.threads;
   }
 
   int64_t buffer(int64_t channels, int64_t height, int64_t width) {
     const bool is_small = small(height, width);
-    const int64_t group = is_small && layout_.capacity >= kGroup ? kGroup : 1;
+    const int64_t group = is_small ? group_of_small() : 1;
     const bool own = by_image_ && !is_small;
     return program_.buffer(channels, height, width, halos_[{height, width}], group, own, amx::kVector);
   }
@@ -168,7 +177,7 @@ class Builder {
     const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
     const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
     program_.add(make_conv(
-        layout_.planes, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
+        layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
         packed_[layer], conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
   }
 
@@ -239,7 +248,7 @@ std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block, Unit un
                            c.top, c.left, c.down, c.right, c.groups});
   }
   const auto build = [&](Program& program, int64_t capacity, int64_t threads, bool all) {
-    Builder(program, {planes, capacity, threads, all, downsample, residual}, convs).build();
+    Builder(program, {planes, capacity, threads, all, downsample, residual, unit == Unit::kTiles}, convs).build();
   };
   run_planned(key, planes, unit, build, x, y, live);
   return live.finite ? std::make_optional(y) : std::nullopt;

@@ -15,7 +15,7 @@ constexpr int64_t kBandBytes = 3 << 18;  // of 2 MiB
 class ConvPoolStep : public Step {
  public:
   ConvPoolStep(
-      int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
+      int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
       const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride)
       : Step(name, 1, 0),
         x_(x),
@@ -26,19 +26,10 @@ class ConvPoolStep : public Step {
         rows_((band.height - 1) / 2),
         output_blocks_(div_up(y.channels, amx::kVector)),
         x_step_(stride * x.row),
-        row_tiles_(div_up(band.width, amx::kTileRows)) {
+        a_row_(tiles ? div_up(band.width, amx::kTileRows) : band.width) {
     items = div_up(y.height, rows_);
     for (const auto& tap : taps) offsets_.push_back(tap[0] * x.row + tap[1] * x.pixel);
-    for (int64_t row = 0; row < band.height; ++row) {
-      for (int64_t column = 0; column < band.width; column += amx::kTileRows) {
-        amx::Tile tile{row * x_step_ + column * stride * x.pixel, {}, 0, {}};
-        for (int64_t i = 0; i < std::min(amx::kTileRows, band.width - column); ++i) {
-          tile.y[i] = static_cast<int32_t>(row * band.row + (column + i) * band.pixel);
-          tile.rows |= 1u << i;
-        }
-        tiles_.push_back(tile);
-      }
-    }
+    for (int64_t row = 0; row < band.height; ++row) tiles ? place_tiles(row, stride) : place_pixels(row, stride);
     args_ = {};
     args_.planes = planes;
     args_.x_row = x.pixel * stride;
@@ -68,7 +59,7 @@ class ConvPoolStep : public Step {
     amx::ConvArgs args = args_;
     args.x = pixels(x_, run, 1) + (row + begin) * x_step_;
     args.y = band + begin * band_.row;
-    convolve(run, args, tiles_.data(), (end - begin) * row_tiles_, 0, output_blocks_);
+    convolve(run, args, rows_of_band_, 0, (end - begin) * a_row_, 0, output_blocks_);
     uint16_t* const y = pixels(y_, run, 1) + y_row * y_.row;
     for (int64_t block = 0; block < output_blocks_; ++block) {
       amx::max_pool({args.planes, band + band_.row + block * band_.block, y + block * y_.block, band_.plane, band_.row,
@@ -77,6 +68,24 @@ class ConvPoolStep : public Step {
   }
 
  private:
+  void place_tiles(int64_t row, int64_t stride) {
+    for (int64_t column = 0; column < band_.width; column += amx::kTileRows) {
+      amx::Tile tile{row * x_step_ + column * stride * x_.pixel, {}, 0};
+      for (int64_t i = 0; i < std::min(amx::kTileRows, band_.width - column); ++i) {
+        tile.y[i] = static_cast<int32_t>(row * band_.row + (column + i) * band_.pixel);
+        tile.rows |= 1u << i;
+      }
+      rows_of_band_.tiles.push_back(tile);
+    }
+  }
+
+  void place_pixels(int64_t row, int64_t stride) {
+    for (int64_t column = 0; column < band_.width; ++column) {
+      rows_of_band_.pixels.push_back({static_cast<int32_t>(row * x_step_ + column * stride * x_.pixel),
+                                      static_cast<int32_t>(row * band_.row + column * band_.pixel), 0});
+    }
+  }
+
   void clear(uint16_t* band, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t block = 0; block < output_blocks_; ++block) {
@@ -90,9 +99,9 @@ class ConvPoolStep : public Step {
 
   const Buffer &x_, &band_, &y_;
   Packed packed_;
-  int64_t height_, rows_, output_blocks_, x_step_, row_tiles_;
+  int64_t height_, rows_, output_blocks_, x_step_, a_row_;  // a_row_: tiles or pixels
   std::vector<int64_t> offsets_;
-  std::vector<amx::Tile> tiles_;
+  Rows rows_of_band_;
   amx::ConvArgs args_;
 };
 
@@ -105,9 +114,10 @@ int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_h
 }
 
 std::unique_ptr<Step> make_conv_pool(
-    int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride) {
-  return std::make_unique<ConvPoolStep>(planes, name, x, band, y, height, packed, taps, columns, stride);
+    int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y,
+    int64_t height, const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns,
+    int64_t stride) {
+  return std::make_unique<ConvPoolStep>(planes, tiles, name, x, band, y, height, packed, taps, columns, stride);
 }
 
 }  // namespace resnet_fast::cpu

@@ -78,7 +78,7 @@ void Program::conv(
     const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
-  add(make_conv(planes_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
+  add(make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
                 {0, false, weight, {}, bias}, taps, shape));
 }
 
@@ -88,7 +88,7 @@ void Program::conv_max_pool(
     const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
     const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride, int64_t height, int64_t width) {
   const Packed packed{0, false, weight, {}, bias};
-  add(make_conv_pool(planes_, name, at(x), at(band(y, width)), at(y), height, packed, taps, columns, stride));
+  add(make_conv_pool(planes_, tiles_, name, at(x), at(band(y, width)), at(y), height, packed, taps, columns, stride));
 }
 
 int64_t Program::band(int64_t y, int64_t width) {

@@ -119,14 +119,15 @@ class AveragePoolStep : public Step {
 class ConvStep : public Step {
  public:
   ConvStep(
-      int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
+      int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
       const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
       : Step(name, std::min(x.group, y.group), 0),
         x_(x),
         y_(y),
         residual_(residual),
         packed_(packed),
-        output_blocks_(div_up(y.channels, amx::kVector)) {
+        output_blocks_(div_up(y.channels, amx::kVector)),
+        a_tile_(tiles ? 1 : amx::kTileRows) {
     for (int64_t block = 0; block < shape.blocks; ++block) {
       for (const auto& tap : taps) offsets_.push_back(block * x.block + tap[0] * x.row + tap[1] * x.pixel);
     }
@@ -147,12 +148,11 @@ class ConvStep : public Step {
     args_.y_block = y.block;
     args_.relu = shape.relu;
     args_.pairs = amx::kPairs;
-    place_tiles(shape.stride);
-    const bool looks = taps.size() > 1 && taps.size() <= 8 * sizeof(amx::Tile::beside[0]);
+    const bool looks = taps.size() > 1 && taps.size() <= amx::kMostBeside;
     args_.taps = looks ? static_cast<int64_t>(taps.size()) : 1;
-    if (looks) look_beside(taps, shape.stride);
+    tiles ? place_tiles(shape.stride) : place_pixels(shape.stride, taps, looks);
     if (packed.by_item) {
-      tile_step_ = static_cast<int64_t>(tiles_.size());
+      tile_step_ = rows_.size();
       block_step_ = 1;
       block_cuts_ = items = output_blocks_;
     } else {
@@ -166,15 +166,14 @@ class ConvStep : public Step {
     args.y = pixels(y_, run, group);
     args.residual = residual_ == nullptr ? nullptr : pixels(*residual_, run, group);
     const int64_t first_tile = item / block_cuts_ * tile_step_, first_block = item % block_cuts_ * block_step_;
-    const int64_t tiles = std::min(tile_step_, static_cast<int64_t>(tiles_.size()) - first_tile);
+    const int64_t first = first_tile * a_tile_, count = std::min(tile_step_ * a_tile_, rows_.size() - first);
     if (packed_.by_item) {
       const int64_t block_values = args.steps * args.planes * amx::kBlockValues;
       uint16_t* weight = values(packed_.weight) + run.thread * block_values;
       pack_block(args.planes, packed_, *run.live, first_block, weight);
       args.weight = weight - first_block * block_values;
     }
-    convolve(run, args, tiles_.data() + first_tile, tiles, first_block,
-             std::min(first_block + block_step_, output_blocks_));
+    convolve(run, args, rows_, first, count, first_block, std::min(first_block + block_step_, output_blocks_));
   }
 
  private:
@@ -184,7 +183,7 @@ class ConvStep : public Step {
         for (int64_t column = 0; column < y_.width; ++column) {
           amx::Tile tile{row * stride * x_.row + column * stride * x_.pixel, {}, 0xffff};
           for (int64_t i = 0; i < amx::kTileRows; ++i) tile.y[i] = y_at(row, column) + i * y_.vector;
-          tiles_.push_back(tile);
+          rows_.tiles.push_back(tile);
         }
       }
       return;
@@ -203,7 +202,7 @@ class ConvStep : public Step {
           tile.y[i] = y_at(row, column);
           tile.rows |= 1u << i;
         }
-        tiles_.push_back(tile);
+        rows_.tiles.push_back(tile);
       }
       return;
     }
@@ -214,22 +213,31 @@ class ConvStep : public Step {
           tile.y[i] = y_at(row, column + i);
           tile.rows |= 1u << i;
         }
-        tiles_.push_back(tile);
+        rows_.tiles.push_back(tile);
       }
     }
   }
 
-  void look_beside(const std::vector<std::vector<int64_t>>& taps, int64_t stride) {
-    for (amx::Tile& tile : tiles_) {
-      for (int64_t i = 0; i < amx::kTileRows; ++i) {
-        const int64_t row = tile.y[i] / y_.row * stride, column = tile.y[i] % y_.row / y_.pixel * stride;
-        for (size_t tap = 0; tap < taps.size(); ++tap) {
-          const int64_t r = row + taps[tap][0], c = column + taps[tap][1];
+  // Those that leave the same taps out are computed together.
+  void place_pixels(int64_t stride, const std::vector<std::vector<int64_t>>& taps, bool looks) {
+    for (int64_t row = 0; row < y_.height; ++row) {
+      for (int64_t column = 0; column < y_.width; ++column) {
+        uint32_t beside = 0;
+        for (size_t tap = 0; looks && tap < taps.size(); ++tap) {
+          const int64_t r = row * stride + taps[tap][0], c = column * stride + taps[tap][1];
           const bool inside = r >= 0 && r < x_.height && c >= 0 && c < x_.width;
-          tile.beside[i] |= static_cast<uint16_t>(inside ? 0 : 1 << tap);
+          beside |= static_cast<uint32_t>(!inside) << tap;
+        }
+        const auto x = static_cast<int32_t>(row * stride * x_.row + column * stride * x_.pixel);
+        for (int64_t i = 0; i < group; ++i) {
+          const auto image = static_cast<int32_t>(i);
+          rows_.pixels.push_back({x + image * static_cast<int32_t>(x_.vector),
+                                  y_at(row, column) + image * static_cast<int32_t>(y_.vector), beside});
         }
       }
     }
+    std::stable_sort(rows_.pixels.begin(), rows_.pixels.end(),
+                     [](const amx::Pixel& a, const amx::Pixel& b) { return a.beside < b.beside; });
   }
 
   int32_t y_at(int64_t row, int64_t column) const { return static_cast<int32_t>(row * y_.row + column * y_.pixel); }
@@ -237,7 +245,7 @@ class ConvStep : public Step {
   // Items of tiles by output blocks. In an item one side passes by the other again and again, so that one must fit into
   // the second cache level; both are fetched once for an item, which is to be as little as can be, threads being kept busy.
   void cut(int64_t threads, int64_t stride) {
-    const int64_t pairs = div_up(static_cast<int64_t>(tiles_.size()), 2);
+    const int64_t pairs = div_up(rows_.size(), 2 * a_tile_);
     // Taps of a strided convolution share no pixels with those of its neighbours.
     const double apart = args_.steps > args_.blocks ? static_cast<double>(stride * stride) : 1.0;
     const double pair_bytes = 2 * amx::kTileRows * args_.planes * amx::kVector * 2.0 * args_.blocks * apart;
@@ -279,9 +287,9 @@ class ConvStep : public Step {
   const Buffer &x_, &y_;
   const Buffer* residual_;
   Packed packed_;
-  int64_t output_blocks_;
+  int64_t output_blocks_, a_tile_;  // a_tile_: of rows_, what a tile's rows are
   std::vector<int64_t> offsets_;
-  std::vector<amx::Tile> tiles_;
+  Rows rows_;
   amx::ConvArgs args_;
   int64_t tile_step_ = 0, block_step_ = 0, block_cuts_ = 0;
 };
@@ -311,9 +319,10 @@ std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffe
 }
 
 std::unique_ptr<Step> make_conv(
-    int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape) {
-  return std::make_unique<ConvStep>(planes, threads, name, x, y, residual, packed, taps, shape);
+    int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y,
+    const Buffer* residual, const Packed& packed, const std::vector<std::vector<int64_t>>& taps,
+    const ConvShape& shape) {
+  return std::make_unique<ConvStep>(planes, tiles, threads, name, x, y, residual, packed, taps, shape);
 }
 
 }  // namespace resnet_fast::cpu

@@ -36,9 +36,20 @@ struct Run {
   bool tiles;  // AMX's, else dot products
 };
 
+// What a convolution computes: tiles for AMX, single pixels for dot products.
+struct Rows {
+  std::vector<amx::Tile> tiles;
+  std::vector<amx::Pixel> pixels;
+
+  int64_t size() const { return static_cast<int64_t>(tiles.size() + pixels.size()); }
+};
+
+// For `count` tiles or pixels of `rows`, and the output blocks [begin, end).
 inline void convolve(
-    const Run& run, const amx::ConvArgs& args, const amx::Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-  run.tiles ? amx::conv(args, tile, tiles, begin, end, run.scratch) : amx::conv_dots(args, tile, tiles, begin, end);
+    const Run& run, const amx::ConvArgs& args, const Rows& rows, int64_t first, int64_t count, int64_t begin,
+    int64_t end) {
+  run.tiles ? amx::conv(args, rows.tiles.data() + first, count, begin, end, run.scratch)
+            : amx::conv_dots(args, rows.pixels.data() + first, count, begin, end);
 }
 
 // Where the first pixel of an image is; with a step over groups, that of the group's first image.
@@ -78,13 +89,14 @@ std::unique_ptr<Step> make_skip(int planes, const Buffer& x, const Buffer& y, in
 std::unique_ptr<Step> make_write(int planes, const Buffer& x);
 std::unique_ptr<Step> make_average_pool(int planes, const Buffer& x, const Buffer& y);
 std::unique_ptr<Step> make_conv(
-    int planes, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape);
+    int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y,
+    const Buffer* residual, const Packed& packed, const std::vector<std::vector<int64_t>>& taps,
+    const ConvShape& shape);
 
 // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1), of an image's only input block. band: a buffer for each thread,
 // of a few of the convolution's `height` rows: band_height, where `threads` share an image.
 std::unique_ptr<Step> make_conv_pool(
-    int planes, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
+    int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
     const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride);
 int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_height, int64_t threads);
 
