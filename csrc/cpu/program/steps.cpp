@@ -218,7 +218,7 @@ class ConvStep : public Step {
     }
   }
 
-  // Those that leave the same taps out are computed together.
+  // Those that leave the same taps out are computed together; any part of all has its share of them.
   void place_pixels(int64_t stride, const std::vector<std::vector<int64_t>>& taps, bool looks) {
     for (int64_t row = 0; row < y_.height; ++row) {
       for (int64_t column = 0; column < y_.width; ++column) {
@@ -236,8 +236,18 @@ class ConvStep : public Step {
         }
       }
     }
-    std::stable_sort(rows_.pixels.begin(), rows_.pixels.end(),
+    if (!looks) return;
+    std::vector<amx::Pixel> sorted = rows_.pixels;
+    std::stable_sort(sorted.begin(), sorted.end(),
                      [](const amx::Pixel& a, const amx::Pixel& b) { return a.beside < b.beside; });
+    const int64_t tiles = rows_.size() / amx::kTileRows;
+    auto to = rows_.pixels.begin();
+    for (int64_t part = 0; part < kParts; ++part) {
+      for (int64_t tile = part; tile < tiles; tile += kParts) {
+        to = std::copy_n(sorted.begin() + tile * amx::kTileRows, amx::kTileRows, to);
+      }
+    }
+    std::copy(sorted.begin() + tiles * amx::kTileRows, sorted.end(), to);
   }
 
   int32_t y_at(int64_t row, int64_t column) const { return static_cast<int32_t>(row * y_.row + column * y_.pixel); }
@@ -279,6 +289,7 @@ class ConvStep : public Step {
     }
   }
 
+  static constexpr int64_t kParts = 8;  // as many as a convolution's pixels are cut into, or a multiple
   static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
   static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
