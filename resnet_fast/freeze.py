@@ -10,7 +10,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import dispatch
-from .amx.network import why_not_section
+from .amx.network import why_not_packable
 from .backends import native
 from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
@@ -193,7 +193,7 @@ def _kernel(frozen: FrozenBlock) -> str:
     weight = frozen.convs[0].weight
     if weight.device.type == "cpu" and dispatch.requested(frozen.convs[0].backend) in ("auto", "native"):
         section = Section(None, False, [("block", frozen)])
-        if (native.why_no_unit(weight.dtype) or why_not_section(section)) is None:
+        if (native.why_no_unit(weight.dtype) or why_not_packable(section)) is None:
             return f"{native.unit_name()} conv + residual + ReLU, all layers in one call"
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
         return "oneDNN or Winograd conv + residual + ReLU, packed weights, all layers in one call"

@@ -245,7 +245,7 @@ class PlannedStage(_Planned, FrozenStage):
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
         network = self.amx_network(x)
-        if network is not None and network.why_not_image(x) is None:
+        if network is not None and network.why_not(x) is None:
             return network(x)
         engine = self._engine(x)
         return self._by_library(x) if engine is None else engine(x)
@@ -268,7 +268,7 @@ class PlannedResNet(_Planned, ResNet):
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
         network = self.amx_network(x)
-        if network is not None and network.why_not_image(x) is None:
+        if network is not None and network.why_not(x) is None:
             y = network(x)
             return y if network.head else self._behind(y)
         engine = self._engine(x)

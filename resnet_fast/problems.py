@@ -4,8 +4,9 @@ A problem is the key of the tuned tables and the input of the cost model, the pl
 in elements, work in FLOPs (2 per multiply-add, padding included), traffic in bytes, every tensor read or written once.
 """
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element."""
@@ -261,6 +262,66 @@ class WeightGradientProblem:
 
 
 @dataclass(frozen=True)
+class BlockShapes:
+    """A residual block's convolutions, in order; downsample: that of the shortcut, if it has one."""
+
+    convs: tuple[Conv, ...]
+    downsample: Conv | None = None
+
+    @classmethod
+    def of(cls, x_shape: Sequence[int], weight_shapes, geometry: Sequence[int], downsample: bool) -> "BlockShapes":
+        """From what `ops.residual_block` is given."""
+        convs, shape, branch = [], x_shape, len(weight_shapes) - 1 if downsample else None
+        for number, weight_shape in enumerate(weight_shapes):
+            *pairs, groups = geometry[7 * number : 7 * number + 7]
+            x_of_conv = x_shape if number == branch else shape
+            convs.append(Conv.of(x_of_conv, weight_shape, pairs[:2], pairs[2:4], pairs[4:], groups))
+            shape = convs[-1].y_shape
+        return cls(tuple(convs[:branch]), convs[-1] if downsample else None)
+
+    @property
+    def all_convs(self) -> tuple[Conv, ...]:
+        return (*self.convs, self.downsample) if self.downsample else self.convs
+
+
+@dataclass(frozen=True)
+class SectionProblem:
+    """Consecutive residual blocks, on CPUs: of a frozen network, or, not folded, one of a model's own.
+
+    stem: the convolution before them, with ReLU and max-pool.
+    """
+
+    blocks: tuple[BlockShapes, ...]
+    dtype: str
+    stem: Conv | None = None
+    folded: bool = True
+
+    @property
+    def convs(self) -> tuple[Conv, ...]:
+        found = (conv for block in self.blocks for conv in block.all_convs)
+        return (self.stem, *found) if self.stem else tuple(found)
+
+    @property
+    def flops(self) -> int:
+        return sum(conv.flops for conv in self.convs)
+
+    @property
+    def bytes(self) -> int:
+        first, last = self.convs[0], self.blocks[-1].convs[-1]
+        elements = first.x_elements + last.y_elements + sum(conv.weight_elements for conv in self.convs)
+        return elements * ITEMSIZE[self.dtype]
+
+    @property
+    def key(self) -> str:
+        """Of all convolutions a checksum, the same for any batch."""
+        batch, channels, height, width = self.convs[0].x_shape
+        shapes = "; ".join(replace(conv, batch=1).key for conv in self.convs)
+        kind = "network" if self.folded else "block"
+        parts = [kind, f"n{batch}", f"{channels}x{height}x{width}", f"{len(self.convs)} convs"]
+        return " ".join([*parts, f"{zlib.crc32(shapes.encode()):08x}", self.dtype, *([] if self.folded else ["bn"])])
+
+
+@dataclass(frozen=True)
 class StemProblem:
     """max_pool(relu(conv(x)), 3, stride 2, padding 1), batch norm folded: packed, convolved and pooled, one by one.
 
@@ -400,5 +461,13 @@ def _residual_parts(problem: ConvProblem | PrologueProblem) -> list[str]:
     return ["+bn(residual)" if problem.residual_norm else "+residual"]
 
 
-Problem = ConvProblem | StemProblem | TailProblem | PrologueProblem | GramDgradProblem | WeightGradientProblem
+Problem = (
+    ConvProblem
+    | StemProblem
+    | TailProblem
+    | PrologueProblem
+    | GramDgradProblem
+    | WeightGradientProblem
+    | SectionProblem
+)
 """What a kernel of ours computes that has configurations; pools have none."""

@@ -1,19 +1,25 @@
 """Which kernel a frozen 3x3 takes on the CPU by a tuned table, and `resnet-fast tune --device cpu`, which writes it."""
 
+import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import CPU, draw
+from models import lively
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
-from resnet_fast import cli
+from resnet_fast import cli, freeze, optimize, twin
+from resnet_fast.backends import native as native_backend
 from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import info, tune, tuning
 from resnet_fast.frozen import FrozenConv2d
 from resnet_fast.kernels import configs, selection, tables
 from resnet_fast.kernels.configs import WinogradConfig
-from resnet_fast.problems import Conv, ConvProblem
+from resnet_fast.problems import BlockShapes, Conv, ConvProblem, SectionProblem
 
 pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 
@@ -119,6 +125,85 @@ def test_tune_measures_training_steps(tuned):
         assert not row["rejected"]
 
 
+@pytest.fixture
+def unit(monkeypatch) -> str:
+    """What multiplies bfloat16 here."""
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
+    if (reason := native_backend.why_no_unit(torch.bfloat16)) is not None:
+        pytest.skip(reason)
+    return native_backend.unit(torch.bfloat16)
+
+
+def stage_of(block: BasicBlock) -> tuple[nn.Module, torch.Tensor, nn.Module]:
+    """The block optimized, its input, and it frozen as a stage."""
+    block = lively(block).eval().bfloat16().to(memory_format=torch.channels_last)
+    x = draw((4, block.conv1.in_channels, 16, 16), torch.bfloat16, "channels_last")
+    return optimize(nn.Sequential(copy.deepcopy(block)), backend="native")[0], x, freeze(nn.Sequential(block).eval())
+
+
+@pytest.mark.amx
+def test_tune_measures_blocks_and_networks(tuned, unit):
+    usual = ["--task", "infer", "--dtype", "bfloat16", "--only"]
+    code, written = tuned(*usual, "network n4 3x64x64 *")
+    assert code == 0
+    code, written = tuned(*usual, "block n4 64x16x16 *")
+    assert code == 0
+    assert [key.split()[0] for key in written["rows"]] == ["network", "block", "block"]  # with a downsample and without
+    for row in written["rows"].values():
+        assert set(row["times"]) == {"PyTorch", "library onednn", "program"}
+        assert not row["rejected"]
+        assert row["candidates"] == 1
+
+
+@pytest.mark.amx
+def test_tune_never_takes_a_wrong_program(tuned, unit, monkeypatch):
+    op = native_backend.cpu_residual_block
+    monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: op(*call) * (1.05 if call[-1] else 1.0))
+    code, written = tuned("--task", "infer", "--dtype", "bfloat16", "--only", "block n4 64x16x16 2 convs *")
+    assert code == 1
+    [row] = written["rows"].values()
+    assert row["config"] is None
+    assert row["rejected"]["program"].startswith(tuning.WRONG)
+
+
+@pytest.mark.amx
+@pytest.mark.parametrize("is_program", [True, False])
+@torch.no_grad()
+def test_a_tuned_table_decides_what_is_a_program(unmeasured_cpu, unit, is_program, monkeypatch):
+    """Of blocks in eval mode, and of frozen stages; with the same results as far as float64 can tell them apart."""
+    fast, x, frozen = stage_of(BasicBlock(64, 64))
+    conv = Conv(*x.shape, 64, (3, 3), padding=(1, 1))
+    live = SectionProblem((BlockShapes((conv, conv)),), "bfloat16", folded=False)
+    row = {"config": {"kernel": "program"} if is_program else None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+    head = {"schema": tables.SCHEMA, "cpu": CPU.name, "environment": {}}
+    rows = {problem.key: row for problem in (live, replace(live, folded=True))}
+    unmeasured_cpu.write_text(json.dumps(head | {"rows": rows}))
+    selection.forget()
+    units, op = [], native_backend.cpu_residual_block
+    monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: [units.append(call[-1]), op(*call)][1])
+    expected = None if is_program else "measured faster than every kernel of ours"
+    assert frozen.amx_network(x).why_not(x) == expected
+    torch.testing.assert_close(fast(x), frozen(x), rtol=3e-2, atol=3e-2)
+    assert units == [unit if is_program else ""]
+    x = x[:, :, :12].contiguous(memory_format=torch.channels_last)  # nothing is measured of this shape
+    assert frozen.amx_network(x).why_not(x) is None
+    fast(x)
+    assert units[1] == unit
+
+
+def test_a_sections_key_is_the_same_for_any_batch_and_no_other_shapes():
+    def key(batch=4, stride=1, downsample=None, dtype="bfloat16", **rest) -> str:
+        convs = [Conv(batch, 64, 16, 16, 64, (3, 3), (n, n), (1, 1)) for n in (1, stride)]
+        return SectionProblem((BlockShapes(tuple(convs), downsample),), dtype, **rest).key
+
+    assert re.fullmatch("network n4 64x16x16 2 convs [0-9a-f]{8} bfloat16", key())
+    assert re.fullmatch("block n4 64x16x16 2 convs [0-9a-f]{8} bfloat16 bn", key(folded=False))
+    assert key(batch=16) == key().replace("n4", "n16")
+    branch = Conv(4, 64, 16, 16, 64)
+    different = {key(), key(stride=2), key(downsample=branch), key(dtype="float32"), key(folded=False)}
+    assert len(different | {key(stem=Conv(4, 3, 64, 64, 64, (7, 7), (2, 2), (3, 3)))}) == 6
+
+
 def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
     packed, live = backend.conv_packed, backend.conv
     monkeypatch.setattr(backend, "conv_packed", lambda *call: packed(*call) * (1 + 1e-5))
@@ -131,8 +216,9 @@ def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
     for arguments, message in (
-        (["--dtype", "bfloat16"], "single layers in float32 alone"),
-        (["--fusion", "tail"], "single layers in float32 alone"),
+        (["--dtype", "float16"], "in float32 and bfloat16 alone"),
+        (["--fusion", "tail"], "in float32 and bfloat16 alone"),
+        (["--dtype", "bfloat16", "--task", "train"], "in more than one way"),
         (["--only", "nothing"], "matches no problem"),
     ):
         assert tuned(*arguments) == (2, None)

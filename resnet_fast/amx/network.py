@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import cpus
+from ..backends.programs import why_not_section
 from ..planner import Section, why_not_plannable
-from .program import GROUP, Builder, Built
+from .program import GROUP, Builder, Built, problem_of
 from .weights import Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
@@ -19,7 +20,7 @@ KINDS_KEPT = 4
 """Kinds of programs that a network keeps; the one unused longest goes first."""
 
 
-def why_not_section(section: Section) -> str | None:
+def why_not_packable(section: Section) -> str | None:
     """Why `section` cannot be a program; None where it can."""
     reason = why_not_plannable(section)
     if reason is None and section.max_pool and section.stem is None:
@@ -50,11 +51,11 @@ class AmxNetwork:
     head: average pool and classifier are run too, and give logits; else the last block's output is what comes out.
 
     Raises:
-        ValueError: the section cannot be a program (`why_not_section`).
+        ValueError: the section cannot be a program (`why_not_packable`).
     """
 
     def __init__(self, section: Section, head: bool) -> None:
-        reason = why_not_section(section)
+        reason = why_not_packable(section)
         if reason is not None:
             raise ValueError(reason)
         self.section, self.head = section, head
@@ -65,19 +66,23 @@ class AmxNetwork:
             self._packed[section.stem[1]] = pack_stem(section.stem[1])
         if head:
             self._packed[section.classifier] = pack_linear(section.classifier)
+        self._slower: dict[torch.Size, str | None] = {}  # why not, by x's shape
         self._idle: OrderedDict[tuple, list[Built]] = OrderedDict()  # programs that nobody runs, by their kind
         self._busy = 0  # threads
         self._turn = threading.Condition()
 
-    def why_not_image(self, x: Tensor) -> str | None:
-        """Why x cannot be this network's input; None where it can. PyTorch's own layers have the error for users."""
+    def why_not(self, x: Tensor) -> str | None:
+        """Why x is not to be this network's input; None where it is. PyTorch's own layers have the error for users."""
         if x.dim() != 4:
             return f"x has {x.dim()} dimensions, not 4"
         try:
-            self._idle_of(_key(x.shape[1:], _parts(len(x))[0]))
+            if x.shape not in self._slower:
+                self._slower[x.shape] = why_not_section(problem_of(self.section, x.shape))
+            if self._slower[x.shape] is None:
+                self._idle_of(_key(x.shape[1:], _parts(len(x))[0]))
         except ValueError as error:
             return str(error)
-        return None
+        return self._slower[x.shape]
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..backends import native
 from ..frozen import FrozenBlock, FrozenConv2d
 from ..layers import conv_of
 from ..planner import Section
-from ..problems import Conv
+from ..problems import BlockShapes, Conv, SectionProblem
 from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed
 
 GROUP = 16
@@ -220,6 +220,24 @@ class Builder:
 
     def _cost(self, flops: int = 0, values: int = 0, weight_bytes: int = 0) -> None:
         self.costs.append(Cost(flops, values, weight_bytes))
+
+
+def problem_of(section: Section, shape: Sequence[int]) -> SectionProblem:
+    """What `section` computes of x of `shape` (N, C, H, W)."""
+    stem, blocks = None, []
+    if section.stem is not None:
+        stem = conv_of(section.stem[1], shape)
+        shape = stem.y_shape
+    if section.max_pool:
+        shape = _max_pool(shape).y_shape
+    for _, block in section.blocks:
+        downsample = None if block.downsample is None else conv_of(block.downsample, shape)
+        convs = []
+        for module in block.convs:
+            convs.append(conv_of(module, shape))
+            shape = convs[-1].y_shape
+        blocks.append(BlockShapes(tuple(convs), downsample))
+    return SectionProblem(tuple(blocks), str(section.dtype).removeprefix("torch."), stem)
 
 
 def _max_pool(shape: Sequence[int]) -> Conv:

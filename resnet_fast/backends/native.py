@@ -257,7 +257,7 @@ conv_bn_act = _op("conv_bn_act")
 conv_bn_act_train = _op("conv_bn_act_train")
 conv_bn_act_backward = _op("conv_bn_act_backward")
 conv_epilogue = _op("conv_epilogue")
-_cpu_residual_block = _op("residual_block")
+cpu_residual_block = _op("residual_block")
 _cpu_stem = _op("stem")
 autocast_cast = _op("autocast_cast")
 _max_pool = _op("max_pool")
@@ -280,7 +280,11 @@ def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
     if x.device.type != "cpu":
         return _by_layer_residual_block(x, *args)
     _, conv_weights, *_, geometry, _, downsample = args
-    return _cpu_residual_block(x, *args, _winograd().layers(x, conv_weights, geometry, downsample), unit(x.dtype))
+    layers = conv_weights, geometry, downsample
+    which = unit(x.dtype)
+    if which and not _programs().takes_block(x, *layers):
+        which = ""
+    return cpu_residual_block(x, *args, _winograd().layers(x, *layers), which)
 
 
 def stem(x: torch.Tensor, *args) -> torch.Tensor:
@@ -300,6 +304,11 @@ def max_pool(x: torch.Tensor) -> torch.Tensor | None:
 @functools.cache
 def _winograd() -> ModuleType:
     return importlib.import_module(".winograd", __package__)  # which is made of what is here
+
+
+@functools.cache
+def _programs() -> ModuleType:
+    return importlib.import_module(".programs", __package__)
 
 
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import cpus
 from ..kernels import selection
-from ..problems import Conv, ConvProblem, Problem, WeightGradientProblem
+from ..problems import BlockShapes, Conv, ConvProblem, Problem, WeightGradientProblem
 from . import native
 from .primitives import Geometry, Norm, arguments
 
@@ -100,14 +100,8 @@ def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups) -> bo
 
 @selection.remember
 def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
-    found, shape, branch = [], x_shape, len(weight_shapes) - 1 if downsample else None
-    for number, weight_shape in enumerate(weight_shapes):
-        *pairs, groups = geometry[7 * number : 7 * number + 7]
-        conv = Conv.of(x_shape if number == branch else shape, weight_shape, pairs[:2], pairs[2:4], pairs[4:], groups)
-        if _chosen(_live(conv)):
-            found.append(number)
-        shape = conv.y_shape
-    return tuple(found)
+    convs = BlockShapes.of(x_shape, weight_shapes, geometry, downsample).all_convs
+    return tuple(number for number, conv in enumerate(convs) if _chosen(_live(conv)))
 
 
 def _chosen(problem: Problem | None) -> bool:

@@ -1,16 +1,20 @@
-"""A 3x3 on the CPU by oneDNN and by Winograd, as networks call them: for `tune`."""
+"""Layers on the CPU by oneDNN and by Winograd, blocks and networks by layer and as programs: for `tune`."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import frozen
-from ..backends import winograd
+from .. import cpu_network, frozen
+from ..amx.network import AmxNetwork
+from ..backends import native, winograd
+from ..backends import reference as reference_backend
 from ..backends.primitives import Geometry, reference
 from ..kernels.configs import Config
-from ..problems import ConvProblem, WeightGradientProblem
+from ..planner import Section
+from ..problems import Conv, ConvProblem, SectionProblem, WeightGradientProblem
 from ..training import LIBRARY as LIBRARY_STAGE
 from . import workload
 from .workload import Outputs, Run, Workload
@@ -18,8 +22,10 @@ from .workload import Outputs, Run, Workload
 LIBRARY = "onednn"
 
 
-def of(problem: ConvProblem | WeightGradientProblem) -> Workload:
-    """The workload of a convolution without shortcut, or of a weight's gradient."""
+def of(problem: ConvProblem | WeightGradientProblem | SectionProblem) -> Workload:
+    """The workload of a convolution without shortcut, of a weight's gradient, or of residual blocks."""
+    if isinstance(problem, SectionProblem):
+        return _network(problem) if problem.folded else _block(problem)
     if isinstance(problem, WeightGradientProblem):
         return _weight_gradient(problem)
     return _folded(problem) if problem.folded else _live(problem)
@@ -64,6 +70,84 @@ def _weight_gradient(problem: WeightGradientProblem) -> Workload:
         return {"dweight": reference.conv_backward(dy, x, None, weight, geometry, LIBRARY_STAGE, **wants)[1]}
 
     return _workload(onednn, (dy, x, weight), lambda: {"dweight": winograd.weight_gradient(dy, x, None, weight)})
+
+
+@torch.no_grad()
+def _network(problem: SectionProblem) -> Workload:
+    """A frozen network, up to its last block."""
+    source = workload.Source(problem, "cpu")
+    x = source.image(problem.convs[0].x_shape)
+
+    def frozen_conv(conv: Conv, relu: bool) -> frozen.FrozenConv2d:
+        return _layer(ConvProblem(conv, problem.dtype, relu=relu), source.conv(conv))
+
+    stem = None if problem.stem is None else ("stem", frozen_conv(problem.stem, relu=True))
+    blocks = []
+    for shapes in problem.blocks:
+        downsample = None if shapes.downsample is None else frozen_conv(shapes.downsample, relu=False)
+        block = frozen.FrozenBlock([], downsample, None)
+        block.convs.extend(frozen_conv(conv, relu=True) for conv in shapes.convs)
+        blocks.append((f"block{len(blocks)}", block))
+    section = Section(stem, stem is not None, blocks)
+    by_layer, program = cpu_network.build(section, x.shape), AmxNetwork(section, head=False)
+
+    def library() -> Outputs:
+        return {"y": by_layer.run(x)}
+
+    ours = _always(lambda: {"y": program(x)})
+
+    @torch.no_grad()
+    def by_pytorch(dtype: torch.dtype) -> Outputs:
+        return {"y": _by_pytorch(section, x.to(dtype))}
+
+    return Workload(lambda: by_pytorch(torch.float64), lambda: by_pytorch(x.dtype), ours, {LIBRARY: library}, {})
+
+
+def _by_pytorch(section: Section, x: Tensor) -> Tensor:
+    def conv(module: frozen.FrozenConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = module.weight.to(x.dtype), module.bias.to(x.dtype)
+        y = F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+        y = y if residual is None else y + residual
+        return y.relu() if module.relu else y
+
+    if section.stem is not None:
+        x = F.max_pool2d(conv(section.stem[1], x), 3, 2, 1)
+    for _, block in section.blocks:
+        *early, last = block.convs
+        shortcut = x if block.downsample is None else conv(block.downsample, x)
+        for module in early:
+            x = conv(module, x)
+        x = conv(last, x, shortcut)
+    return x
+
+
+def _block(problem: SectionProblem) -> Workload:
+    """A block in eval mode whose weights and batch norms may change."""
+    source, [shapes] = workload.Source(problem, "cpu"), problem.blocks
+    convs, branch = shapes.all_convs, shapes.downsample is not None
+    x = source.image(problem.convs[0].x_shape)
+    weights = [source.conv(conv)["weight"] for conv in convs]
+    vectors = [source.vectors(4, conv.out_channels) for conv in convs]
+    columns = [[each[number] for each in vectors] for number in range(3)]  # weights, biases, means
+    variances = [0.5 + each[3].abs() for each in vectors]
+    geometry = [n for c in convs for n in (*c.stride, *c.padding, *c.dilation, c.groups)]
+    rest = (geometry, [1e-5] * len(convs), branch)
+
+    def by_pytorch(dtype: torch.dtype) -> Outputs:
+        lists = [[each.to(dtype) for each in column] for column in (weights, *columns, variances)]
+        return {"y": reference_backend.residual_block(x.to(dtype), None, *lists, *rest)}
+
+    def by_extension(unit: str) -> Outputs:
+        layers = winograd.layers(x, weights, geometry, branch)
+        return {"y": native.cpu_residual_block(x, None, weights, *columns, variances, *rest, layers, unit)}
+
+    return Workload(
+        lambda: by_pytorch(torch.float64),
+        lambda: by_pytorch(x.dtype),
+        _always(lambda: by_extension(native.unit(x.dtype))),
+        {LIBRARY: lambda: by_extension("")},
+        {},
+    )
 
 
 def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours: Run) -> Workload:

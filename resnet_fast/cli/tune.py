@@ -8,8 +8,9 @@ The table is written after every problem, and what is in it is not measured agai
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
 With --device cpu the problems are the float32 3x3s that Winograd can compute, of frozen networks, of optimized ones and
-of training steps, and the library's path is oneDNN. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead,
-and its times mean nothing.)
+of training steps; and where the extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the
+blocks of optimized ones, in its dtypes. The library's path is oneDNN, layer by layer. (Under TRITON_INTERPRET=1 it
+rehearses the tuning of a GPU instead, and its times mean nothing.)
 
 With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
@@ -26,8 +27,10 @@ from rich.table import Table
 from torchvision import models
 
 from .. import cpus, freeze, gpus, planner
+from ..amx.network import why_not_packable
+from ..amx.program import problem_of
+from ..backends import native, winograd
 from ..backends import triton as triton_backend
-from ..backends import winograd
 from ..cpus import Cpu, Device
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
@@ -36,6 +39,7 @@ from ..problems import (
     ConvProblem,
     PoolProblem,
     Problem,
+    SectionProblem,
     StemProblem,
     TailProblem,
     WeightGradientProblem,
@@ -51,8 +55,10 @@ REHEARSAL = replace(gpus.KNOWN["h200"], name="Triton's interpreter on a CPU, not
 
 _DEFAULTS = {
     "gpu": {"batch_size": [1, 32, 256], "dtype": ["bfloat16", "float16"]},
-    "cpu": {"batch_size": [1, 4, 16], "dtype": ["float32"]},
+    "cpu": {"batch_size": [1, 4, 16], "dtype": ["float32", "bfloat16"]},
 }
+
+_DTYPE_HELP = "default: bfloat16 float16; CPU float32 bfloat16"
 
 _FIRST_GUESS_S = 10.0  # for a problem's time, before there is one
 
@@ -62,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
     flag("-b", "--batch-size", nargs="+", type=output.positive, metavar="N", help="default: 1 32 256; CPU 1 4 16")
     flag("--img-size", type=output.positive, default=224, metavar="N")
-    flag("--dtype", nargs="+", choices=KERNEL_DTYPES, metavar="DTYPE", help="default: bfloat16 float16; CPU float32")
+    flag("--dtype", nargs="+", choices=KERNEL_DTYPES, metavar="DTYPE", help=_DTYPE_HELP)
     flag("--fusion", nargs="+", choices=FUSIONS, default=list(FUSIONS), help="layers by themselves, tails of blocks")
     flag("--task", nargs="+", choices=TASKS, default=list(TASKS), help="layers of frozen networks, of training steps")
     flag("--only", metavar="PATTERN", help="problems whose key matches, as in 'conv n256 64x56x56 *'")
@@ -72,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--output", metavar="FILE", help="default: the table of this device in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
-    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or Winograd for 3x3s")
+    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN, Winograd or AMX")
     flag("--list", action="store_true", help="print the problems, measure nothing")
     flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
 
@@ -84,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args)
     for name, values in _DEFAULTS[target.kind].items():
         vars(args)[name] = vars(args)[name] or values
-    chosen = [problem for problem in problems(args, target) if fnmatch.fnmatch(problem.key, args.only or "*")]
+    everything = problems(args, target)
+    chosen = [problem for problem in everything if fnmatch.fnmatch(problem.key, args.only or "*")]
+    if not everything:
+        raise UserError(f"on {target.name} nothing computes these in more than one way")
     if not chosen:
         raise UserError(f"--only {args.only!r} matches no problem; --list prints them all")
     if args.list:
@@ -120,10 +129,24 @@ def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
 
 def _infer_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of frozen networks, and of optimized ones, whose weights may change."""
+    yield from _sections(args)
     for problem in _infer(args, REHEARSAL):
         yield problem
         if isinstance(problem, ConvProblem):
             yield selection.measured_as(replace(problem, folded=False), cpu)
+
+
+def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
+    """What may be a program: frozen networks, and the blocks of optimized ones."""
+    for dtype in args.dtype:
+        if native.why_no_unit(getattr(torch, dtype)) is not None:
+            continue
+        sections = [section for name in args.model if why_not_packable(section := _section(name, dtype)) is None]
+        for batch in args.batch_size:
+            for section in sections:
+                network = problem_of(section, (batch, 3, args.img_size, args.img_size))
+                yield network
+                yield from (SectionProblem((block,), dtype, folded=False) for block in network.blocks)
 
 
 def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
@@ -298,8 +321,8 @@ def _rehearsal(args: argparse.Namespace) -> Gpu:
 
 
 def _cpu(args: argparse.Namespace) -> Cpu:
-    if set(args.dtype or ["float32"]) != {"float32"} or "conv" not in args.fusion:
-        raise UserError("on a CPU there is a choice of kernels for single layers in float32 alone")
+    if not set(args.dtype or ()) <= set(_DEFAULTS["cpu"]["dtype"]) or "conv" not in args.fusion:
+        raise UserError("on a CPU there is a choice for layers, blocks and networks, in float32 and bfloat16 alone")
     return cpus.here()
 
 

@@ -70,7 +70,21 @@ class WinogradConfig:
     """winograd, on CPUs: the one there is, F(4x4, 3x3)."""
 
 
-Config = PointerConfig | TmaConfig | TailConfig | StemConfig | PrologueConfig | GramDgradConfig | WinogradConfig
+@dataclass(frozen=True)
+class ProgramConfig:
+    """program, on CPUs: all layers of a section in one, multiplied by AMX's tiles or AVX-512's dot products."""
+
+
+Config = (
+    PointerConfig
+    | TmaConfig
+    | TailConfig
+    | StemConfig
+    | PrologueConfig
+    | GramDgradConfig
+    | WinogradConfig
+    | ProgramConfig
+)
 KERNELS: dict[str, type] = {
     "conv_pointer": PointerConfig,
     "conv_tma": TmaConfig,
@@ -79,6 +93,7 @@ KERNELS: dict[str, type] = {
     "conv_prologue": PrologueConfig,
     "gram_dgrad": GramDgradConfig,
     "winograd": WinogradConfig,
+    "program": ProgramConfig,
 }
 """Kernel name -> its configuration's type."""
 

@@ -18,6 +18,7 @@ from ..problems import (
     GramDgradProblem,
     Problem,
     PrologueProblem,
+    SectionProblem,
     StemProblem,
     TailProblem,
 )
@@ -28,6 +29,7 @@ from .config_types import (
     Config,
     GramDgradConfig,
     PointerConfig,
+    ProgramConfig,
     PrologueConfig,
     StemConfig,
     TailConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "Config",
     "GramDgradConfig",
     "PointerConfig",
+    "ProgramConfig",
     "PrologueConfig",
     "StemConfig",
     "TailConfig",
@@ -64,15 +67,21 @@ __all__ = [
     "why_not",
 ]
 
+_OF_CPUS = (WinogradConfig, ProgramConfig)
+
 _PROLOGUE_CHANNELS = 512
 """More leave no room in shared memory for two tiles of weights beside them."""
 
 
 def why_not(config: Config, problem: Problem, device: Device) -> str | None:
     """Why `config` cannot compute `problem` on `device`; None where it can."""
-    if isinstance(config, WinogradConfig) != isinstance(device, Cpu):
+    if isinstance(config, _OF_CPUS) != isinstance(device, Cpu):
         return f"{kernel_name(config)} does not run on a {device.kind.upper()}"
-    return winograd.why_not(problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
+    if not isinstance(device, Cpu):
+        return _why_not_on_gpu(config, problem, device)
+    if isinstance(config, WinogradConfig):
+        return winograd.why_not(problem)
+    return None if isinstance(problem, SectionProblem) else "only residual blocks are programs"
 
 
 def _why_not_on_gpu(config: Config, problem: Problem, gpu: Gpu) -> str | None:
@@ -294,7 +303,7 @@ _WHY_NOT = {
 def candidates(problem: Problem, device: Device) -> list[Config]:
     """Every valid configuration there is for `problem` on `device`, the most promising first."""
     if isinstance(device, Cpu):
-        return [config for config in (WinogradConfig(),) if why_not(config, problem, device) is None]
+        return [kind() for kind in _OF_CPUS if why_not(kind(), problem, device) is None]
     if isinstance(problem, ConvProblem):
         everything: Iterator[Config] = _conv_configs(problem)
     elif isinstance(problem, PrologueProblem):

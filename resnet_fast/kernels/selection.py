@@ -119,7 +119,7 @@ def _choose(problem: Problem, device: Device) -> Choice:
     ranked = candidates(problem, device)
     if not ranked:
         return Choice(None, "predicted", why_no_kernel(problem, device))
-    if isinstance(device, Cpu) and (reason := winograd.why_not_unmeasured(problem, device)):
+    if isinstance(ranked[0], WinogradConfig) and (reason := winograd.why_not_unmeasured(problem, device)):
         return Choice(None, "predicted", reason)
     return Choice(ranked[0], "predicted")
 
