@@ -17,7 +17,7 @@ from . import dispatch
 from .backends import native
 from .context import autocasts, conv_dtype, plain_pytorch_reason
 from .functional import ConvBn
-from .problems import Conv
+from .shapes import Conv
 
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -15,7 +15,8 @@ from .gpus import Gpu
 from .kernels.selection import Choice, choose
 from .layers import conv_of
 from .plan import Plan, Shape, Step
-from .problems import ITEMSIZE, AveragePoolProblem, Conv, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+from .problems import ITEMSIZE, AveragePoolProblem, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+from .shapes import Conv
 
 FUSIONS = ("auto", "conv", "tail")
 """conv: one kernel a convolution, with residual, shortcut and the stem's pooling inside. tail: one kernel for conv2 and

@@ -19,15 +19,8 @@ from resnet_fast.gpus import KNOWN, Gpu
 from resnet_fast.kernels import selection, tables
 from resnet_fast.kernels.configs import Config, TmaConfig, candidates, group_shape, kernel_name
 from resnet_fast.planner import Section, build
-from resnet_fast.problems import (
-    Conv,
-    ConvProblem,
-    GramDgradProblem,
-    Problem,
-    PrologueProblem,
-    StemProblem,
-    TailProblem,
-)
+from resnet_fast.problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, StemProblem, TailProblem
+from resnet_fast.shapes import Conv
 
 GPUS = {"sm_80": KNOWN["a100"], "sm_90": KNOWN["h200"], "sm_100": KNOWN["b200"]}
 MAIN_ARCH = "sm_90"

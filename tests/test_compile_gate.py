@@ -27,7 +27,8 @@ from resnet_fast.kernels.configs import (
     TmaConfig,
     shared_memory,
 )
-from resnet_fast.problems import Conv, ConvProblem, GramDgradProblem, PrologueProblem, StemProblem, TailProblem
+from resnet_fast.problems import ConvProblem, GramDgradProblem, PrologueProblem, StemProblem, TailProblem
+from resnet_fast.shapes import Conv
 
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted here, not compiled", allow_module_level=True)

@@ -1,5 +1,6 @@
 """The convolutions of a training step as AMX tile products: beside PyTorch's, in every geometry."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,14 +8,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CPU, draw, named
 from cases import ConvCase as Case
-from cases import draw, named
 from numerics import assert_all_match
 from test_primitives import draw_norm
 
 from resnet_fast.backends import native as native_backend
 from resnet_fast.backends.primitives import Geometry, Norm, reference
 from resnet_fast.backends.primitives import native as native_primitives
+from resnet_fast.kernels import selection, tables
+from resnet_fast.problems import TrainingConvProblem
+from resnet_fast.shapes import Conv
 from resnet_fast.training import LIBRARY, PROLOGUE
 
 pytestmark = pytest.mark.amx
@@ -135,6 +139,27 @@ def test_gradients_of_any_format_and_wanted_one_by_one():
     for found in (nchw, (dx, dweight)):
         for one, other in zip(found, both, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("tiles", "poison")
+@DTYPES
+@pytest.mark.parametrize("by_library", ["output", "data_gradient", "weight_gradient"])
+def test_a_tuned_table_decides_one_by_one(by_library, dtype, unmeasured_cpu, monkeypatch):
+    case = CASES[1]
+    arguments = tensors(case, dtype, normed=True)
+    x, _, weight, geometry, *_ = arguments
+    conv = Conv.of(x.shape, weight.shape, *geometry)
+    key = TrainingConvProblem(conv, str(dtype).removeprefix("torch."), by_library).key
+    row = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+    unmeasured_cpu.write_text(json.dumps({"schema": tables.SCHEMA, "cpu": CPU.name, "rows": {key: row}}))
+    selection.forget()
+    forward, backward, tiled = native_primitives._conv_train, native_primitives._conv_train_backward, []
+    monkeypatch.setattr(native_primitives, "_conv_train", lambda *a: [tiled.append("output"), forward(*a)][1])
+    monkeypatch.setattr(native_primitives, "_conv_train_backward", lambda *a: [tiled.append(a[-1]), backward(*a)][1])
+    ours, stock = run(native_primitives, *arguments), run(reference, *arguments)
+    assert_all_match(ours, stock, run(reference, *widened(arguments)), compute_dtype=dtype)
+    gradients = [by_library != "data_gradient", by_library != "weight_gradient"]
+    assert tiled == [*(["output"] if by_library != "output" else []), gradients]
 
 
 @pytest.mark.usefixtures("tiles")

@@ -23,7 +23,8 @@ from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
 from resnet_fast.planned import PlannedResNet
 from resnet_fast.planner import Section, build
-from resnet_fast.problems import Conv, StemProblem
+from resnet_fast.problems import StemProblem
+from resnet_fast.shapes import Conv
 
 pytestmark = pytest.mark.gpu
 

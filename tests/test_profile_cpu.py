@@ -16,7 +16,7 @@ from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming
 from resnet_fast.frozen import FrozenConv2d
 from resnet_fast.planned import PlannedResNet
-from resnet_fast.problems import Conv
+from resnet_fast.shapes import Conv
 
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, 1e9, 5e8)
 """Slow enough that no step is faster, so that limits are by these numbers."""

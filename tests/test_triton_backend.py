@@ -16,7 +16,8 @@ from resnet_fast import BackendUnavailable, dispatch, freeze, functional, gpus, 
 from resnet_fast.backends import triton
 from resnet_fast.kernels import selection, tables
 from resnet_fast.kernels.configs import PointerConfig, to_dict, why_not
-from resnet_fast.problems import Conv, ConvProblem
+from resnet_fast.problems import ConvProblem
+from resnet_fast.shapes import Conv
 
 CALL = ("conv_bn_act", "cuda", torch.bfloat16)
 H200 = gpus.KNOWN["h200"]

@@ -16,15 +16,8 @@ from resnet_fast.cli import UserError, tune, tuning, workload
 from resnet_fast.cli.tuned_file import DIED, TunedFile
 from resnet_fast.cli.workload import Workload
 from resnet_fast.kernels import configs, tables
-from resnet_fast.problems import (
-    Conv,
-    ConvProblem,
-    GramDgradProblem,
-    PoolProblem,
-    PrologueProblem,
-    StemProblem,
-    TailProblem,
-)
+from resnet_fast.problems import ConvProblem, GramDgradProblem, PoolProblem, PrologueProblem, StemProblem, TailProblem
+from resnet_fast.shapes import Conv
 
 H200 = gpus.KNOWN["h200"]
 CONV = ConvProblem(Conv(2, 64, 8, 8, 64, (3, 3), padding=(1, 1)), "float32")

@@ -19,7 +19,8 @@ from resnet_fast.cli import info, tune, tuning
 from resnet_fast.frozen import FrozenConv2d
 from resnet_fast.kernels import configs, selection, tables
 from resnet_fast.kernels.configs import WinogradConfig
-from resnet_fast.problems import BlockShapes, Conv, ConvProblem, SectionProblem
+from resnet_fast.problems import ConvProblem, SectionProblem
+from resnet_fast.shapes import BlockShapes, Conv
 
 pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 
@@ -156,6 +157,20 @@ def test_tune_measures_blocks_and_networks(tuned, unit):
 
 
 @pytest.mark.amx
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tune_measures_training_in_tiles(tuned, dtype):
+    if not native_backend.has_tiles():
+        pytest.skip("this CPU has no AMX with bfloat16")
+    code, written = tuned("--task", "train", "--dtype", dtype, "--only", "training * n4 64x16x16 k128 f3 s2 p1 *")
+    assert code == 0
+    of = ("output", "data_gradient", "weight_gradient")
+    assert set(written["rows"]) == {f"training {each} n4 64x16x16 k128 f3 s2 p1 {dtype}" for each in of}
+    for row in written["rows"].values():
+        assert set(row["times"]) == {"PyTorch", "library onednn", "tiles"}
+        assert not row["rejected"]
+
+
+@pytest.mark.amx
 def test_tune_never_takes_a_wrong_program(tuned, unit, monkeypatch):
     op = native_backend.cpu_residual_block
     monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: op(*call) * (1.05 if call[-1] else 1.0))
@@ -215,10 +230,12 @@ def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
 
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
+    train = ["--dtype", "bfloat16", "--task", "train"]
+    no_tiles = [] if native_backend.has_tiles() else [(train, "in more than one way")]
     for arguments, message in (
         (["--dtype", "float16"], "in float32 and bfloat16 alone"),
         (["--fusion", "tail"], "in float32 and bfloat16 alone"),
-        (["--dtype", "bfloat16", "--task", "train"], "in more than one way"),
+        *no_tiles,
         (["--only", "nothing"], "matches no problem"),
     ):
         assert tuned(*arguments) == (2, None)

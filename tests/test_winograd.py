@@ -21,7 +21,8 @@ from resnet_fast.backends import winograd as backend
 from resnet_fast.frozen import FrozenConv2d
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import WinogradConfig
-from resnet_fast.problems import Conv, ConvProblem
+from resnet_fast.problems import ConvProblem
+from resnet_fast.shapes import Conv
 
 pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 

@@ -19,7 +19,8 @@ from resnet_fast.backends.primitives import native as native_primitives
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import WinogradConfig
 from resnet_fast.numerics import K_WHOLE_GRADIENT
-from resnet_fast.problems import Conv, ConvProblem, WeightGradientProblem
+from resnet_fast.problems import ConvProblem, WeightGradientProblem
+from resnet_fast.shapes import Conv
 
 pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 
@@ -201,8 +202,8 @@ def ran(monkeypatch):
     for name in ("conv", "data_gradient", "weight_gradient"):
         original = getattr(winograd, name)
         monkeypatch.setattr(winograd, name, lambda *call, f=original, name=name: calls.append(name) or f(*call))
-    block = native_backend._cpu_residual_block
-    monkeypatch.setattr(native_backend, "_cpu_residual_block", lambda *call: calls.append(call[-1]) or block(*call))
+    block = native_backend.cpu_residual_block
+    monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: calls.append(call[-2]) or block(*call))
     if native_backend.has_tiles():
         pytest.skip("AMX computes blocks here")
     return calls

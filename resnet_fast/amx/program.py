@@ -14,7 +14,8 @@ from ..backends import native
 from ..frozen import FrozenBlock, FrozenConv2d
 from ..layers import conv_of
 from ..planner import Section
-from ..problems import BlockShapes, Conv, SectionProblem
+from ..problems import SectionProblem
+from ..shapes import BlockShapes, Conv
 from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed
 
 GROUP = 16

@@ -9,7 +9,8 @@ import math
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..problems import STEM_WINDOW, Conv, StemProblem
+from ..problems import STEM_WINDOW, StemProblem
+from ..shapes import Conv
 
 
 def split_by_stride(x: Tensor, geometry: Conv, box: tuple[int, ...]) -> TensorDescriptor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problems import Conv, ConvProblem
+from ..problems import ConvProblem
+from ..shapes import Conv
 from . import triton as triton_backend
 
 DEFAULT = "separate"

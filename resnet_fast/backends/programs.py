@@ -1,7 +1,8 @@
-"""Blocks and frozen networks on CPUs: one program of the extension's own products, or convolution by convolution.
+"""Where the extension's own products, `native.unit`, are taken: for blocks and frozen networks, then programs, and
+for the convolutions of a training step.
 
-What multiplies is `native.unit`; where there is one, a program is taken unless the other way was measured to be faster
-(`kernels.selection`, `resnet-fast tune --device cpu`).
+Wherever they can be, unless the other way was measured to be faster (`kernels.selection`, `resnet-fast tune --device
+cpu`): oneDNN's convolutions, or Winograd's, one by one.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from .. import cpus
 from ..kernels import selection
-from ..problems import BlockShapes, SectionProblem
+from ..problems import SectionProblem, TrainingConvProblem
+from ..shapes import BlockShapes, Conv
 
 
 def takes_block(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> bool:
@@ -23,6 +25,23 @@ def why_not_section(problem: SectionProblem) -> str | None:
     """Why this section is not to be a program; None where it is."""
     choice = selection.choose(problem, cpus.here())
     return choice.reason if choice.config is None else None
+
+
+def fits_tiles(channels: int, out_channels: int, groups: int) -> bool:
+    """Whether a training step's convolution can be tile products."""
+    return groups == 1 and channels % 32 == 0 and out_channels % 32 == 0
+
+
+def takes_training(x: Tensor, conv_weight: Tensor, stride, padding, dilation, of: str) -> bool:
+    """Whether a training step's convolution, or a gradient (TrainingConvProblem's `of`), is to be tile products."""
+    return _takes_training(x.shape, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), x.dtype, of)
+
+
+@selection.remember
+def _takes_training(x_shape, weight_shape, stride, padding, dilation, dtype: torch.dtype, of: str) -> bool:
+    conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, 1)
+    problem = TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)
+    return selection.choose(problem, cpus.here()).config is not None
 
 
 @selection.remember

@@ -20,7 +20,8 @@ from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
 from ..layout import memory_format
-from ..problems import KERNEL_DTYPES, Conv, ConvProblem
+from ..problems import KERNEL_DTYPES, ConvProblem
+from ..shapes import Conv
 from ..training import LIBRARY, PROLOGUE
 from . import inference, reference, train_ops
 

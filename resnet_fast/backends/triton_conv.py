@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _log
 from ..kernels import selection
 from ..kernels.configs import Config, group_shape, pixel_tiles
-from ..problems import Conv, ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..shapes import Conv
 from ..training import EPILOGUE, PROLOGUE
 from . import triton, triton_batch_norm
 from .primitives import Geometry, Norm, Shortcut, reference

@@ -36,13 +36,13 @@ from ..kernels.tail import bottleneck_tail
 from ..problems import (
     STEM_CHANNELS,
     STEM_WINDOW,
-    Conv,
     ConvProblem,
     GramDgradProblem,
     PrologueProblem,
     StemProblem,
     TailProblem,
 )
+from ..shapes import Conv
 from .descriptors import aligned, image, matrix, split_by_stride, strided, windows
 
 REFUSALS = (OutOfResources, CompilationError, PTXASError)

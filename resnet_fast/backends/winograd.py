@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import cpus
 from ..kernels import selection
-from ..problems import BlockShapes, Conv, ConvProblem, Problem, WeightGradientProblem
+from ..problems import ConvProblem, Problem, WeightGradientProblem
+from ..shapes import BlockShapes, Conv
 from . import native
 from .primitives import Geometry, Norm, arguments
 

@@ -1,5 +1,6 @@
 """Layers on the CPU by oneDNN and by Winograd, blocks and networks by layer and as programs: for `tune`."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,18 +13,23 @@ from ..amx.network import AmxNetwork
 from ..backends import native, winograd
 from ..backends import reference as reference_backend
 from ..backends.primitives import Geometry, reference
+from ..backends.primitives import native as primitives
 from ..kernels.configs import Config
 from ..planner import Section
-from ..problems import Conv, ConvProblem, SectionProblem, WeightGradientProblem
+from ..problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
+from ..shapes import Conv
 from ..training import LIBRARY as LIBRARY_STAGE
+from ..training import PROLOGUE
 from . import workload
 from .workload import Outputs, Run, Workload
 
 LIBRARY = "onednn"
 
 
-def of(problem: ConvProblem | WeightGradientProblem | SectionProblem) -> Workload:
-    """The workload of a convolution without shortcut, of a weight's gradient, or of residual blocks."""
+def of(problem: ConvProblem | WeightGradientProblem | TrainingConvProblem | SectionProblem) -> Workload:
+    """The workload of a convolution without shortcut, of a training step's and its gradients, or of residual blocks."""
+    if isinstance(problem, TrainingConvProblem):
+        return _training(problem)
     if isinstance(problem, SectionProblem):
         return _network(problem) if problem.folded else _block(problem)
     if isinstance(problem, WeightGradientProblem):
@@ -70,6 +76,26 @@ def _weight_gradient(problem: WeightGradientProblem) -> Workload:
         return {"dweight": reference.conv_backward(dy, x, None, weight, geometry, LIBRARY_STAGE, **wants)[1]}
 
     return _workload(onednn, (dy, x, weight), lambda: {"dweight": winograd.weight_gradient(dy, x, None, weight)})
+
+
+def _training(problem: TrainingConvProblem) -> Workload:
+    """By AMX, and by what is taken without."""
+    conv, source = problem.conv, workload.Source(problem, "cpu")
+    dy, x, weight = source.image(conv.y_shape), source.image(conv.x_shape).relu_(), source.conv(conv)["weight"]
+    geometry, wants = Geometry.of(conv), [problem.of == name for name in ("data_gradient", "weight_gradient")]
+
+    def by(forward: Callable, backward: Callable, dtype: torch.dtype = x.dtype, stage: tuple = (PROLOGUE,)) -> Outputs:
+        operands = x.to(dtype), None, weight.to(dtype), geometry, *stage
+        if problem.of == "output":
+            names, found = ("y", "mean", "var"), forward(*operands, True)
+        else:
+            names, found = ("dx", "dweight"), backward(dy.to(dtype), *operands, *wants)
+        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+
+    pytorch = functools.partial(by, reference.conv, reference.conv_backward)
+    ours = functools.partial(by, primitives.tiled_conv, primitives.tiled_conv_backward, stage=())
+    library = functools.partial(by, primitives.untiled_conv, primitives.untiled_conv_backward)
+    return Workload(lambda: pytorch(torch.float64), pytorch, _always(ours), {LIBRARY: library}, {})
 
 
 @torch.no_grad()

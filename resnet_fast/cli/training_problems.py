@@ -15,7 +15,8 @@ from torchvision import models
 from ..backends.triton_conv import why_library
 from ..blocks import fast_type
 from ..layers import conv_of
-from ..problems import Conv, ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..shapes import Conv
 
 
 def of_network(name: str, shape: tuple[int, int, int, int], dtype: str) -> Iterator[Problem]:

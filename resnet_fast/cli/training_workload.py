@@ -14,7 +14,8 @@ from ..backends import triton_conv
 from ..backends.primitives import Geometry, Norm, reference
 from ..kernels import selection
 from ..kernels.configs import Config
-from ..problems import Conv, ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..shapes import Conv
 from ..training import EPILOGUE, PROLOGUE
 from .workload import Outputs, Run, Source, Workload
 

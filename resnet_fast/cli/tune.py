@@ -8,9 +8,9 @@ The table is written after every problem, and what is in it is not measured agai
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
 With --device cpu the problems are the float32 3x3s that Winograd can compute, of frozen networks, of optimized ones and
-of training steps; and where the extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the
-blocks of optimized ones, in its dtypes. The library's path is oneDNN, layer by layer. (Under TRITON_INTERPRET=1 it
-rehearses the tuning of a GPU instead, and its times mean nothing.)
+of training steps; where the extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the blocks
+of optimized ones, in its dtypes; and with AMX a training step's convolutions. The library's path is oneDNN's, layer by
+layer. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its times mean nothing.)
 
 With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
@@ -29,7 +29,7 @@ from torchvision import models
 from .. import cpus, freeze, gpus, planner
 from ..amx.network import why_not_packable
 from ..amx.program import problem_of
-from ..backends import native, winograd
+from ..backends import native, programs, winograd
 from ..backends import triton as triton_backend
 from ..cpus import Cpu, Device
 from ..gpus import Gpu
@@ -42,8 +42,10 @@ from ..problems import (
     SectionProblem,
     StemProblem,
     TailProblem,
+    TrainingConvProblem,
     WeightGradientProblem,
 )
+from ..shapes import Conv
 from . import UserError, environment, networks, output, training_problems, tuning
 from .tuned_file import TunedFile
 
@@ -150,12 +152,22 @@ def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
 
 
 def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
-    """Of training steps: layers, their data gradients, which are convolutions too, and their weights' gradients."""
+    """Of training steps: layers, their data gradients, which are convolutions too, and their weights' gradients; where
+    there is AMX, each of them by its tiles as well."""
+    if native.has_tiles():
+        for problem in _train(args, REHEARSAL):
+            if isinstance(problem, ConvProblem) and problem.statistics and _fits_tiles(problem.conv):
+                for of in ("output", "data_gradient", "weight_gradient"):
+                    yield TrainingConvProblem(problem.conv, problem.dtype, of)
     for problem in _train(args, REHEARSAL):
         if isinstance(problem, ConvProblem):
             yield selection.measured_as(replace(problem, folded=False), cpu)
             if problem.statistics:
                 yield WeightGradientProblem(problem.conv, problem.dtype)
+
+
+def _fits_tiles(conv: Conv) -> bool:
+    return programs.fits_tiles(conv.in_channels, conv.out_channels, conv.groups)
 
 
 def _train(args: argparse.Namespace, gpu: Gpu) -> Iterator[Problem]:

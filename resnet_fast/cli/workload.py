@@ -16,7 +16,8 @@ from torch import Tensor
 from ..backends import library
 from ..backends import triton as triton_backend
 from ..kernels.configs import Config
-from ..problems import Conv, ConvProblem, Problem, StemProblem, TailProblem
+from ..problems import ConvProblem, Problem, StemProblem, TailProblem
+from ..shapes import Conv
 
 Outputs = dict[str, Tensor]
 Run = Callable[[], Outputs]

@@ -71,6 +71,11 @@ class WinogradConfig:
 
 
 @dataclass(frozen=True)
+class TileConfig:
+    """tiles, on CPUs: AMX's, of bfloat16."""
+
+
+@dataclass(frozen=True)
 class ProgramConfig:
     """program, on CPUs: all layers of a section in one, multiplied by AMX's tiles or AVX-512's dot products."""
 
@@ -83,6 +88,7 @@ Config = (
     | PrologueConfig
     | GramDgradConfig
     | WinogradConfig
+    | TileConfig
     | ProgramConfig
 )
 KERNELS: dict[str, type] = {
@@ -93,6 +99,7 @@ KERNELS: dict[str, type] = {
     "conv_prologue": PrologueConfig,
     "gram_dgrad": GramDgradConfig,
     "winograd": WinogradConfig,
+    "tiles": TileConfig,
     "program": ProgramConfig,
 }
 """Kernel name -> its configuration's type."""

@@ -13,7 +13,6 @@ from ..problems import (
     KERNEL_DTYPES,
     STEM_CHANNELS,
     STEM_WINDOW,
-    Conv,
     ConvProblem,
     GramDgradProblem,
     Problem,
@@ -21,7 +20,9 @@ from ..problems import (
     SectionProblem,
     StemProblem,
     TailProblem,
+    TrainingConvProblem,
 )
+from ..shapes import Conv
 from . import winograd
 from .config_types import (
     KERNELS,
@@ -33,6 +34,7 @@ from .config_types import (
     PrologueConfig,
     StemConfig,
     TailConfig,
+    TileConfig,
     TmaConfig,
     WinogradConfig,
     from_dict,
@@ -51,6 +53,7 @@ __all__ = [
     "PrologueConfig",
     "StemConfig",
     "TailConfig",
+    "TileConfig",
     "TmaConfig",
     "WinogradConfig",
     "box_count",
@@ -67,7 +70,7 @@ __all__ = [
     "why_not",
 ]
 
-_OF_CPUS = (WinogradConfig, ProgramConfig)
+_OF_CPUS = (WinogradConfig, TileConfig, ProgramConfig)
 
 _PROLOGUE_CHANNELS = 512
 """More leave no room in shared memory for two tiles of weights beside them."""
@@ -81,7 +84,8 @@ def why_not(config: Config, problem: Problem, device: Device) -> str | None:
         return _why_not_on_gpu(config, problem, device)
     if isinstance(config, WinogradConfig):
         return winograd.why_not(problem)
-    return None if isinstance(problem, SectionProblem) else "only residual blocks are programs"
+    wanted = SectionProblem if isinstance(config, ProgramConfig) else TrainingConvProblem
+    return None if isinstance(problem, wanted) else f"{kernel_name(config)} is of a {wanted.__name__}"
 
 
 def _why_not_on_gpu(config: Config, problem: Problem, gpu: Gpu) -> str | None:

@@ -6,7 +6,8 @@ The cost model ranks configurations where nothing has been measured.
 import math
 
 from ..gpus import Gpu
-from ..problems import ITEMSIZE, Conv, ConvProblem, Problem, StemProblem
+from ..problems import ITEMSIZE, ConvProblem, Problem, StemProblem
+from ..shapes import Conv
 from .config_types import Config, GramDgradConfig, PointerConfig, PrologueConfig, StemConfig, TailConfig, TmaConfig
 
 _THROUGH_POINTERS = (PointerConfig, PrologueConfig, GramDgradConfig)

@@ -4,7 +4,8 @@ F(4x4, 3x3) for convolutions (csrc/cpu/winograd.h), F(4x2) for the gradients of 
 """
 
 from ..cpus import Cpu
-from ..problems import Conv, ConvProblem, Problem, WeightGradientProblem
+from ..problems import ConvProblem, Problem, WeightGradientProblem
+from ..shapes import Conv
 
 NAME = "Winograd F(4x4, 3x3)"
 

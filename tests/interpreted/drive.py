@@ -16,7 +16,8 @@ from resnet_fast.backends import triton_launch
 from resnet_fast.backends.triton_launch import Norm
 from resnet_fast.gpus import KNOWN
 from resnet_fast.kernels.configs import why_not
-from resnet_fast.problems import Conv, ConvProblem, StemProblem
+from resnet_fast.problems import ConvProblem, StemProblem
+from resnet_fast.shapes import Conv
 
 EPS = 0.1
 """Large, so that a kernel without it is seen in bfloat16 too."""

@@ -25,7 +25,8 @@ from resnet_fast.backends import triton_launch, triton_pool
 from resnet_fast.backends.primitives import Norm as PendingNorm
 from resnet_fast.backends.primitives import reference
 from resnet_fast.kernels.configs import PointerConfig
-from resnet_fast.problems import Conv, ConvProblem, StemProblem
+from resnet_fast.problems import ConvProblem, StemProblem
+from resnet_fast.shapes import Conv
 
 DTYPE = torch.bfloat16
 IMAGES = 2

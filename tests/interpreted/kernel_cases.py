@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from resnet_fast.kernels.configs import PointerConfig, StemConfig, TailConfig, TmaConfig
-from resnet_fast.problems import ITEMSIZE, Conv, ConvProblem, StemProblem, TailProblem
+from resnet_fast.problems import ITEMSIZE, ConvProblem, StemProblem, TailProblem
+from resnet_fast.shapes import Conv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = {  # name -> the vectors it has

@@ -8,7 +8,8 @@ from interpreted.guarded import SIDES, Fence
 from interpreted.kernel_cases import DTYPES, POINTER_CASES, POOL_SHAPES, STEM_CASES, TAIL_CASES, TMA_CASES
 
 from resnet_fast.backends import triton_launch
-from resnet_fast.problems import Conv, StemProblem
+from resnet_fast.problems import StemProblem
+from resnet_fast.shapes import Conv
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

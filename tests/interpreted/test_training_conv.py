@@ -12,7 +12,7 @@ from interpreted.training_drive import BACKWARD_CASES, CONV_CASES, GRAM_CASES, J
 from resnet_fast.backends import triton_conv, triton_launch
 from resnet_fast.backends.primitives import Geometry, Shortcut, reference
 from resnet_fast.kernels import selection
-from resnet_fast.problems import Conv
+from resnet_fast.shapes import Conv
 from resnet_fast.training import EPILOGUE, LIBRARY, PROLOGUE
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -12,7 +12,8 @@ from resnet_fast import gpus, optimize, training
 from resnet_fast.cli import training_problems, tuning, workload
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
-from resnet_fast.problems import Conv, ConvProblem, GramDgradProblem, PrologueProblem
+from resnet_fast.problems import ConvProblem, GramDgradProblem, PrologueProblem
+from resnet_fast.shapes import Conv
 
 H200 = gpus.KNOWN["h200"]
 POINTWISE = Conv(2, 64, 4, 4, 128)

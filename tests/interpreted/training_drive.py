@@ -19,7 +19,8 @@ from resnet_fast.backends.primitives import Geometry, Norm, Shortcut, reference
 from resnet_fast.gpus import KNOWN
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import GramDgradConfig, PointerConfig, PrologueConfig, TmaConfig, why_not
-from resnet_fast.problems import ITEMSIZE, Conv, ConvProblem, GramDgradProblem, PrologueProblem
+from resnet_fast.problems import ITEMSIZE, ConvProblem, GramDgradProblem, PrologueProblem
+from resnet_fast.shapes import Conv
 from resnet_fast.training import PROLOGUE
 
 CONVOLUTIONS = ("conv_bn_act_pointer", "conv_bn_act_tma", "conv_prologue", "gram_dgrad")

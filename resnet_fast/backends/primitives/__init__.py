@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...problems import Conv
+from ...shapes import Conv
 
 
 class Norm(NamedTuple):

@@ -1,7 +1,8 @@
 """The primitives: the C++ extension's passes and convolutions, or PyTorch's convolutions (oneDNN's, cuDNN's).
 
 Where a CPU has AMX, convolutions in channels_last, of bfloat16 or float32, without groups and of 32 channels or a
-multiple are the extension's tile products, forward and backward, with the norm before them and their statistics inside.
+multiple are the extension's tile products, forward and backward, with the norm before them and their statistics inside,
+unless another way was measured to be faster (`backends.programs`).
 
 Elsewhere a dense 3x3 in channels_last, of float32, is Winograd's, and so are its gradients, where that is faster
 (`backends.winograd`), with the norm before it and its statistics inside. In the Gram form a 1x1 in channels_last, of
@@ -16,7 +17,7 @@ from torch import Tensor
 from ...layout import memory_format
 from ...memory import pooled
 from ...training import EPILOGUE
-from .. import native, winograd
+from .. import native, programs, winograd
 from . import Geometry, Norm, Shortcut, arguments, reference
 
 _PRODUCT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -41,9 +42,23 @@ def conv(
     x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, stage: int, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`reference.conv`."""
-    if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
-        conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
-        return conv_out, *((mean, var) if statistics else (None, None))
+    if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry, "output"):
+        return tiled_conv(x, x_norm, conv_weight, geometry, statistics)
+    return untiled_conv(x, x_norm, conv_weight, geometry, stage, statistics)
+
+
+def tiled_conv(
+    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`conv` by AMX."""
+    conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
+    return conv_out, *((mean, var) if statistics else (None, None))
+
+
+def untiled_conv(
+    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, stage: int, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`conv` without AMX."""
     conv_out, mean, var = _convolved(x, x_norm, conv_weight, geometry, statistics and stage >= EPILOGUE)
     return conv_out, *(batch_statistics(conv_out) if statistics and mean is None else (mean, var))
 
@@ -143,11 +158,46 @@ def conv_backward(
     add: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reference.conv_backward`."""
-    if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry):
-        wants = [wants_dx, wants_dweight]
-        norm = arguments(x_norm)
-        grads = _conv_train_backward(dconv_out, x, *norm, conv_weight, *geometry[:3], add, wants)
-        return tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
+    wants = {"data_gradient": wants_dx, "weight_gradient": wants_dweight}
+    tiled = [want and stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry, of) for of, want in wants.items()]
+    rest = [want and not tiles for want, tiles in zip(wants.values(), tiled, strict=True)]
+    grads: tuple[Tensor | None, ...] = (None, None)
+    if any(tiled):
+        grads = tiled_conv_backward(dconv_out, x, x_norm, conv_weight, geometry, *tiled, add if tiled[0] else None)
+    if any(rest):
+        others = untiled_conv_backward(dconv_out, x, x_norm, conv_weight, geometry, stage, *rest, add)
+        grads = tuple(other if own is None else own for own, other in zip(grads, others, strict=True))
+    return grads
+
+
+def tiled_conv_backward(
+    dconv_out: Tensor,
+    x: Tensor,
+    x_norm: Norm | None,
+    conv_weight: Tensor,
+    geometry: Geometry,
+    wants_dx: bool,
+    wants_dweight: bool,
+    add: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`conv_backward` by AMX."""
+    wants = [wants_dx, wants_dweight]
+    grads = _conv_train_backward(dconv_out, x, *arguments(x_norm), conv_weight, *geometry[:3], add, wants)
+    return tuple(grad if want else None for grad, want in zip(grads, wants, strict=True))
+
+
+def untiled_conv_backward(
+    dconv_out: Tensor,
+    x: Tensor,
+    x_norm: Norm | None,
+    conv_weight: Tensor,
+    geometry: Geometry,
+    stage: int,
+    wants_dx: bool,
+    wants_dweight: bool,
+    add: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`conv_backward` without AMX."""
     dx, dweight = _by_winograd(dconv_out, x, x_norm, conv_weight, geometry, wants_dx, wants_dweight, add)
     rest = wants_dx and dx is None, wants_dweight and dweight is None
     activated = _activated(x, x_norm) if rest[1] else x
@@ -236,10 +286,10 @@ def _is_rows(x: Tensor) -> bool:
     return min(x.shape) > 1 or (x.numel() > 0 and memory_format(x) == wanted)
 
 
-def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
+def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) -> bool:
     out_channels, channels = conv_weight.shape[:2]
-    fits = geometry.groups == 1 and out_channels % 32 == 0 and channels % 32 == 0
-    return fits and x.dtype in native.TILE_DTYPES and _is_rows(x) and native.has_tiles()
+    fits = programs.fits_tiles(channels, out_channels, geometry.groups) and x.dtype in native.TILE_DTYPES
+    return fits and _is_rows(x) and native.has_tiles() and programs.takes_training(x, conv_weight, *geometry[:3], of)
 
 
 def _is_product(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
