@@ -110,7 +110,7 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch):
         (["--list", "--gpu", "voodoo"], "h200"),
         (["--list", "--gpu", "h200", "--model", "resnet18", "--only", "nothing"], "matches no problem"),
         (["--list", "--gpu", "h200", "--model", "vgg11"], "resnet"),
-        (["--device", "cpu", "--dtype", "float16"], "single layers in float32 alone"),
+        (["--device", "cpu", "--dtype", "float16"], "in float32 and bfloat16 alone"),
     ],
 )
 def test_what_cannot_be_asked(capsys, monkeypatch, arguments, message):
