@@ -181,9 +181,12 @@ def test_an_unavailable_backend_is_an_error_not_a_trace(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_quick(capsys, tmp_path):
+def test_demo_quick(capsys, monkeypatch, tmp_path):
     for module in ("matplotlib", "sklearn", "PIL"):
         pytest.importorskip(module)
+    from resnet_fast.cli import photos
+
+    monkeypatch.setattr(photos, "_SHIPPED", photos._SHIPPED[:3])  # in a quarter less time
     assert run("demo", "--quick", "--output", tmp_path) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
     assert len(report["checks"]) >= 3
