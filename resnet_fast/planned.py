@@ -99,6 +99,11 @@ class _Planned:
                 self.__dict__["_amx"] = weights, network
         return network
 
+    def program_of(self, x: Tensor) -> AmxNetwork | None:
+        """`amx_network`, where x is to be its input."""
+        network = self.amx_network(x)
+        return None if network is None or network.why_not(x) is not None else network
+
     def _make_amx_network(self) -> AmxNetwork | None:
         try:
             return AmxNetwork(self._section(), self._has_head())
@@ -244,8 +249,7 @@ class PlannedStage(_Planned, FrozenStage):
         """x (N, Cin, H, W) of any float dtype -> the last block's output."""
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
-        network = self.amx_network(x)
-        if network is not None and network.why_not(x) is None:
+        if (network := self.program_of(x)) is not None:
             return network(x)
         engine = self._engine(x)
         return self._by_library(x) if engine is None else engine(x)
@@ -267,8 +271,7 @@ class PlannedResNet(_Planned, ResNet):
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
         raise_for_gradient(x)
         x = x.to(self._weight_dtype())
-        network = self.amx_network(x)
-        if network is not None and network.why_not(x) is None:
+        if (network := self.program_of(x)) is not None:
             y = network(x)
             return y if network.head else self._behind(y)
         engine = self._engine(x)

@@ -121,8 +121,8 @@ class GramDgradProblem:
 
 
 @dataclass(frozen=True)
-class WeightGradientProblem:
-    """The gradient of a convolution's weight, from x and the gradient of y; on CPUs."""
+class _OfTraining:
+    """A convolution of x, weight and y: whichever is written, the other two are read."""
 
     conv: Conv
     dtype: str
@@ -134,6 +134,11 @@ class WeightGradientProblem:
     @property
     def bytes(self) -> int:
         return (self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class WeightGradientProblem(_OfTraining):
+    """The gradient of a convolution's weight, from x and the gradient of y, in float32 on CPUs."""
 
     @property
     def key(self) -> str:
@@ -141,23 +146,13 @@ class WeightGradientProblem:
 
 
 @dataclass(frozen=True)
-class TrainingConvProblem:
+class TrainingConvProblem(_OfTraining):
     """A training step's convolution with its output's statistics, or one of its gradients, on CPUs with AMX.
 
     of: what is computed, "output", "data_gradient" or "weight_gradient".
     """
 
-    conv: Conv
-    dtype: str
     of: str
-
-    @property
-    def flops(self) -> int:
-        return self.conv.flops
-
-    @property
-    def bytes(self) -> int:
-        return (self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements) * ITEMSIZE[self.dtype]
 
     @property
     def key(self) -> str:

@@ -63,8 +63,7 @@ at::Tensor layer_by_layer(const ResidualBlock& block) {
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd,
-    std::string_view unit) {
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, std::string_view unit) {
   const OpGuard guard;
   ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
   for (size_t i = 0; i < conv_weights.size(); ++i) {

@@ -90,32 +90,19 @@ class Builder:
 
     def _convs(self) -> list[Conv]:
         """Every convolution with the image it reads, and the max-pool as one."""
-        shape, found = (1, *self.image), []
-
-        def add(conv: Conv, name: str, module: FrozenConv2d | None = None) -> tuple[int, ...]:
-            if module is not None and conv.in_channels != module.weight.shape[1] * module.groups:
-                raise ValueError(
-                    f"{name} takes {module.weight.shape[1] * module.groups} channels, not {conv.in_channels}"
-                )
+        problem = problem_of(self.section, (1, *self.image))
+        for (name, module), conv in zip(self.section.convs(), problem.convs, strict=True):
+            channels = module.weight.shape[1] * module.groups
+            if conv.in_channels != channels:
+                raise ValueError(f"{name} takes {channels} channels, not {conv.in_channels}")
             if min(conv.out_height, conv.out_width) < 1:
                 raise ValueError(f"{name} does not fit into its input's {conv.height}x{conv.width} pixels")
-            found.append(conv)
-            return conv.y_shape
-
-        if self.section.stem is not None:
-            name, module = self.section.stem
-            shape = add(conv_of(module, shape), name, module)
-            if self.section.max_pool:
-                shape = add(_max_pool(shape), "maxpool")
-        for name, block in self.section.blocks:
-            x_shape = shape
-            for number, module in enumerate(block.convs, 1):
-                shape = add(conv_of(module, shape), f"{name}.conv{number}", module)
-            if block.downsample is not None:
-                x_shape = add(conv_of(block.downsample, x_shape), f"{name}.downsample", block.downsample)
-            if x_shape != shape:
-                raise ValueError(f"{name} adds {x_shape} to {shape}")
-        return found
+        for (name, _), block in zip(self.section.blocks, problem.blocks, strict=True):
+            shape, added = block.convs[-1].y_shape, block.convs[0].x_shape
+            added = added if block.downsample is None else block.downsample.y_shape
+            if added != shape:
+                raise ValueError(f"{name} adds {added} to {shape}")
+        return [*problem.convs, *([_max_pool(problem.stem.y_shape)] if self.section.max_pool else [])]
 
     def _read(self, role: str, channels: int, height: int, width: int, vector: int) -> _Buffer:
         x = self._buffer(role, channels, height, width, vector)

@@ -135,8 +135,8 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         conv = "tensor-core conv_bn_act, or cuDNN conv + " if halves else "cuDNN conv + "
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
     conv = "" if op.startswith("bn") else "oneDNN conv + "
-    if (op == "residual_block" and unit(dtype)) or (op in _BLOCKS and dtype in TILE_DTYPES and has_tiles()):
-        conv = f"{unit_name()} conv + "
+    if op in _BLOCKS and unit(dtype) in (("tiles", "dots") if op == "residual_block" else ("tiles",)):
+        conv = f"{unit_name()} conv, or oneDNN's where that was measured faster, + "
     elif op in _BLOCKS and dtype == _winograd().DTYPE and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     small = ""

@@ -5,6 +5,7 @@ Wherever they can be, unless the other way was measured to be faster (`kernels.s
 cpu`): oneDNN's convolutions, or Winograd's, one by one.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from .. import cpus
 from ..kernels import selection
 from ..problems import SectionProblem, TrainingConvProblem
 from ..shapes import BlockShapes, Conv
+from .primitives import Geometry
 
 
 def takes_block(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> bool:
@@ -27,21 +29,17 @@ def why_not_section(problem: SectionProblem) -> str | None:
     return choice.reason if choice.config is None else None
 
 
-def fits_tiles(channels: int, out_channels: int, groups: int) -> bool:
-    """Whether a training step's convolution can be tile products."""
-    return groups == 1 and channels % 32 == 0 and out_channels % 32 == 0
-
-
-def takes_training(x: Tensor, conv_weight: Tensor, stride, padding, dilation, of: str) -> bool:
+def takes_training(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) -> bool:
     """Whether a training step's convolution, or a gradient (TrainingConvProblem's `of`), is to be tile products."""
-    return _takes_training(x.shape, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), x.dtype, of)
+    stride, padding, dilation, groups = geometry
+    shapes = x.shape, conv_weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups
+    return selection.choose(_training_problem(*shapes, x.dtype, of), cpus.here()).config is not None
 
 
-@selection.remember
-def _takes_training(x_shape, weight_shape, stride, padding, dilation, dtype: torch.dtype, of: str) -> bool:
-    conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, 1)
-    problem = TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)
-    return selection.choose(problem, cpus.here()).config is not None
+@functools.cache
+def _training_problem(x_shape, weight_shape, stride, padding, dilation, groups, dtype, of: str) -> TrainingConvProblem:
+    conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)
+    return TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)
 
 
 @selection.remember

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ..backends import native, winograd
 from ..backends import reference as reference_backend
 from ..backends.primitives import Geometry, reference
 from ..backends.primitives import native as primitives
+from ..kernels import selection
 from ..kernels.configs import Config
 from ..planner import Section
 from ..problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
@@ -84,18 +86,23 @@ def _training(problem: TrainingConvProblem) -> Workload:
     dy, x, weight = source.image(conv.y_shape), source.image(conv.x_shape).relu_(), source.conv(conv)["weight"]
     geometry, wants = Geometry.of(conv), [problem.of == name for name in ("data_gradient", "weight_gradient")]
 
-    def by(forward: Callable, backward: Callable, dtype: torch.dtype = x.dtype, stage: tuple = (PROLOGUE,)) -> Outputs:
-        operands = x.to(dtype), None, weight.to(dtype), geometry, *stage
+    def by(backend: ModuleType, dtype: torch.dtype = x.dtype) -> Outputs:
+        operands = x.to(dtype), None, weight.to(dtype), geometry, PROLOGUE
         if problem.of == "output":
-            names, found = ("y", "mean", "var"), forward(*operands, True)
+            names, found = ("y", "mean", "var"), backend.conv(*operands, True)
         else:
-            names, found = ("dx", "dweight"), backward(dy.to(dtype), *operands, *wants)
+            names, found = ("dx", "dweight"), backend.conv_backward(dy.to(dtype), *operands, *wants)
         return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
 
-    pytorch = functools.partial(by, reference.conv, reference.conv_backward)
-    ours = functools.partial(by, primitives.tiled_conv, primitives.tiled_conv_backward, stage=())
-    library = functools.partial(by, primitives.untiled_conv, primitives.untiled_conv_backward)
-    return Workload(lambda: pytorch(torch.float64), pytorch, _always(ours), {LIBRARY: library}, {})
+    def chosen(config: Config | None) -> Run:
+        def run() -> Outputs:
+            with selection.forced(problem, selection.Choice(config, "forced")):
+                return by(primitives)
+
+        return run
+
+    exact, stock = (functools.partial(by, reference, dtype) for dtype in (torch.float64, x.dtype))
+    return Workload(exact, stock, chosen, {LIBRARY: chosen(None)}, {})
 
 
 @torch.no_grad()

@@ -42,8 +42,7 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
     """Every step of a frozen ResNet on `images` (N, 3, H, W), on the CPU, in the order they run."""
     network = computed_by(frozen, images)
     images = images.to(network.conv1.weight.dtype)
-    amx = network.amx_network(images)
-    if amx is not None and amx.why_not(images) is None:
+    if (amx := network.program_of(images)) is not None:
         return _amx_timings(network, amx, images, repeats)
     steps: list[_Step] = []
     watched = {

@@ -17,6 +17,7 @@ With --list nothing is measured: the problems, and how many configurations each 
 
 import argparse
 import fnmatch
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from torchvision import models
 from .. import cpus, freeze, gpus, planner
 from ..amx.network import why_not_packable
 from ..amx.program import problem_of
-from ..backends import native, programs, winograd
+from ..backends import native, winograd
 from ..backends import triton as triton_backend
 from ..cpus import Cpu, Device
 from ..gpus import Gpu
@@ -45,7 +46,6 @@ from ..problems import (
     TrainingConvProblem,
     WeightGradientProblem,
 )
-from ..shapes import Conv
 from . import UserError, environment, networks, output, training_problems, tuning
 from .tuned_file import TunedFile
 
@@ -154,20 +154,13 @@ def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
 def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of training steps: layers, their data gradients, which are convolutions too, and their weights' gradients; where
     there is AMX, each of them by its tiles as well."""
-    if native.has_tiles():
-        for problem in _train(args, REHEARSAL):
-            if isinstance(problem, ConvProblem) and problem.statistics and _fits_tiles(problem.conv):
-                for of in ("output", "data_gradient", "weight_gradient"):
-                    yield TrainingConvProblem(problem.conv, problem.dtype, of)
+    by_tiles = ("output", "data_gradient", "weight_gradient") if native.has_tiles() else ()
     for problem in _train(args, REHEARSAL):
         if isinstance(problem, ConvProblem):
             yield selection.measured_as(replace(problem, folded=False), cpu)
             if problem.statistics:
                 yield WeightGradientProblem(problem.conv, problem.dtype)
-
-
-def _fits_tiles(conv: Conv) -> bool:
-    return programs.fits_tiles(conv.in_channels, conv.out_channels, conv.groups)
+                yield from (TrainingConvProblem(problem.conv, problem.dtype, of) for of in by_tiles)
 
 
 def _train(args: argparse.Namespace, gpu: Gpu) -> Iterator[Problem]:
@@ -338,6 +331,7 @@ def _cpu(args: argparse.Namespace) -> Cpu:
     return cpus.here()
 
 
+@functools.cache
 def _section(name: str, dtype: str) -> planner.Section:
     with torch.device("meta"):
         model = models.get_model(name, weights=None).eval()

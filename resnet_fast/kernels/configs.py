@@ -62,6 +62,7 @@ __all__ = [
     "from_dict",
     "group_shape",
     "kernel_name",
+    "of_cpu",
     "pixel_tiles",
     "predicted_seconds",
     "programs",
@@ -70,22 +71,33 @@ __all__ = [
     "why_not",
 ]
 
-_OF_CPUS = (WinogradConfig, TileConfig, ProgramConfig)
-
 _PROLOGUE_CHANNELS = 512
 """More leave no room in shared memory for two tiles of weights beside them."""
 
 
 def why_not(config: Config, problem: Problem, device: Device) -> str | None:
     """Why `config` cannot compute `problem` on `device`; None where it can."""
-    if isinstance(config, _OF_CPUS) != isinstance(device, Cpu):
+    if isinstance(config, (WinogradConfig, TileConfig, ProgramConfig)) != isinstance(device, Cpu):
         return f"{kernel_name(config)} does not run on a {device.kind.upper()}"
-    if not isinstance(device, Cpu):
-        return _why_not_on_gpu(config, problem, device)
+    return _why_not_on_cpu(config, problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
+
+
+def of_cpu(problem: Problem) -> Config:
+    """The one there is on CPUs for problems of this type."""
+    kinds = {SectionProblem: ProgramConfig, TrainingConvProblem: TileConfig}
+    return kinds.get(type(problem), WinogradConfig)()
+
+
+def _why_not_on_cpu(config: Config, problem: Problem) -> str | None:
+    if config != of_cpu(problem):
+        return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
     if isinstance(config, WinogradConfig):
         return winograd.why_not(problem)
-    wanted = SectionProblem if isinstance(config, ProgramConfig) else TrainingConvProblem
-    return None if isinstance(problem, wanted) else f"{kernel_name(config)} is of a {wanted.__name__}"
+    if isinstance(config, TileConfig):
+        conv = problem.conv
+        fits = conv.groups == 1 and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
+        return None if fits else "only a dense convolution whose channels are multiples of 32"
+    return None
 
 
 def _why_not_on_gpu(config: Config, problem: Problem, gpu: Gpu) -> str | None:
@@ -307,7 +319,7 @@ _WHY_NOT = {
 def candidates(problem: Problem, device: Device) -> list[Config]:
     """Every valid configuration there is for `problem` on `device`, the most promising first."""
     if isinstance(device, Cpu):
-        return [kind() for kind in _OF_CPUS if why_not(kind(), problem, device) is None]
+        return [] if why_not(of_cpu(problem), problem, device) else [of_cpu(problem)]
     if isinstance(problem, ConvProblem):
         everything: Iterator[Config] = _conv_configs(problem)
     elif isinstance(problem, PrologueProblem):

@@ -25,6 +25,7 @@ from .configs import (
     WinogradConfig,
     candidates,
     kernel_name,
+    of_cpu,
     why_not,
 )
 
@@ -153,7 +154,7 @@ def why_no_kernel(problem: Problem, device: Device) -> str:
     """Why no configuration fits `problem`: the validity function's reasons, each once."""
     tried: tuple[Config, ...]
     if isinstance(device, Cpu):
-        tried = (WinogradConfig(),)
+        tried = (of_cpu(problem),)
     elif isinstance(problem, ConvProblem):
         tried = (PointerConfig(64, 16, 16, 4, 3), TmaConfig((1, 8, 8), 64, 64, 4, 3))
     elif isinstance(problem, PrologueProblem):

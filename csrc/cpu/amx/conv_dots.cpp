@@ -1,6 +1,6 @@
 // conv() of amx.h for CPUs that have bfloat16's dot products in AVX-512 and no tiles: eight pixels by 32 channels of
 // output in registers, summed up over input channels and taps, with bias and residual from the start, or a scale and both
-// at the end, and ReLU before they are stored. Pixels that no output wants, and taps that read nothing but halo, take no time. What comes from memory is
+// at the end, and ReLU before they are stored. Taps that read nothing but halo take no time. What comes from memory is
 // fetched ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
 #include "amx.h"
 #include "vectors.h"
@@ -23,9 +23,8 @@ inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pixel), reinterpret_cast<__m512bh>(weight));
 }
 
-// y of the first `count` of eight pixels and an output block. next: pixels to fetch, or null; ahead: weights to
-// fetch, so many lines with every step. scaled: the sums are multiplied by a scale. whole: all pairs of a vector have
-// weights.
+// y of the first `count` of eight pixels and an output block. next: pixels to fetch, or null; ahead: weights to fetch, so
+// many lines with every step. scaled: the sums are multiplied by a scale. whole: all pairs of a vector have weights.
 template <bool scaled, bool whole>
 void unit(
     const ConvArgs& args, const Pixel* pixel, int64_t count, int64_t block, const Pixel* next, const uint16_t* ahead,
@@ -129,7 +128,8 @@ void run(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin
 void conv_dots(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin, int64_t end) {
   if (pixels == 0) return;
   if (args.scale != nullptr) {
-    args.pairs == kPairs ? run<true, true>(args, pixel, pixels, begin, end) : run<true, false>(args, pixel, pixels, begin, end);
+    args.pairs == kPairs ? run<true, true>(args, pixel, pixels, begin, end)
+                         : run<true, false>(args, pixel, pixels, begin, end);
   } else {
     args.pairs == kPairs ? run<false, true>(args, pixel, pixels, begin, end)
                          : run<false, false>(args, pixel, pixels, begin, end);

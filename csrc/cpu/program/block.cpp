@@ -13,6 +13,7 @@ namespace resnet_fast::cpu {
 namespace {
 
 constexpr int64_t kSmallPixels = 256;     // an image of no more is small: 16 images fill tiles better than 16 pixels
+constexpr int64_t kSmallPixelsOfDots = 128;  // or alone: of no more, groups of 8 pixels are not full enough
 constexpr int64_t kDirectChannels = 512;  // more, and 16 pixels of a tensor fall on too few sets of the first cache
 constexpr int64_t kSecondCacheBytes = 3 << 18;  // of 2 MiB, for pixels
 constexpr int64_t kMostValues = 1 << 30;  // of an image
@@ -128,7 +129,10 @@ class Builder {
  private:
   static bool small(int64_t height, int64_t width) { return height * width <= kSmallPixels; }
 
-  bool indirect(int64_t height, int64_t width) const { return height * width <= (layout_.tiles ? kSmallPixels : 128); }
+  // Whether images pass through buffers; tensors have them one by one.
+  bool indirect(int64_t height, int64_t width) const {
+    return height * width <= (layout_.tiles ? kSmallPixels : kSmallPixelsOfDots);
+  }
 
   // Images side by side: of tiles they are to be the rows, of dot products they leave the same taps out.
   int64_t group_of_small() const {
@@ -177,8 +181,8 @@ class Builder {
     const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
     const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
     program_.add(make_conv(
-        layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y), residual < 0 ? nullptr : &program_.at(residual),
-        packed_[layer], conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
+        layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y),
+        residual < 0 ? nullptr : &program_.at(residual), packed_[layer], conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
   }
 
   // A new section of the program where steps with these buffers cannot be in the present one.

@@ -152,7 +152,7 @@ class ConvStep : public Step {
     args_.taps = looks ? static_cast<int64_t>(taps.size()) : 1;
     tiles ? place_tiles(shape.stride) : place_pixels(shape.stride, taps, looks);
     if (packed.by_item) {
-      tile_step_ = rows_.size();
+      tile_step_ = div_up(rows_.size(), a_tile_);
       block_step_ = 1;
       block_cuts_ = items = output_blocks_;
     } else {

@@ -96,8 +96,9 @@ std::unique_ptr<Step> make_conv(
 // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1), of an image's only input block. band: a buffer for each thread,
 // of a few of the convolution's `height` rows: band_height, where `threads` share an image.
 std::unique_ptr<Step> make_conv_pool(
-    int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y, int64_t height,
-    const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride);
+    int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y,
+    int64_t height, const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns,
+    int64_t stride);
 int64_t band_height(int64_t planes, int64_t channels, int64_t width, int64_t y_height, int64_t threads);
 
 std::unique_ptr<Step> make_pack(int planes, int64_t capacity, std::vector<Packed> layers);

@@ -43,22 +43,8 @@ def conv(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`reference.conv`."""
     if stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry, "output"):
-        return tiled_conv(x, x_norm, conv_weight, geometry, statistics)
-    return untiled_conv(x, x_norm, conv_weight, geometry, stage, statistics)
-
-
-def tiled_conv(
-    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, statistics: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`conv` by AMX."""
-    conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
-    return conv_out, *((mean, var) if statistics else (None, None))
-
-
-def untiled_conv(
-    x: Tensor, x_norm: Norm | None, conv_weight: Tensor, geometry: Geometry, stage: int, statistics: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`conv` without AMX."""
+        conv_out, mean, var = _conv_train(x, *arguments(x_norm), conv_weight, *geometry[:3], statistics)
+        return conv_out, *((mean, var) if statistics else (None, None))
     conv_out, mean, var = _convolved(x, x_norm, conv_weight, geometry, statistics and stage >= EPILOGUE)
     return conv_out, *(batch_statistics(conv_out) if statistics and mean is None else (mean, var))
 
@@ -158,52 +144,26 @@ def conv_backward(
     add: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reference.conv_backward`."""
-    wants = {"data_gradient": wants_dx, "weight_gradient": wants_dweight}
-    tiled = [want and stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry, of) for of, want in wants.items()]
-    rest = [want and not tiles for want, tiles in zip(wants.values(), tiled, strict=True)]
-    grads: tuple[Tensor | None, ...] = (None, None)
+    tiled = [
+        wanted and stage >= EPILOGUE and _is_tiled(x, conv_weight, geometry, of)
+        for of, wanted in (("data_gradient", wants_dx), ("weight_gradient", wants_dweight))
+    ]
+    dx = dweight = None
     if any(tiled):
-        grads = tiled_conv_backward(dconv_out, x, x_norm, conv_weight, geometry, *tiled, add if tiled[0] else None)
-    if any(rest):
-        others = untiled_conv_backward(dconv_out, x, x_norm, conv_weight, geometry, stage, *rest, add)
-        grads = tuple(other if own is None else own for own, other in zip(grads, others, strict=True))
-    return grads
-
-
-def tiled_conv_backward(
-    dconv_out: Tensor,
-    x: Tensor,
-    x_norm: Norm | None,
-    conv_weight: Tensor,
-    geometry: Geometry,
-    wants_dx: bool,
-    wants_dweight: bool,
-    add: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`conv_backward` by AMX."""
-    wants = [wants_dx, wants_dweight]
-    grads = _conv_train_backward(dconv_out, x, *arguments(x_norm), conv_weight, *geometry[:3], add, wants)
-    return tuple(grad if want else None for grad, want in zip(grads, wants, strict=True))
-
-
-def untiled_conv_backward(
-    dconv_out: Tensor,
-    x: Tensor,
-    x_norm: Norm | None,
-    conv_weight: Tensor,
-    geometry: Geometry,
-    stage: int,
-    wants_dx: bool,
-    wants_dweight: bool,
-    add: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`conv_backward` without AMX."""
-    dx, dweight = _by_winograd(dconv_out, x, x_norm, conv_weight, geometry, wants_dx, wants_dweight, add)
+        operands = (dconv_out, x, *arguments(x_norm), conv_weight, *geometry[:3])
+        grads = _conv_train_backward(*operands, add if tiled[0] else None, tiled)
+        dx, dweight = (grad if tiles else None for grad, tiles in zip(grads, tiled, strict=True))
     rest = wants_dx and dx is None, wants_dweight and dweight is None
-    activated = _activated(x, x_norm) if rest[1] else x
-    with pooled():
-        by_library = reference.conv_backward(dconv_out, activated, None, conv_weight, geometry, stage, *rest, add)
-    return by_library[0] if dx is None else dx, by_library[1] if dweight is None else dweight
+    if any(rest):
+        by_winograd = _by_winograd(dconv_out, x, x_norm, conv_weight, geometry, *rest, add)
+        dx, dweight = (own if other is None else other for own, other in zip((dx, dweight), by_winograd, strict=True))
+    rest = wants_dx and dx is None, wants_dweight and dweight is None
+    if any(rest):
+        activated = _activated(x, x_norm) if rest[1] else x
+        with pooled():
+            by_library = reference.conv_backward(dconv_out, activated, None, conv_weight, geometry, stage, *rest, add)
+        dx, dweight = (own if other is None else other for own, other in zip((dx, dweight), by_library, strict=True))
+    return dx, dweight
 
 
 def outer(dz: Tensor, x: Tensor, x_norm: Norm | None, geometry: Geometry, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,9 +247,8 @@ def _is_rows(x: Tensor) -> bool:
 
 
 def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) -> bool:
-    out_channels, channels = conv_weight.shape[:2]
-    fits = programs.fits_tiles(channels, out_channels, geometry.groups) and x.dtype in native.TILE_DTYPES
-    return fits and _is_rows(x) and native.has_tiles() and programs.takes_training(x, conv_weight, *geometry[:3], of)
+    can = x.dtype in native.TILE_DTYPES and _is_rows(x) and native.has_tiles()
+    return can and programs.takes_training(x, conv_weight, geometry, of)
 
 
 def _is_product(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
