@@ -27,7 +27,7 @@ struct ResidualBlock {
 };
 
 // Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd: the
-// numbers of the layers that it is faster for. unit: what multiplies the whole block's convolutions in one program, or "".
+// numbers of the layers that it is faster for. unit: what multiplies the block's convolutions in one program, or "".
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,

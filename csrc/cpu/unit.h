@@ -1,4 +1,4 @@
-// What multiplies in this extension's own convolutions (amx/amx.h), as Python asks for it (resnet_fast/backends/native.py).
+// What multiplies in this extension's own convolutions (amx/amx.h), as resnet_fast/backends/native.py asks for it.
 #pragma once
 
 #include <c10/util/Exception.h>

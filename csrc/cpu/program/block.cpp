@@ -182,7 +182,8 @@ class Builder {
     const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
     program_.add(make_conv(
         layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y),
-        residual < 0 ? nullptr : &program_.at(residual), packed_[layer], conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
+        residual < 0 ? nullptr : &program_.at(residual), packed_[layer], conv.taps(),
+        {conv.stride, conv.blocks(), outputs_per_group, relu}));
   }
 
   // A new section of the program where steps with these buffers cannot be in the present one.

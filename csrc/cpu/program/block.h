@@ -1,5 +1,5 @@
-// Inference of a residual block and of a stem by AMX's tiles or dot products, in one call each. Nothing is kept from one call
-// to the next but buffers: weights are packed, and batch norms folded into scale and bias, by every call for itself.
+// Inference of a residual block and of a stem by AMX's tiles or dot products, in one call each. Nothing is kept from one
+// call to the next but buffers: weights are packed, and batch norms folded into scale and bias, by every call for itself.
 #pragma once
 
 #include <ATen/core/Tensor.h>

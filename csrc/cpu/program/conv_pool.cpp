@@ -16,7 +16,8 @@ class ConvPoolStep : public Step {
  public:
   ConvPoolStep(
       int planes, bool tiles, const std::string& name, const Buffer& x, const Buffer& band, const Buffer& y,
-      int64_t height, const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride)
+      int64_t height, const Packed& packed, const std::vector<std::vector<int64_t>>& taps, int64_t columns,
+      int64_t stride)
       : Step(name, 1, 0),
         x_(x),
         band_(band),

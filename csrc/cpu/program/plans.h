@@ -23,7 +23,7 @@ using Build = std::function<void(Program& program, int64_t capacity, int64_t thr
 
 // y = program(x), by a program that nobody else runs meanwhile: one that was built for this key, or a new one.
 void run_planned(
-    const std::vector<int64_t>& key, int planes, Unit unit, const Build& build, const at::Tensor& x, const at::Tensor& y,
-    Live& live);
+    const std::vector<int64_t>& key, int planes, Unit unit, const Build& build, const at::Tensor& x,
+    const at::Tensor& y, Live& live);
 
 }  // namespace resnet_fast::cpu

@@ -61,8 +61,8 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer,
     const int64_t pooled = planes == 1 ? program.tensor(Place::kY, channels, pooled_height, pooled_width)
                                        : program.buffer(channels, pooled_height, pooled_width, 0, 1, own, amx::kVector);
     program.read(image);
-    program.add(make_conv_pool(planes, unit == Unit::kTiles, "conv", program.at(image), program.at(program.band(pooled, width)),
-                               program.at(pooled), height, packed, taps, weight.size(3), stride));
+    program.add(make_conv_pool(planes, unit == Unit::kTiles, "conv", program.at(image),
+                               program.at(program.band(pooled, width)), program.at(pooled), height, packed, taps, weight.size(3), stride));
     if (planes == 1) {
       program.add(make_check());  // the kernel is widened by weights of zero, and Inf times zero is NaN
     } else {

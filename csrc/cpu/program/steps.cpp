@@ -119,8 +119,8 @@ class AveragePoolStep : public Step {
 class ConvStep : public Step {
  public:
   ConvStep(
-      int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
-      const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
+      int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y,
+      const Buffer* residual, const Packed& packed, const std::vector<std::vector<int64_t>>& taps, const ConvShape& shape)
       : Step(name, std::min(x.group, y.group), 0),
         x_(x),
         y_(y),
