@@ -1,16 +1,25 @@
 """Named cases: few shapes, each there for a reason, and the tensors that go with them."""
 
+import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resnet_fast.cpus import Cpu
+from resnet_fast.kernels import tables
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CPU = Cpu("some CPU", 2)
 """One that nothing is measured on."""
+ONEDNN = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+"""A row of a tuned table."""
+
+
+def tuned_table(rows: dict[str, dict], **changes) -> str:
+    """The text of a tuned table of CPU."""
+    return json.dumps({"schema": tables.SCHEMA, "cpu": CPU.name, "environment": {}} | changes | {"rows": rows})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The convolutions of a training step as AMX tile products: beside PyTorch's, in every geometry."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CPU, draw, named
+from cases import ONEDNN, draw, named, tuned_table
 from cases import ConvCase as Case
 from numerics import assert_all_match
 from test_primitives import draw_norm
@@ -16,7 +15,7 @@ from test_primitives import draw_norm
 from resnet_fast.backends import native as native_backend
 from resnet_fast.backends.primitives import Geometry, Norm, reference
 from resnet_fast.backends.primitives import native as native_primitives
-from resnet_fast.kernels import selection, tables
+from resnet_fast.kernels import selection
 from resnet_fast.problems import TrainingConvProblem
 from resnet_fast.shapes import Conv
 from resnet_fast.training import LIBRARY, PROLOGUE
@@ -150,8 +149,7 @@ def test_a_tuned_table_decides_one_by_one(by_library, dtype, unmeasured_cpu, mon
     x, _, weight, geometry, *_ = arguments
     conv = Conv.of(x.shape, weight.shape, *geometry)
     key = TrainingConvProblem(conv, str(dtype).removeprefix("torch."), by_library).key
-    row = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
-    unmeasured_cpu.write_text(json.dumps({"schema": tables.SCHEMA, "cpu": CPU.name, "rows": {key: row}}))
+    unmeasured_cpu.write_text(tuned_table({key: ONEDNN}))
     selection.forget()
     forward, backward, tiled = native_primitives._conv_train, native_primitives._conv_train_backward, []
     monkeypatch.setattr(native_primitives, "_conv_train", lambda *a: [tiled.append("output"), forward(*a)][1])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CPU, draw
+from cases import CPU, ONEDNN, draw, tuned_table
 from models import lively
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -17,7 +17,7 @@ from resnet_fast.backends import native as native_backend
 from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import info, tune, tuning
 from resnet_fast.frozen import FrozenConv2d
-from resnet_fast.kernels import configs, selection, tables
+from resnet_fast.kernels import configs, selection
 from resnet_fast.kernels.configs import WinogradConfig
 from resnet_fast.problems import ConvProblem, SectionProblem
 from resnet_fast.shapes import BlockShapes, Conv
@@ -36,11 +36,9 @@ def computed(shape) -> FrozenConv2d:
 
 
 def table(row, **changes) -> str:
-    head = {"schema": tables.SCHEMA, "cpu": CPU.name, "environment": {}}
-    return json.dumps(head | changes | {"rows": {PROBLEM.key: row}})
+    return tuned_table({PROBLEM.key: row}, **changes)
 
 
-ONEDNN = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
 OURS = {"config": {"kernel": "winograd"}, "us": 1.0, "library_us": 2.0, "variant": "onednn"}
 
 
@@ -109,6 +107,7 @@ def test_tune_writes_the_table_that_freeze_reads(capsys, tuned, unmeasured_cpu):
     assert computed((4, 64, 16, 16)).reason in ("tuned", "measured faster than every kernel of ours")
     [row] = [row for row in info.collect()["tuned"] if row["device"] == CPU.name]
     assert (row["rows"], row["reason"]) == (3, "")
+    assert row["library_rows"] == sum(each["config"] is None for each in written["rows"].values())
     assert row["files"] == [str(unmeasured_cpu)]
     assert tuned() == (0, written)
 
@@ -189,10 +188,8 @@ def test_a_tuned_table_decides_what_is_a_program(unmeasured_cpu, unit, is_progra
     fast, x, frozen = stage_of(BasicBlock(64, 64))
     conv = Conv(*x.shape, 64, (3, 3), padding=(1, 1))
     live = SectionProblem((BlockShapes((conv, conv)),), "bfloat16", folded=False)
-    row = {"config": {"kernel": "program"} if is_program else None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
-    head = {"schema": tables.SCHEMA, "cpu": CPU.name, "environment": {}}
-    rows = {problem.key: row for problem in (live, replace(live, folded=True))}
-    unmeasured_cpu.write_text(json.dumps(head | {"rows": rows}))
+    row = ONEDNN | ({"config": {"kernel": "program"}} if is_program else {})
+    unmeasured_cpu.write_text(tuned_table({problem.key: row for problem in (live, replace(live, folded=True))}))
     selection.forget()
     units, op = [], native_backend.cpu_residual_block
     monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: [units.append(call[-1]), op(*call)][1])

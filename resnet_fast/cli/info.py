@@ -6,7 +6,8 @@ not a fault.
 
 JSON: {"schema": "resnet_fast.info/1", "versions", "cpu", "gpus", "commit", "environment_variables", "directories": [],
 "backends": [{"backend", "device", "dtype", "op", "usable", "kernel", "reason"}], "native_build": {...} or null,
-"frozen_cpu": {dtype: what computes it}, "pool": {...}, "tuned": [{"device", "rows", "files": [], "reason"}],
+"frozen_cpu": {dtype: what computes it}, "pool": {...},
+"tuned": [{"device", "rows", "library_rows", "files": [], "reason"}],
 "fallbacks": [...],
 "self_test": [{"backend", "device", "op", "mode", "match", "ratio", "reason"}], "broken": [reasons]}
 """
@@ -97,6 +98,7 @@ def _tuned() -> list[dict]:
         {
             "device": device.name,
             "rows": tables.count(device),
+            "library_rows": tables.count_library(device),
             "files": [str(path) for path in tables.paths(device) if path.exists()],
             "reason": tables.why_none(device) or "",
         }
@@ -221,7 +223,8 @@ def _print(report: dict) -> None:
 
 
 def _tuned_words(row: dict) -> str:
-    return row["reason"] or f"{row['rows']} problems measured, in {' and '.join(row['files'])}"
+    measured = f"{row['rows']} problems measured, {row['library_rows']} of them left to the library"
+    return row["reason"] or f"{measured}, in {' and '.join(row['files'])}"
 
 
 def _grouped(rows: list[dict]) -> dict[tuple, list[str]]:

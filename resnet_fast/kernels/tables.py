@@ -55,6 +55,11 @@ def count(device: Device) -> int:
     return len(_rows(device))
 
 
+def count_library(device: Device) -> int:
+    """In how many of them the library was fastest, so that it is taken."""
+    return sum(row.config is None for row in _rows(device).values())
+
+
 def lookup(problem: Problem, device: Device) -> tuple[Row, str] | None:
     """What was measured for this problem and the key it was measured under: its own, or a near batch size's, on a GPU
     of either half type, which are equally fast there."""
