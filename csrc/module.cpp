@@ -137,6 +137,8 @@ void bind_program(py::module_& m) {
       .def("conv", &Program::conv, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("residual"), py::arg("weight"),
            py::arg("bias"), py::arg("taps"), py::arg("stride"), py::arg("blocks"), py::arg("outputs_per_group"),
            py::arg("relu"))
+      .def("winograd", &Program::winograd, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("residual"),
+           py::arg("weight"), py::arg("bias"), py::arg("relu"))
       .def("skip", &Program::skip, py::arg("x"), py::arg("y"), py::arg("stride"))
       .def("conv_max_pool", &Program::conv_max_pool, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("weight"),
            py::arg("bias"), py::arg("taps"), py::arg("columns"), py::arg("stride"), py::arg("height"), py::arg("width"))

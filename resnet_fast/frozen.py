@@ -141,8 +141,9 @@ class FrozenConv2d(Frozen):
         reason = winograd.why_not()
         if reason is not None:
             return Choice(None, "library", reason)
-        dtype = str(self.weight.dtype).removeprefix("torch.")
-        problem = ConvProblem(conv_of(self, shape), dtype, residual=residual, relu=self.relu)
+        if self.weight.dtype != winograd.DTYPE:
+            return Choice(None, "library", f"only {winograd.DTYPE} has Winograd's kernels outside of programs")
+        problem = ConvProblem(conv_of(self, shape), "float32", residual=residual, relu=self.relu)
         return selection.choose(problem, cpus.here())
 
     @property

@@ -33,7 +33,7 @@ std::optional<at::Tensor> by_winograd(
 }
 
 at::Tensor apply(const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
-  if (layer.winograd && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
+  if (layer.winograd && x.scalar_type() == at::kFloat && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
     if (auto y = by_winograd(layer, x, residual, relu)) return *y;
   }
   return conv_bn_act(

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import cpus
 from ..backends.programs import why_not_section
 from ..planner import Section, why_not_plannable
 from .program import GROUP, Builder, Built, problem_of
-from .weights import Packed, pack, pack_linear, pack_stem, why_not_conv, why_not_stem
+from .weights import Weights, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
 KINDS_KEPT = 4
@@ -27,6 +27,8 @@ def why_not_packable(section: Section) -> str | None:
         reason = "there is a max-pool without a stem"
     if reason is None and section.stem is not None:
         reason = why_not_stem(*section.stem) or why_not_conv(*section.stem)
+    if reason is None and any(len(block.convs) < 2 for _, block in section.blocks):
+        reason = "there is a block of one convolution, which would write over what it reads"
     if reason is not None:
         return reason
     return next(filter(None, (why_not_conv(name, conv) for name, conv in section.convs())), None)
@@ -34,12 +36,16 @@ def why_not_packable(section: Section) -> str | None:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of one run: seconds, FLOPs, and bytes that it moves, each tensor once."""
+    """A step of one run: seconds, FLOPs, and bytes that it moves, each tensor once.
+
+    winograd: the FLOPs are those of Winograd's products.
+    """
 
     name: str
     seconds: float
     flops: int
     bytes: int
+    winograd: bool
 
 
 class AmxNetwork:
@@ -59,13 +65,7 @@ class AmxNetwork:
         if reason is not None:
             raise ValueError(reason)
         self.section, self.head = section, head
-        self._packed: dict[nn.Module, Packed] = {
-            conv: pack(conv) for _, conv in section.convs()[section.stem is not None :]
-        }
-        if section.stem is not None:
-            self._packed[section.stem[1]] = pack_stem(section.stem[1])
-        if head:
-            self._packed[section.classifier] = pack_linear(section.classifier)
+        self._weights = Weights(section, head)
         self._slower: dict[torch.Size, str | None] = {}  # why not, by x's shape
         self._idle: OrderedDict[tuple, list[Built]] = OrderedDict()  # programs that nobody runs, by their kind
         self._busy = 0  # threads
@@ -95,9 +95,16 @@ class AmxNetwork:
         for images in _parts(len(x)):
             with self._borrowed(x.shape[1:], images) as built:
                 y = self._empty(built, len(x)) if y is None else y
-                built.program.run(self._readable(x[first : first + images]), y[first : first + images])
+                infinite = built.program.run(self._readable(x[first : first + images]), y[first : first + images])
+            for number in infinite:  # which Winograd's transforms make NaN of
+                self._run_directly(x[first + number :][:1], y[first + number :][:1])
             first += images
         return y.flatten(1) if self.head else y
+
+    def _run_directly(self, x: Tensor, y: Tensor) -> None:
+        """Without Winograd."""
+        with self._borrowed(x.shape[1:], len(x), winograd=False) as built:
+            built.program.run(self._readable(x), y)
 
     @torch.no_grad()
     def timings(self, x: Tensor) -> list[StepTime]:
@@ -106,7 +113,9 @@ class AmxNetwork:
             times = built.program.timed_run(self._readable(x), self._empty(built, len(x)))
         itemsize = self.section.dtype.itemsize
         return [
-            StepTime(name, seconds, cost.flops * len(x), cost.values * len(x) * itemsize + cost.weight_bytes)
+            StepTime(
+                name, seconds, cost.flops * len(x), cost.values * len(x) * itemsize + cost.weight_bytes, cost.winograd
+            )
             for (name, seconds), cost in zip(times, built.costs, strict=True)
         ]
 
@@ -118,10 +127,10 @@ class AmxNetwork:
         return x if self.section.stem is not None else x.contiguous(memory_format=torch.channels_last)
 
     @contextmanager
-    def _borrowed(self, image: torch.Size, images: int) -> Iterator[Built]:
+    def _borrowed(self, image: torch.Size, images: int, winograd: bool = True) -> Iterator[Built]:
         """A program that nobody else runs, as soon as there are cores for it: a new one where all are in use."""
-        key = _key(image, images)
-        threads, cores = key[-1], cpus.here().cores
+        key = _key(image, images, winograd)
+        threads, cores = key[2], cpus.here().cores
         with self._turn:
             self._turn.wait_for(lambda: self._busy == 0 or self._busy + threads <= cores)
             idle = self._idle_of(key)
@@ -146,12 +155,12 @@ class AmxNetwork:
             return self._idle[key]
 
     def _build(self, key: tuple) -> Built:
-        return Builder(self.section, self._packed, *key).build()
+        return Builder(self._weights, *key).build()
 
 
-def _key(image: torch.Size, images: int) -> tuple[tuple[int, ...], int, int]:
-    """Of programs that are alike: the image's shape, how many at once, and threads."""
-    return tuple(image), min(images, GROUP) if images < _FULL else GROUP, torch.get_num_threads()
+def _key(image: torch.Size, images: int, winograd: bool = True) -> tuple[tuple[int, ...], int, int, bool]:
+    """Of programs that are alike: the image's shape, how many at once, threads, and whether 3x3s may be Winograd's."""
+    return tuple(image), min(images, GROUP) if images < _FULL else GROUP, torch.get_num_threads(), winograd
 
 
 def _parts(batch: int) -> list[int]:

@@ -8,15 +8,14 @@ and the threads share each layer, so that its weights are read once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
-
-from ..backends import native
+from ..backends import native, winograd
 from ..frozen import FrozenBlock, FrozenConv2d
+from ..kernels.winograd import flops as winograd_flops
 from ..layers import conv_of
 from ..planner import Section
 from ..problems import SectionProblem
 from ..shapes import BlockShapes, Conv
-from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed
+from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed, Weights
 
 GROUP = 16
 """Images side by side in a tile."""
@@ -27,11 +26,15 @@ _NONE = -1  # in place of a buffer
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step does for one image: FLOPs, and activations read and written, in values; weights in bytes."""
+    """What a step does for one image: FLOPs, and activations read and written, in values; weights in bytes.
+
+    winograd: the FLOPs are those of Winograd's products.
+    """
 
     flops: int
     values: int
     weight_bytes: int
+    winograd: bool
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,16 @@ class _Buffer:
 
 
 class Builder:
-    """Builds one program. packed: weights by module, those of the classifier too if it is part of the program.
+    """Builds one program. winograd: 3x3s may be Winograd's, where that is faster.
 
     Buffers are reused from block to block; `role` tells apart those that live at the same time. A block's output takes
     the place of its shortcut.
     """
 
-    def __init__(
-        self, section: Section, packed: dict[nn.Module, Packed], image: Sequence[int], capacity: int, threads: int
-    ) -> None:
-        self.section, self.packed, self.image, self.capacity = section, packed, tuple(image), capacity
+    def __init__(self, weights: Weights, image: Sequence[int], capacity: int, threads: int, winograd: bool) -> None:
+        self.weights, self.section, self.image, self.capacity = weights, weights.section, tuple(image), capacity
+        section = weights.section
+        self.winograd = winograd
         self.by_image = capacity >= 2 * threads
         self.tiles = native.unit(section.dtype) == "tiles"
         self.program = native.load().Program(PLANES[section.dtype], capacity, threads, self.tiles)
@@ -81,7 +84,7 @@ class Builder:
         for name, block in self.section.blocks:
             x = self._block(name, block, x)
         channels = x.channels
-        if self.section.classifier in self.packed:
+        if self.weights.head:
             x, channels = self._classifier(x), self.section.classifier.out_features
         self._enter(x)
         self.program.write(x.number)
@@ -116,7 +119,7 @@ class Builder:
         x = self._read("image", *self.image, IMAGE_VECTOR)
         if not self.section.max_pool:
             return self._conv(name, module, x, "stem")
-        conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.packed[module]
+        conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.weights.of(module)
         pool = _max_pool(conv.y_shape)
         y = self._buffer("block", conv.out_channels, pool.out_height, pool.out_width)
         self._enter(x, y)
@@ -161,16 +164,23 @@ class Builder:
         skipped: bool = False,
     ) -> _Buffer:
         """A step that writes a buffer of this role, or over the residual. skipped: x is only what a stride leaves."""
-        conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.packed[module]
+        conv = conv_of(module, (1, x.channels, x.height, x.width))
         conv = replace(conv, stride=(1, 1)) if skipped else conv
         y = residual or self._buffer(role, conv.out_channels, conv.out_height, conv.out_width)
-        self._add(name, packed, x, y, y.number if residual else _NONE, conv.stride[0], module.relu)
-        values = conv.x_elements + conv.y_elements * (2 if residual else 1)
+        added, values = y.number if residual else _NONE, conv.x_elements + conv.y_elements * (2 if residual else 1)
+        if self.winograd and winograd.takes_folded(replace(conv, batch=self.capacity)):
+            packed = self.weights.of(module, winograd=True)
+            self._enter(x, y)
+            self.program.winograd(name, x.number, y.number, added, packed.weight, packed.bias, module.relu)
+            self._cost(winograd_flops(conv, "bfloat16"), values, packed.bytes, winograd=True)
+            return y
+        packed = self.weights.of(module)
+        self._add(name, packed, x, y, added, conv.stride[0], module.relu)
         self._cost(conv.real_flops, values, packed.bytes)
         return y
 
     def _classifier(self, x: _Buffer) -> _Buffer:
-        linear, packed = self.section.classifier, self.packed[self.section.classifier]
+        linear, packed = self.section.classifier, self.weights.of(self.section.classifier)
         pooled = self._buffer("pooled", x.channels, 1, 1)
         self._enter(x)
         self.program.average_pool(x.number, pooled.number)
@@ -206,8 +216,8 @@ class Builder:
             self.program.section(by_image)
             self.section_by_image = by_image
 
-    def _cost(self, flops: int = 0, values: int = 0, weight_bytes: int = 0) -> None:
-        self.costs.append(Cost(flops, values, weight_bytes))
+    def _cost(self, flops: int = 0, values: int = 0, weight_bytes: int = 0, winograd: bool = False) -> None:
+        self.costs.append(Cost(flops, values, weight_bytes, winograd))
 
 
 def problem_of(section: Section, shape: Sequence[int]) -> SectionProblem:

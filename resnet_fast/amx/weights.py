@@ -1,12 +1,13 @@
-"""Weights as AMX tile products take them: blocks of 32 input by 32 output channels."""
+"""Weights as AMX tile products and dot products take them: blocks of 32 input by 32 output channels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..frozen import FrozenConv2d
+from ..planner import Section
 
 VECTOR = 32
 """Channels in a block."""
@@ -41,6 +42,28 @@ class Packed:
     def bytes(self) -> int:
         """Of weight and bias."""
         return self.weight.nbytes + self.bias.nbytes
+
+
+class Weights:
+    """Those of a section, each packed when it is first asked for. head: the classifier's are among them."""
+
+    def __init__(self, section: Section, head: bool) -> None:
+        self.section, self.head = section, head
+        self._packed: dict[tuple[nn.Module, bool], Packed] = {}
+
+    def of(self, module: nn.Module, winograd: bool = False) -> Packed:
+        """Of one of the section's modules. winograd: for Winograd's products, of a 3x3."""
+        key = module, winograd
+        if key not in self._packed:
+            self._packed[key] = self._pack(module, winograd)
+        return self._packed[key]
+
+    def _pack(self, module: nn.Module, winograd: bool) -> Packed:
+        if winograd:
+            return pack_winograd(module)
+        if isinstance(module, nn.Linear):
+            return pack_linear(module)
+        return pack_stem(module) if self.section.stem and module is self.section.stem[1] else pack(module)
 
 
 def why_not_conv(name: str, conv: FrozenConv2d) -> str | None:
@@ -87,18 +110,29 @@ def pack_stem(conv: FrozenConv2d) -> Packed:
     return _packed(weight.permute(0, 3, 1, 2).flatten(1, 2), conv.bias, taps, out_channels)
 
 
+def pack_winograd(conv: FrozenConv2d) -> Packed:
+    """Of a 3x3 for Winograd's F(2x2, 3x3): G w G' (Lavin and Gray 2016, arXiv:1509.09308).
+
+    weight: (K / 32, 16, C / 32, 1, 2, 16, 16, 2); there are no taps.
+    """
+    rows = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    weight = torch.einsum("ir,kcrs,js->kcij", rows, conv.weight.float(), rows)
+    packed = _packed(weight.to(conv.weight.dtype).flatten(2), conv.bias, [], conv.weight.shape[0])
+    return replace(packed, weight=packed.weight.transpose(1, 2).contiguous())
+
+
 def pack_linear(linear: nn.Linear) -> Packed:
     """As a 1x1 convolution of one pixel."""
     return _packed(linear.weight.unsqueeze(-1), linear.bias, [[0, 0]], linear.out_features)
 
 
 def _packed(weight: Tensor, bias: Tensor | None, taps: list[list[int]], group_channels: int) -> Packed:
-    """weight: (K, C, taps). group_channels: output channels that share their input channels."""
-    out_channels, channels, _ = weight.shape
+    """weight: (K, C, positions). group_channels: output channels that share their input channels."""
+    out_channels, channels, positions = weight.shape
     out_blocks, blocks = -(-out_channels // VECTOR), -(-channels // VECTOR)
     weight = F.pad(weight, (0, 0, 0, blocks * VECTOR - channels, 0, out_blocks * VECTOR - out_channels))
     planes = torch.stack(_split(weight))
-    halves = planes.view(len(planes), out_blocks, 2, VECTOR // 2, blocks, VECTOR // 2, 2, len(taps))
+    halves = planes.view(len(planes), out_blocks, 2, VECTOR // 2, blocks, VECTOR // 2, 2, positions)
     wide_bias = weight.new_zeros(out_blocks * VECTOR, dtype=torch.float32)
     if bias is not None:
         wide_bias[:out_channels] = bias

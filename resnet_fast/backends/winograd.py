@@ -1,8 +1,9 @@
-"""float32 3x3 convolutions by the extension's Winograd kernels: see csrc/cpu/winograd.h.
+"""3x3 convolutions by the extension's Winograd kernels, of float32: see csrc/cpu/winograd.h.
 
 Of frozen models, whose weights are transformed once, and of models whose weights may change, where they are in every
 call: those of optimized blocks, and in training both gradients. There is a choice by shape, `takes` and its like, which
-is as `kernels.selection` says.
+is as `kernels.selection` says. In bfloat16, Winograd's products are a part of programs that multiply by dot products:
+`layers` and `takes_folded` say which.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from . import native
 from .primitives import Geometry, Norm, arguments
 
 DTYPE = torch.float32
-"""Of all that Winograd computes."""
+"""Of all that Winograd computes by itself."""
 
 
 def why_not() -> str | None:
@@ -46,9 +47,19 @@ def takes_weight_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) ->
 
 def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
     """Which of a block's layers, as `ops.residual_block` takes them, Winograd is to compute."""
-    if x.dtype != DTYPE:
+    if x.dtype != DTYPE and not in_programs(x.dtype):
         return ()
-    return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
+    return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample, x.dtype)
+
+
+def in_programs(dtype: torch.dtype) -> bool:
+    """Whether programs of this dtype have Winograd's products to choose."""
+    return dtype == torch.bfloat16 and native.unit(dtype) == "dots"
+
+
+def takes_folded(conv: Conv) -> bool:
+    """Whether Winograd is to compute this convolution of a program, whose weights do not change."""
+    return in_programs(torch.bfloat16) and _chosen(ConvProblem(conv, "bfloat16"))
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -100,17 +111,17 @@ def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups) -> bo
 
 
 @selection.remember
-def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
+def _layers(x_shape, weight_shapes, geometry, downsample, dtype) -> tuple[int, ...]:
     convs = BlockShapes.of(x_shape, weight_shapes, geometry, downsample).all_convs
-    return tuple(number for number, conv in enumerate(convs) if _chosen(_live(conv)))
+    return tuple(number for number, conv in enumerate(convs) if _chosen(_live(conv, dtype)))
 
 
 def _chosen(problem: Problem | None) -> bool:
     return problem is not None and why_not() is None and selection.choose(problem, cpus.here()).config is not None
 
 
-def _live(conv: Conv) -> ConvProblem:
-    return ConvProblem(conv, "float32", relu=False, folded=False)
+def _live(conv: Conv, dtype: torch.dtype = DTYPE) -> ConvProblem:
+    return ConvProblem(conv, str(dtype).removeprefix("torch."), relu=False, folded=False)
 
 
 def _data_gradient(conv: Conv) -> ConvProblem | None:

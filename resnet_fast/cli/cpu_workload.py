@@ -19,13 +19,14 @@ from ..kernels import selection
 from ..kernels.configs import Config
 from ..planner import Section
 from ..problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
-from ..shapes import Conv
+from ..shapes import BlockShapes, Conv
 from ..training import LIBRARY as LIBRARY_STAGE
 from ..training import PROLOGUE
 from . import workload
 from .workload import Outputs, Run, Workload
 
 LIBRARY = "onednn"
+DIRECT = "dots"
 
 
 def of(problem: ConvProblem | WeightGradientProblem | TrainingConvProblem | SectionProblem) -> Workload:
@@ -36,6 +37,8 @@ def of(problem: ConvProblem | WeightGradientProblem | TrainingConvProblem | Sect
         return _network(problem) if problem.folded else _block(problem)
     if isinstance(problem, WeightGradientProblem):
         return _weight_gradient(problem)
+    if problem.dtype == "bfloat16":
+        return _folded_in_program(problem) if problem.folded else _live_in_program(problem)
     return _folded(problem) if problem.folded else _live(problem)
 
 
@@ -51,6 +54,39 @@ def _folded(problem: ConvProblem) -> Workload:
 
     ours = torch.no_grad()(lambda: {"y": layer.by_winograd(x, residual)})
     return replace(workload.of(problem, "cpu"), kernel=_always(ours), library={LIBRARY: onednn})
+
+
+@torch.no_grad()
+def _folded_in_program(problem: ConvProblem) -> Workload:
+    """Of a frozen network that is a program: a block of this convolution twice, which x is added to."""
+    source = workload.Source(problem, "cpu")
+    x, block = source.image(problem.conv.x_shape), frozen.FrozenBlock([], None, None)
+    block.convs.extend(_layer(problem, source.conv(problem.conv)) for _ in range(2))
+    section = Section(None, False, [("block", block)])
+
+    def chosen(config: Config | None) -> Run:
+        network = AmxNetwork(section, head=False)
+        with selection.forced(problem, selection.Choice(config, "forced")):
+            network(x)
+        return lambda: {"y": network(x)}
+
+    @torch.no_grad()
+    def by_pytorch(dtype: torch.dtype) -> Outputs:
+        return {"y": _by_pytorch(section, x.to(dtype))}
+
+    exact, stock = (functools.partial(by_pytorch, dtype) for dtype in (torch.float64, x.dtype))
+    return Workload(exact, stock, chosen, {DIRECT: chosen(None)}, {}, repeats=2)
+
+
+def _live_in_program(problem: ConvProblem) -> Workload:
+    """The same of a block whose weights may change."""
+    block = SectionProblem((BlockShapes((problem.conv, problem.conv)),), problem.dtype, folded=False)
+    exact, stock, by_extension = _of_block(block)
+
+    def by(*layers: int) -> Run:
+        return lambda: by_extension(native.unit(torch.bfloat16), layers)
+
+    return Workload(exact, stock, _always(by(0, 1)), {DIRECT: by()}, {}, repeats=2)
 
 
 def _live(problem: ConvProblem) -> Workload:
@@ -156,6 +192,14 @@ def _by_pytorch(section: Section, x: Tensor) -> Tensor:
 
 def _block(problem: SectionProblem) -> Workload:
     """A block in eval mode whose weights and batch norms may change."""
+    exact, stock, by_extension = _of_block(problem)
+    unit = native.unit(getattr(torch, problem.dtype))
+    return Workload(exact, stock, _always(lambda: by_extension(unit)), {LIBRARY: lambda: by_extension("")}, {})
+
+
+def _of_block(problem: SectionProblem) -> tuple[Run, Run, Callable[..., Outputs]]:
+    """By PyTorch in float64 and in its dtype; by the extension with this unit, and these layers by Winograd, if not the
+    chosen ones."""
     source, [shapes] = workload.Source(problem, "cpu"), problem.blocks
     convs, branch = shapes.all_convs, shapes.downsample is not None
     x = source.image(problem.convs[0].x_shape)
@@ -170,17 +214,11 @@ def _block(problem: SectionProblem) -> Workload:
         lists = [[each.to(dtype) for each in column] for column in (weights, *columns, variances)]
         return {"y": reference_backend.residual_block(x.to(dtype), None, *lists, *rest)}
 
-    def by_extension(unit: str) -> Outputs:
-        layers = winograd.layers(x, weights, geometry, branch)
+    def by_extension(unit: str, layers: tuple[int, ...] | None = None) -> Outputs:
+        layers = winograd.layers(x, weights, geometry, branch) if layers is None else layers
         return {"y": native.cpu_residual_block(x, None, weights, *columns, variances, *rest, layers, unit)}
 
-    return Workload(
-        lambda: by_pytorch(torch.float64),
-        lambda: by_pytorch(x.dtype),
-        _always(lambda: by_extension(native.unit(x.dtype))),
-        {LIBRARY: lambda: by_extension("")},
-        {},
-    )
+    return lambda: by_pytorch(torch.float64), lambda: by_pytorch(x.dtype), by_extension
 
 
 def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours: Run) -> Workload:

@@ -67,10 +67,11 @@ def _amx_timings(network: nn.Module, amx: AmxNetwork, images: Tensor, repeats: i
     """Of a network that is a program: by its program, and by the clock what PyTorch does behind it."""
     runs = [amx.timings(images) for _ in range(2 + repeats)][2:]
     unit = native.unit_name()
-    timings = [
-        LayerTiming(step.name, unit, statistics.median(run[number].seconds for run in runs), step.flops, step.bytes)
-        for number, step in enumerate(runs[0])
-    ]
+    timings = []
+    for number, step in enumerate(runs[0]):
+        kernel = winograd.NAME_OF_DOTS if step.winograd else unit
+        seconds = statistics.median(run[number].seconds for run in runs)
+        timings.append(LayerTiming(step.name, kernel, seconds, step.flops, step.bytes))
     if not amx.head:
         features, seconds = amx(images), []
         for _ in range(repeats):

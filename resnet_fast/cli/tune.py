@@ -7,10 +7,12 @@ The table is written after every problem, and what is in it is not measured agai
 --budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
-With --device cpu the problems are the float32 3x3s that Winograd can compute, of frozen networks, of optimized ones and
-of training steps; where the extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the blocks
-of optimized ones, in its dtypes; and with AMX a training step's convolutions. The library's path is oneDNN's, layer by
-layer. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its times mean nothing.)
+With --device cpu the problems are the 3x3s that Winograd can compute: in float32 those of frozen networks, of optimized
+ones and of training steps, in bfloat16, where programs multiply by AVX-512's dot products, the first two; where the
+extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the blocks of optimized ones, in its
+dtypes; and with AMX a training step's convolutions. The library's path is oneDNN's, layer by layer, and of a 3x3 in a
+program dot products without Winograd. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its
+times mean nothing.)
 
 With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
@@ -131,11 +133,17 @@ def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
 
 def _infer_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of frozen networks, and of optimized ones, whose weights may change."""
-    yield from _sections(args)
     for problem in _infer(args, REHEARSAL):
-        yield problem
-        if isinstance(problem, ConvProblem):
+        if isinstance(problem, ConvProblem) and (problem.dtype == "float32" or _in_programs(problem)):
+            yield selection.measured_as(problem, cpu)
             yield selection.measured_as(replace(problem, folded=False), cpu)
+    yield from _sections(args)  # which take what was found for their layers
+
+
+def _in_programs(problem: ConvProblem) -> bool:
+    """Whether there is a choice for it in a program, and a block of it alone to measure it in."""
+    dtype, conv = getattr(torch, problem.dtype), problem.conv
+    return winograd.in_programs(dtype) and conv.in_channels == conv.out_channels
 
 
 def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
@@ -157,7 +165,8 @@ def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     by_tiles = ("output", "data_gradient", "weight_gradient") if native.has_tiles() else ()
     for problem in _train(args, REHEARSAL):
         if isinstance(problem, ConvProblem):
-            yield selection.measured_as(replace(problem, folded=False), cpu)
+            if problem.dtype == "float32":
+                yield selection.measured_as(replace(problem, folded=False), cpu)
             if problem.statistics:
                 yield WeightGradientProblem(problem.conv, problem.dtype)
                 yield from (TrainingConvProblem(problem.conv, problem.dtype, of) for of in by_tiles)
@@ -225,6 +234,8 @@ def _measure(args: argparse.Namespace, chosen: Sequence[Problem], target: Device
             if args.budget is not None and begun - started + longest > args.budget:
                 break
             progress.update(line, description=problem.key)
+            if isinstance(problem, SectionProblem):
+                selection.forget()  # it may take what this run has found for its layers
             try:
                 _measure_one(args, problem, target, file)
             except tuning.DeviceLost as error:

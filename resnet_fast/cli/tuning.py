@@ -52,6 +52,10 @@ class Timing:
     p20_us: float
     p80_us: float
 
+    def of_one(self, repeats: int) -> "Timing":
+        """Where so many were timed together."""
+        return Timing(*(value / repeats for value in astuple(self)))
+
 
 def measure(
     problem: Problem,
@@ -110,6 +114,7 @@ def measure(
             rejected[label] = _line(error)
             if not _usable(device):
                 raise DeviceLost(label, rejected[label]) from error
+    timings = {label: each.of_one(work.repeats) for label, each in timings.items()}
     return _row(problem, runs, timings, rejected, len(valid))
 
 

@@ -29,7 +29,7 @@ _IMAGES_AT_ONCE = 32  # of the float64 reference, so that its workspaces stay sm
 class Workload:
     """reference: in float64. stock: PyTorch's ops, one by one, in the problem's dtype. library: by variant.
 
-    kernel: the run of one configuration; Triton's write to `outputs`.
+    kernel: the run of one configuration; Triton's write to `outputs`. repeats: how often a run computes the problem.
     """
 
     reference: Run
@@ -37,6 +37,7 @@ class Workload:
     kernel: Callable[[Config], Run]
     library: dict[str, Run]
     outputs: Outputs
+    repeats: int = 1
 
     def poison(self) -> None:
         """NaN into everything that a Triton candidate has to write."""

@@ -67,7 +67,7 @@ class GramDgradConfig:
 
 @dataclass(frozen=True)
 class WinogradConfig:
-    """winograd, on CPUs: the one there is, F(4x4, 3x3)."""
+    """winograd, on CPUs: the one there is, F(4x4, 3x3) in float32, F(2x2, 3x3) in bfloat16."""
 
 
 @dataclass(frozen=True)

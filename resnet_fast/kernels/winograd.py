@@ -1,6 +1,8 @@
 """Winograd on CPUs: what it can compute, and what it is taken for unmeasured.
 
-F(4x4, 3x3) for convolutions (csrc/cpu/winograd.h), F(4x2) for the gradients of their weights (winograd_gradient.h).
+In float32 F(4x4, 3x3) for convolutions (csrc/cpu/winograd.h), F(4x2) for the gradients of their weights
+(winograd_gradient.h). In bfloat16 F(2x2, 3x3), by dot products, inside a program (csrc/cpu/amx/winograd_dots.cpp): what
+is multiplied is rounded to bfloat16 after its transform, which larger tiles do not allow (benchmarks/NOTES.md).
 """
 
 from ..cpus import Cpu
@@ -8,6 +10,7 @@ from ..problems import ConvProblem, Problem, WeightGradientProblem
 from ..shapes import Conv
 
 NAME = "Winograd F(4x4, 3x3)"
+NAME_OF_DOTS = "Winograd F(2x2, 3x3)"
 
 _MIN_CHANNELS = 64
 _MIN_SIDE = 7
@@ -25,14 +28,27 @@ _TILES_A_CORE, _LIVE_TILES_A_CORE = 12, 24
 products save."""
 
 
+_DOTS_CHANNELS = 32
+"""What lies together in a program."""
+
+_DOTS_SAVED = 1.4
+"""Of dot products, how many times as many a convolution must have that is not measured, without those that only read
+padding: transforms take a quarter to a third of the time (benchmarks/NOTES.md)."""
+
+
 def why_not(problem: Problem) -> str | None:
     """Why Winograd cannot compute `problem`; None where it can."""
     gradient = isinstance(problem, WeightGradientProblem)
-    if not (gradient or (isinstance(problem, ConvProblem) and not problem.shortcut)) or problem.dtype != "float32":
-        return "only one float32 convolution, or its weight's gradient"
+    if not (gradient or (isinstance(problem, ConvProblem) and not problem.shortcut)):
+        return "only one convolution, or its weight's gradient"
+    if problem.dtype != "float32" and (gradient or problem.dtype != "bfloat16"):
+        return "only float32, or a convolution of a bfloat16 program"
     conv = problem.conv
     if (conv.kernel, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)) or conv.groups > 1:
         return "only a dense 3x3 with stride, padding and dilation 1"
+    if problem.dtype == "bfloat16":
+        whole = conv.in_channels % _DOTS_CHANNELS == 0 and conv.out_channels % _DOTS_CHANNELS == 0
+        return None if whole else f"only multiples of {_DOTS_CHANNELS} channels"
     if min(conv.in_channels, conv.out_channels) < _MIN_CHANNELS:
         return f"only {_MIN_CHANNELS} channels and more, not {conv.in_channels} -> {conv.out_channels}"
     if min(conv.height, conv.width) < _MIN_SIDE or conv.x_elements <= _MIN_ELEMENTS:
@@ -45,17 +61,24 @@ def why_not(problem: Problem) -> str | None:
 def why_not_unmeasured(problem: ConvProblem | WeightGradientProblem, cpu: Cpu) -> str | None:
     """Why oneDNN is taken where nothing was measured; None where Winograd is. Errs on oneDNN's side."""
     packed_once = isinstance(problem, ConvProblem) and problem.folded
-    found, a_core = tiles(problem.conv), _TILES_A_CORE if packed_once else _LIVE_TILES_A_CORE
+    conv = problem.conv
+    if problem.dtype == "bfloat16" and (saved := conv.real_flops / flops(conv, problem.dtype)) < _DOTS_SAVED:
+        return f"{saved:.2f} times fewer products; unmeasured, winograd is taken from {_DOTS_SAVED} on"
+    if problem.dtype == "bfloat16" and packed_once:
+        return None
+    found, a_core = tiles(conv), _TILES_A_CORE if packed_once else _LIVE_TILES_A_CORE
     if found < (wanted := a_core * cpu.cores):
         return f"{found} tiles of 4x4; unmeasured, winograd is taken from {wanted} on, {a_core} a core"
     return None
 
 
-def flops(conv: Conv) -> int:
-    """Those of Winograd's products: 36 multiply-adds for 16 outputs, a channel, where the convolution has 144."""
-    return 2 * 36 * tiles(conv) * conv.in_channels * conv.out_channels
+def flops(conv: Conv, dtype: str = "float32") -> int:
+    """Those of Winograd's products: a channel, 36 multiply-adds for 16 outputs or in bfloat16 16 for 4, where the
+    convolution has 144 or 36."""
+    points, side = (16, 2) if dtype == "bfloat16" else (36, 4)
+    return 2 * points * tiles(conv, side) * conv.in_channels * conv.out_channels
 
 
-def tiles(conv: Conv) -> int:
-    """4x4 tiles that cover the outputs."""
-    return conv.batch * -(-conv.out_height // 4) * -(-conv.out_width // 4)
+def tiles(conv: Conv, side: int = 4) -> int:
+    """Tiles of so many rows and columns that cover the outputs."""
+    return conv.batch * -(-conv.out_height // side) * -(-conv.out_width // side)

@@ -74,6 +74,35 @@ void conv(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, 
 // The same by dot products, where dots_usable(), of one plane.
 void conv_dots(const ConvArgs& args, const Pixel* pixel, int64_t pixels, int64_t begin, int64_t end);
 
+// A 3x3 convolution of one plane, with stride 1 and padding 1, by Winograd's F(2x2, 3x3), where dots_usable(). A tile is
+// 2x2 pixels of output, seen from 4x4 of input; a strip is tiles side by side. `values` holds what is multiplied:
+// [block of input channels][16][tile][32].
+constexpr int64_t kWinogradPoints = 16;
+struct WinogradStrip {
+  int64_t x, tiles;  // x: of the first tile's first pixel, in the halo
+};
+struct WinogradTile {
+  int32_t y, rows, columns;  // of its outputs, those in the image
+};
+struct WinogradArgs {
+  const uint16_t* x;
+  int64_t x_pixel, x_row, x_block;  // steps in values
+  int64_t blocks, tiles;            // tiles: that `values` has room for
+  const uint16_t* weight;           // [output block][16][block][2][16][16][2], G w G'
+  const float* scale;               // null for 1
+  const float* bias;
+  const uint16_t* residual;         // strided as y, or null
+  uint16_t* y;
+  int64_t y_pixel, y_row, y_block;
+  bool relu;                        // keeps NaN
+};
+void winograd_transform(const WinogradArgs& args, const WinogradStrip* strip, int64_t strips, uint16_t* values);
+// For the output blocks [begin, end). Sets `infinite` of a tile of which not every value is finite, before ReLU: the
+// transforms spread NaN and Inf over all of it.
+void winograd_multiply(
+    const WinogradArgs& args, const uint16_t* values, const WinogradTile* tile, int64_t tiles, int64_t begin, int64_t end,
+    bool* infinite, float* scratch);
+
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
 struct ImageArgs {
   int planes;
@@ -140,6 +169,8 @@ struct WeightArgs {
   uint16_t* packed;                 // [channels / 32][rows][columns][planes][2][16][16][2]
 };
 void pack_weights(const WeightArgs& args);
+// The same of a 3x3 of one plane as winograd_multiply() takes it: [16][channels / 32][2][16][16][2].
+void pack_winograd_weights(const WeightArgs& args);
 
 // scale = weight / sqrt(var + eps), bias = norm_bias - mean * scale; weight and norm_bias may be null.
 struct NormArgs {

@@ -24,6 +24,11 @@ class Channels {
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_load_si512(steps_), weight, 4);
   }
 
+  __m512 widened(int64_t at, int64_t half) const {
+    const __m512i both = bfloat16s(at + 16 * half * args_.channel_step, 0xffff);
+    return widen(_mm512_castsi512_si256(both));
+  }
+
   __m512i bfloat16s(int64_t at, uint32_t wanted) const {
     const uint16_t* weight = static_cast<const uint16_t*>(args_.weight) + at;
     if (args_.channel_step == 1) return _mm512_maskz_loadu_epi16(wanted, weight);
@@ -94,7 +99,54 @@ void pack(const WeightArgs& args) {
   }
 }
 
+// One dimension of G w G'.
+inline void transform_weight(const __m512* w, int64_t step, __m512* out, int64_t out_step) {
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512 even = _mm512_mul_ps(half, _mm512_add_ps(w[0], w[2 * step])), odd = _mm512_mul_ps(half, w[step]);
+  out[0] = w[0];
+  out[out_step] = _mm512_add_ps(even, odd);
+  out[2 * out_step] = _mm512_sub_ps(even, odd);
+  out[3 * out_step] = w[2 * step];
+}
+
+// 16 output channels by 32 input channels at the 16 points: half a block of each, `point_step` values apart.
+void pack_winograd_half(
+    const WeightArgs& args, const Channels& channels, int64_t half, int64_t first, uint16_t* packed, int64_t point_step) {
+  __m512i rows[kWinogradPoints][16];
+  for (int64_t i = 0; i < 16; ++i) {
+    const int64_t at = first + (16 * half + i) * args.output_step;
+    __m256i parts[kWinogradPoints][2];
+    for (int64_t lanes = 0; lanes < 2; ++lanes) {
+      __m512 w[9], columns[12], points[kWinogradPoints];
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t from = at + tap / 3 * args.row_step + tap % 3 * args.column_step;
+        w[tap] = args.float32 ? channels.floats(from, ~0u, lanes) : channels.widened(from, lanes);
+      }
+      for (int64_t column = 0; column < 3; ++column) transform_weight(w + column, 3, columns + column, 3);
+      for (int64_t row = 0; row < 4; ++row) transform_weight(columns + 3 * row, 1, points + 4 * row, 1);
+      for (int64_t point = 0; point < kWinogradPoints; ++point) parts[point][lanes] = narrow(points[point]);
+    }
+    for (int64_t point = 0; point < kWinogradPoints; ++point) rows[point][i] = join(parts[point][0], parts[point][1]);
+  }
+  for (int64_t point = 0; point < kWinogradPoints; ++point) {
+    transpose(rows[point]);
+    uint16_t* to = packed + point * point_step + half * kBlockValues / 2;
+    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + 32 * i, rows[point][i]);
+  }
+}
+
 }  // namespace
+
+void pack_winograd_weights(const WeightArgs& args) {
+  const Channels channels(args);
+  const int64_t blocks = args.channels / kVector;
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      pack_winograd_half(args, channels, half, block * kVector * args.channel_step, args.packed + block * kBlockValues,
+                         blocks * kBlockValues);
+    }
+  }
+}
 
 void pack_weights(const WeightArgs& args) { args.planes == 3 ? pack<3>(args) : pack<1>(args); }
 

@@ -27,12 +27,18 @@ struct Conv {
   int64_t in_channels, height, width;
   int64_t out_channels, channels, rows, columns;  // channels: of a group
   int64_t stride, top, left, down, right, groups;
+  bool winograd;  // wherever it can be
 
   int64_t out_height() const { return (height + 2 * top - down * (rows - 1) - 1) / stride + 1; }
   int64_t out_width() const { return (width + 2 * left - right * (columns - 1) - 1) / stride + 1; }
   bool pointwise() const { return rows == 1 && columns == 1 && top == 0 && left == 0 && groups == 1; }
   int64_t blocks() const { return narrow() ? 1 : channels / amx::kVector; }
   bool narrow() const { return channels < amx::kVector; }
+
+  bool by_winograd() const {
+    const bool usual = rows == 3 && columns == 3 && stride == 1 && top == 1 && left == 1 && down == 1 && right == 1;
+    return winograd && usual && groups == 1;
+  }
 
   bool fits() const {
     const int64_t outputs = out_channels / groups;
@@ -143,6 +149,11 @@ class Builder {
   void pack() {
     std::vector<Packed> before;
     for (const Conv& conv : convs_) {
+      if (conv.by_winograd()) {
+        packed_.push_back(empty_winograd(static_cast<int64_t>(packed_.size()), conv.channels, conv.out_channels));
+        before.push_back(packed_.back());
+        continue;
+      }
       const int64_t steps = conv.blocks() * conv.rows * conv.columns, layer = static_cast<int64_t>(packed_.size());
       const int64_t threads = by_item(conv) ? layout_.threads : 0;
       packed_.push_back(empty_packed(layer, layout_.planes, conv.out_channels, steps, threads));
@@ -180,10 +191,15 @@ class Builder {
     enter({x, y});
     const int64_t outputs_per_group = conv.narrow() ? 1 : conv.out_channels / conv.groups / amx::kVector;
     const int64_t sharing = in_section_by_image_ ? 1 : layout_.threads;
+    const Buffer* added = residual < 0 ? nullptr : &program_.at(residual);
+    if (conv.by_winograd()) {
+      program_.add(make_winograd(
+          layout_.threads, sharing, "conv", program_.at(x), program_.at(y), added, packed_[layer], relu));
+      return;
+    }
     program_.add(make_conv(
-        layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y),
-        residual < 0 ? nullptr : &program_.at(residual), packed_[layer], conv.taps(),
-        {conv.stride, conv.blocks(), outputs_per_group, relu}));
+        layout_.planes, layout_.tiles, sharing, "conv", program_.at(x), program_.at(y), added, packed_[layer],
+        conv.taps(), {conv.stride, conv.blocks(), outputs_per_group, relu}));
   }
 
   // A new section of the program where steps with these buffers cannot be in the present one.
@@ -207,6 +223,7 @@ bool fits(const ResidualBlock& block, Unit unit) {
   const at::Tensor& x = block.x;
   const auto dtype = x.scalar_type();
   if (!computes(unit, dtype)) return false;
+  if (block.layers.size() < (block.downsample ? 3 : 2)) return false;  // the last convolution writes over the shortcut
   if (!channels_last(x) || x.numel() == 0 || x.size(2) * x.size(3) == 1) return false;
   return std::all_of(block.layers.begin(), block.layers.end(), [&](const BlockLayer& layer) {
     const auto weight = layer.conv_weight.scalar_type();
@@ -214,7 +231,7 @@ bool fits(const ResidualBlock& block, Unit unit) {
   });
 }
 
-std::vector<Conv> convolutions(const ResidualBlock& block) {
+std::vector<Conv> convolutions(const ResidualBlock& block, bool tiles) {
   std::vector<Conv> convs;
   int64_t channels = block.x.size(1), height = block.x.size(2), width = block.x.size(3);
   for (size_t i = 0; i < block.layers.size(); ++i) {
@@ -224,7 +241,8 @@ std::vector<Conv> convolutions(const ResidualBlock& block) {
     }
     const auto weight = layer.conv_weight.sizes();
     convs.push_back({channels, height, width, weight[0], weight[1], weight[2], weight[3], layer.stride[0],
-                     layer.padding[0], layer.padding[1], layer.dilation[0], layer.dilation[1], layer.groups});
+                     layer.padding[0], layer.padding[1], layer.dilation[0], layer.dilation[1], layer.groups,
+                     layer.winograd && !tiles});
     channels = weight[0], height = convs.back().out_height(), width = convs.back().out_width();
   }
   return convs;
@@ -234,7 +252,7 @@ std::vector<Conv> convolutions(const ResidualBlock& block) {
 
 std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block, Unit unit) {
   if (!fits(block, unit)) return std::nullopt;
-  const std::vector<Conv> convs = convolutions(block);
+  const std::vector<Conv> convs = convolutions(block, unit == Unit::kTiles);
   if (!std::all_of(convs.begin(), convs.end(), [](const Conv& conv) { return conv.fits(); })) return std::nullopt;
 
   const at::Tensor& x = block.x;
@@ -250,7 +268,7 @@ std::optional<at::Tensor> amx_residual_block(const ResidualBlock& block, Unit un
   std::vector<int64_t> key = {downsample, residual};
   for (const Conv& c : convs) {
     key.insert(key.end(), {c.in_channels, c.height, c.width, c.out_channels, c.channels, c.rows, c.columns, c.stride,
-                           c.top, c.left, c.down, c.right, c.groups});
+                           c.top, c.left, c.down, c.right, c.groups, c.by_winograd()});
   }
   const auto build = [&](Program& program, int64_t capacity, int64_t threads, bool all) {
     Builder(program, {planes, capacity, threads, all, downsample, residual, unit == Unit::kTiles}, convs).build();

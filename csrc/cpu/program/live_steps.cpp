@@ -51,17 +51,24 @@ LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
 Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads) {
   const PoolGuard pool;
   const int64_t blocks = by_item_threads > 0 ? by_item_threads : out_channels / amx::kVector;
-  return {layer, by_item_threads > 0, at::empty({blocks, steps, planes, amx::kBlockValues}, at::kBFloat16),
+  return {layer, by_item_threads > 0, false, at::empty({blocks, steps, planes, amx::kBlockValues}, at::kBFloat16),
           at::empty({out_channels}, at::kFloat), at::empty({out_channels}, at::kFloat)};
+}
+
+Packed empty_winograd(int64_t layer, int64_t channels, int64_t out_channels) {
+  Packed packed = empty_packed(layer, 1, out_channels, amx::kWinogradPoints * channels / amx::kVector);
+  packed.winograd = true;
+  return packed;
 }
 
 void pack_block(int planes, const Packed& packed, const Live& live, int64_t block, uint16_t* to) {
   const LiveLayer& layer = live.layers[packed.layer];
   const at::Tensor& weight = layer.conv_weight;
   const int64_t first = block * amx::kVector, bytes = first * weight.stride(0) * weight.element_size();
-  amx::pack_weights({planes, static_cast<const char*>(weight.const_data_ptr()) + bytes,
+  const amx::WeightArgs args{planes, static_cast<const char*>(weight.const_data_ptr()) + bytes,
                      weight.scalar_type() == at::kFloat, weight.stride(0), weight.stride(1), weight.stride(2),
-                     weight.stride(3), weight.size(1), weight.size(2), weight.size(3), to});
+                     weight.stride(3), weight.size(1), weight.size(2), weight.size(3), to};
+  packed.winograd ? amx::pack_winograd_weights(args) : amx::pack_weights(args);
   const auto vector = [first](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() + first : nullptr; };
   amx::fold_norm({vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var),
                   static_cast<float>(layer.eps), amx::kVector, packed.scale.mutable_data_ptr<float>() + first,

@@ -79,7 +79,14 @@ void Program::conv(
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
   add(make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
-                {0, false, weight, {}, bias}, taps, shape));
+                {0, false, false, weight, {}, bias}, taps, shape));
+}
+
+void Program::winograd(
+    const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
+    bool relu) {
+  add(make_winograd(threads_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
+                    {0, false, true, weight, {}, bias}, relu));
 }
 
 void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }
@@ -87,7 +94,7 @@ void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_
 void Program::conv_max_pool(
     const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
     const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride, int64_t height, int64_t width) {
-  const Packed packed{0, false, weight, {}, bias};
+  const Packed packed{0, false, false, weight, {}, bias};
   add(make_conv_pool(planes_, tiles_, name, at(x), at(band(y, width)), at(y), height, packed, taps, columns, stride));
 }
 
@@ -103,34 +110,43 @@ void Program::average_pool(int64_t x, int64_t y) { add(make_average_pool(planes_
 
 void Program::write(int64_t x) { add(make_write(planes_, at(x))); }
 
-void Program::run(const at::Tensor& x, const at::Tensor& y) { run_live(x, y, nullptr); }
+std::vector<int64_t> Program::run(const at::Tensor& x, const at::Tensor& y) { return run_all(x, y, nullptr, nullptr); }
 
 void Program::run_live(const at::Tensor& x, const at::Tensor& y, Live* live) {
-  const std::lock_guard<std::mutex> lock(turn_);
-  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
-  for (int64_t first = 0; first < x.size(0); first += capacity_) {
-    run_chunk(x, y, live, first, std::min(capacity_, x.size(0) - first), threads, nullptr);
-  }
+  if (!run_all(x, y, live, nullptr).empty()) live->finite = false;
 }
 
 std::vector<StepTime> Program::timed_run(const at::Tensor& x, const at::Tensor& y) {
-  const std::lock_guard<std::mutex> lock(turn_);
-  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
   std::vector<StepTime> times;
   for (const Section& section : sections_) {
     for (const auto& step : section.steps) times.push_back({step->name, 0.0});
   }
-  std::vector<double> seconds(times.size() * threads, 0.0);
-  for (int64_t first = 0; first < x.size(0); first += capacity_) {
-    run_chunk(x, y, nullptr, first, std::min(capacity_, x.size(0) - first), threads, &seconds);
-  }
+  std::vector<double> seconds(times.size() * threads_, 0.0);
+  run_all(x, y, nullptr, &seconds);
+  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
   for (size_t i = 0; i < seconds.size(); ++i) times[i % times.size()].seconds += seconds[i] / threads;
   return times;
 }
 
+std::vector<int64_t> Program::run_all(
+    const at::Tensor& x, const at::Tensor& y, Live* live, std::vector<double>* seconds) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  const int64_t threads = std::min<int64_t>(threads_, at::get_num_threads());
+  std::vector<std::atomic<bool>> infinite(x.size(0));
+  for (auto& image : infinite) image = false;
+  for (int64_t first = 0; first < x.size(0); first += capacity_) {
+    run_chunk(x, y, live, first, std::min(capacity_, x.size(0) - first), threads, infinite.data() + first, seconds);
+  }
+  std::vector<int64_t> found;
+  for (size_t image = 0; image < infinite.size(); ++image) {
+    if (infinite[image]) found.push_back(static_cast<int64_t>(image));
+  }
+  return found;
+}
+
 void Program::run_chunk(
     const at::Tensor& x, const at::Tensor& y, Live* live, int64_t first, int64_t images, int64_t threads,
-    std::vector<double>* seconds) {
+    std::atomic<bool>* infinite, std::vector<double>* seconds) {
   int64_t steps = 0;
   for (const Section& section : sections_) steps += static_cast<int64_t>(section.steps.size());
   std::vector<std::atomic<int64_t>> next(steps + sections_.size());  // item or image that nobody has taken yet
@@ -151,7 +167,7 @@ void Program::run_chunk(
     for (const Section& section : sections_) {
       if (section.by_image) {
         for (int64_t image; (image = next[counter]++) < images;) {
-          const Run run{x, y, first, images, thread, image, scratch, live, tiles_};
+          const Run run{x, y, first, images, thread, image, scratch, live, tiles_, infinite};
           int64_t step_number = number;
           for (const auto& step : section.steps) {
             timed(step_number++, [&] {
@@ -168,7 +184,7 @@ void Program::run_chunk(
         timed(number++, [&] {
           const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
           for (int64_t item; (item = next[counter]++) < all;) {
-            step->run({x, y, first, images, thread, item / step->items, scratch, live, tiles_}, item % step->items);
+            step->run({x, y, first, images, thread, item / step->items, scratch, live, tiles_, infinite}, item % step->items);
           }
 #pragma omp barrier
         });

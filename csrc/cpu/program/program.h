@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -61,6 +62,10 @@ class Program {
       const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
       const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
       bool relu);
+  // 3x3, stride 1, padding 1, of one plane, by dot products. weight: as winograd_multiply() takes it.
+  void winograd(
+      const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
+      bool relu);
   // y is every stride-th pixel of every stride-th row of x.
   void skip(int64_t x, int64_t y, int64_t stride);
   // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1) of an image x, whose convolution is height x width. taps: a row
@@ -74,9 +79,10 @@ class Program {
   // Of buffer x into the output, channels_last.
   void write(int64_t x);
 
-  // y = program(x), images in the first dimension; float32 or bfloat16 each.
-  void run(const at::Tensor& x, const at::Tensor& y);
-  // Of a residual block that brings more than its input.
+  // y = program(x), images in the first dimension; float32 or bfloat16 each. Returns the images of which y is of no use,
+  // because Winograd's transforms have spread a NaN or Inf.
+  std::vector<int64_t> run(const at::Tensor& x, const at::Tensor& y);
+  // Of a residual block that brings more than its input, and looks itself for what is not finite.
   void run_live(const at::Tensor& x, const at::Tensor& y, Live* live);
   std::vector<StepTime> timed_run(const at::Tensor& x, const at::Tensor& y);
 
@@ -87,8 +93,10 @@ class Program {
     bool by_image;
     std::vector<std::unique_ptr<Step>> steps;
   };
+  // Returns what run() does. seconds: null, or of every thread's steps.
+  std::vector<int64_t> run_all(const at::Tensor& x, const at::Tensor& y, Live* live, std::vector<double>* seconds);
   void run_chunk(const at::Tensor& x, const at::Tensor& y, Live* live, int64_t first, int64_t images, int64_t threads,
-                 std::vector<double>* seconds);
+                 std::atomic<bool>* infinite, std::vector<double>* seconds);
 
   int planes_;
   int64_t capacity_, threads_;

@@ -34,6 +34,7 @@ struct Run {
   float* scratch;
   Live* live;
   bool tiles;  // AMX's, else dot products
+  std::atomic<bool>* infinite;  // of each image: what Winograd's transforms have spread NaN or Inf in
 };
 
 // What a convolution computes: tiles for AMX, single pixels for dot products.
@@ -77,10 +78,11 @@ struct ConvShape {
 // packs everything.
 struct Packed {
   int64_t layer;
-  bool by_item;
+  bool by_item, winograd;
   at::Tensor weight, scale, bias;  // weight: of every output block, or of one for each thread
 };
 Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads = 0);
+Packed empty_winograd(int64_t layer, int64_t channels, int64_t out_channels);
 void pack_block(int planes, const Packed& packed, const Live& live, int64_t block, uint16_t* weight);
 
 // From a tensor of the call into y: every stride-th pixel of every stride-th row.
@@ -92,6 +94,12 @@ std::unique_ptr<Step> make_conv(
     int planes, bool tiles, int64_t threads, const std::string& name, const Buffer& x, const Buffer& y,
     const Buffer* residual, const Packed& packed, const std::vector<std::vector<int64_t>>& taps,
     const ConvShape& shape);
+
+// 3x3, stride 1, padding 1, of one plane. packed.weight: as winograd_multiply() takes it. sharing: of all threads, those that
+// share an image.
+std::unique_ptr<Step> make_winograd(
+    int64_t threads, int64_t sharing, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
+    const Packed& packed, bool relu);
 
 // y = max_pool2d(relu(conv(x)), 3, stride 2, padding 1), of an image's only input block. band: a buffer for each thread,
 // of a few of the convolution's `height` rows: band_height, where `threads` share an image.

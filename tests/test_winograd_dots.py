@@ -1,0 +1,211 @@
+"""bfloat16 3x3s of programs by Winograd in dot products: beside PyTorch, and which convolutions take it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from cases import CPU, tuned_table
+from models import lively
+from numerics import assert_all_match
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from resnet_fast import cli, freeze, optimize, twin
+from resnet_fast.amx.network import AmxNetwork
+from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import winograd as backend
+from resnet_fast.cli import layer_timings
+from resnet_fast.kernels import selection, winograd
+from resnet_fast.kernels.config_types import WinogradConfig
+from resnet_fast.planner import Section
+from resnet_fast.problems import ConvProblem
+from resnet_fast.shapes import Conv
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def dots(native, monkeypatch):
+    """This CPU multiplies by dot products, which are as fast as can be expected."""
+    if not native_backend.has_dots():
+        pytest.skip("this CPU has no bfloat16 in AVX-512")
+    monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
+
+
+@pytest.fixture
+def wherever_it_can(monkeypatch):
+    """Winograd takes whatever it can compute, and no table is asked."""
+    monkeypatch.setattr(backend, "_chosen", lambda problem: winograd.why_not(problem) is None)
+    selection.forget()
+    yield
+    monkeypatch.undo()
+    selection.forget()
+
+
+BLOCKS = {  # name -> (a block, the size of its input)
+    "even": (lambda: BasicBlock(32, 32), (32, 12, 8)),
+    "odd": (lambda: BasicBlock(64, 64), (64, 9, 11)),
+    "large": (lambda: BasicBlock(32, 32), (32, 30, 41)),
+    "seven": (lambda: BasicBlock(96, 96), (96, 7, 7)),
+    "fourteen": (lambda: Bottleneck(256, 64, 1), (256, 14, 14)),
+    "no_residual": (lambda: Bottleneck(256, 64, 1), (256, 18, 16)),
+    "one_row": (lambda: BasicBlock(32, 32), (32, 1, 9)),
+    "one_column": (lambda: BasicBlock(32, 32), (32, 6, 1)),
+    "stride_before": (lambda: strided(64, 96), (64, 17, 20)),
+}
+
+
+def strided(channels: int, out_channels: int) -> nn.Module:
+    branch = nn.Sequential(nn.Conv2d(channels, out_channels, 1, 2, bias=False), nn.BatchNorm2d(out_channels))
+    return BasicBlock(channels, out_channels, 2, branch)
+
+
+def block_of(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    torch.manual_seed(11)
+    make, size = BLOCKS[name]
+    return lively(make()).eval(), size
+
+
+def network_of(block: nn.Module) -> AmxNetwork:
+    """Of the frozen block: by itself, so that nothing can silently go another way."""
+    frozen = freeze(nn.Sequential(block).eval(), dtype=HALF)
+    return AmxNetwork(Section(None, False, list(frozen.named_children())), head=False)
+
+
+def by_pytorch(block: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    y = copy.deepcopy(block).to(dtype)(x.to(dtype))
+    return {"y": y.contiguous(memory_format=torch.channels_last)}
+
+
+def rows_of(images: int, size: tuple[int, int, int]) -> torch.Tensor:
+    return torch.randn(images, *size).to(HALF).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 19])
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_frozen_blocks(name, batch, wherever_it_can, poison):
+    block, size = block_of(name)
+    x, network = rows_of(batch, size), network_of(block)
+    ours = {"y": network(x)}
+    assert_all_match(ours, by_pytorch(block, x, HALF), by_pytorch(block, x, torch.float64))
+    convs = [step.winograd for step in network.timings(x[:1]) if ".conv" in step.name]
+    assert sum(convs) == {"stride_before": 1}.get(name, 1 if isinstance(block, Bottleneck) else 2)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 16, 19])
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_live_blocks(name, batch, weights, wherever_it_can, poison, monkeypatch):
+    """As under autocast, whose weights and norms are float32, and all in bfloat16; in either layout of weights."""
+    block, size = block_of(name)
+    if batch % 2:
+        block = block.to(memory_format=torch.channels_last)
+    x, taken = rows_of(batch, size), []
+    op = native_backend.cpu_residual_block
+    monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: [taken.append(call[-2:]), op(*call)][1])
+    fast = optimize(nn.Sequential(copy.deepcopy(block)).to(weights).eval(), backend="native")
+    with torch.autocast("cpu", HALF, enabled=weights == torch.float32):
+        ours = {"y": fast(x)}
+        stock = {"y": copy.deepcopy(block).to(weights)(x).contiguous(memory_format=torch.channels_last).to(HALF)}
+    assert_all_match({"y": ours["y"].to(HALF)}, stock, by_pytorch(block, x, torch.float64))
+    assert taken == [({"stride_before": (1,)}.get(name, (1,) if isinstance(block, Bottleneck) else (0, 1)), "dots")]
+
+
+@torch.no_grad()
+def test_no_value_depends_on_threads_or_other_images(wherever_it_can, two_threads):
+    for name in ("odd", "large", "fourteen", "seven"):
+        block, size = block_of(name)
+        x, network = rows_of(19, size), network_of(block)
+        y = network(x)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(network(x), y), (name, threads)
+            assert torch.equal(network(x[3:4]), y[3:4]), (name, threads)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", ["odd", "large", "fourteen"])
+@torch.no_grad()
+def test_what_is_not_finite_is_computed_without(name, value, wherever_it_can, monkeypatch):
+    """That image of a frozen block alone; of a live one all of them, by PyTorch's convolutions."""
+    block, size = block_of(name)
+    network, x = network_of(block), rows_of(19, size)
+    clean = network(x)
+    x[17, 5, size[1] - 1, size[2] - 2] = value
+    y = network(x)
+    others = torch.arange(19) != 17
+    assert torch.equal(y[others], clean[others])
+    monkeypatch.setattr(backend, "takes_folded", lambda conv: False)
+    assert torch.equal(y[17:18], network_of(block)(x[17:18]).nan_to_num(7.0)) or y[17].isnan().any()
+    torch.testing.assert_close(y[17:18], network_of(block)(x[17:18]), equal_nan=True, rtol=0, atol=0)
+
+    fast = optimize(nn.Sequential(copy.deepcopy(block)).to(HALF).eval(), backend="native")
+    with monkeypatch.context() as without:
+        without.setattr(native_backend, "unit", lambda dtype: "")
+        expected = fast(x)
+    torch.testing.assert_close(fast(x), expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_what_it_takes_unmeasured(unmeasured_cpu):
+    """Where a convolution has 1.4 times as many products; live also for enough tiles to make up for the weights."""
+
+    def chosen(size: int, batch: int = 16, channels: int = 64, folded: bool = True) -> WinogradConfig | None:
+        conv = Conv(batch, channels, size, size, channels, (3, 3), padding=(1, 1))
+        problem = ConvProblem(conv, "bfloat16", relu=folded, folded=folded)
+        return selection.choose(problem, CPU).config
+
+    assert [chosen(size) is not None for size in (56, 14, 7, 4, 3)] == [True, True, True, True, False]
+    assert chosen(14, batch=1) is not None
+    assert [chosen(14, batch, folded=False) is not None for batch in (1, 16)] == [False, True]
+    assert chosen(56, channels=48) is None
+    strided = ConvProblem(Conv(16, 64, 56, 56, 64, (3, 3), (2, 2), (1, 1)), "bfloat16")
+    assert "stride" in selection.choose(strided, CPU).reason
+
+
+@pytest.mark.parametrize("is_winograd", [True, False])
+@torch.no_grad()
+def test_a_tuned_table_decides(is_winograd, unmeasured_cpu):
+    block, size = block_of("large")
+    conv = Conv(4, *size, 32, (3, 3), padding=(1, 1))
+    row = {"config": {"kernel": "winograd"} if is_winograd else None, "us": 1.0, "library_us": 1.0, "variant": "dots"}
+    unmeasured_cpu.write_text(tuned_table({ConvProblem(conv, "bfloat16").key: row}))
+    selection.forget()
+    steps = [step for step in network_of(block).timings(rows_of(4, size)) if ".conv" in step.name]
+    assert [step.winograd for step in steps] == [is_winograd] * 2
+
+
+def test_tune_measures_both_ways(unmeasured_cpu):
+    """Frozen and live, each right before it is timed."""
+    table = unmeasured_cpu.parent / "written.json"
+    keys = "conv n2 64x16x16 k64 f3 p1 bfloat16*"
+    asked = ["--device", "cpu", "--model", "resnet18", "-b", "2", "--img-size", "64", "--dtype", "bfloat16"]
+    assert cli.main(["tune", *asked, "--task", "infer", "--only", keys, "--output", str(table)]) == 0
+    rows = json.loads(table.read_text())["rows"]
+    assert set(rows) == {f"conv n2 64x16x16 k64 f3 p1 bfloat16{live}" for live in ("", " no-relu bn")}
+    for row in rows.values():
+        assert set(row["times"]) == {"PyTorch", "library dots", "winograd"}
+        assert not row["rejected"]
+        assert row["variant"] == "dots"
+
+
+@torch.no_grad()
+def test_the_profile_counts_its_products(wherever_it_can):
+    torch.manual_seed(2)
+    frozen = freeze(lively(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7)).eval(), dtype=HALF)
+    timings = {each.name: each for each in layer_timings.layer_timings(frozen, torch.randn(2, 3, 64, 64), repeats=2)}
+    step = timings["layer1.0.conv1"]
+    assert step.kernel == winograd.NAME_OF_DOTS
+    assert step.flops == 2 * 16 * 64 * 64 * 2 * 8 * 8
+    assert timings["layer2.0.conv1"].kernel == native_backend.unit_name()

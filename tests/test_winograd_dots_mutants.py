@@ -1,0 +1,133 @@
+"""Mutants of the source of Winograd in dot products: every one must be noticed by what the original gets right."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resnet_fast import numerics
+from resnet_fast.amx.weights import pack_winograd
+from resnet_fast.backends import native
+from resnet_fast.frozen import FrozenConv2d
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "csrc" / "cpu" / "amx" / "winograd_dots.cpp"
+
+MUTANTS = {  # name -> (before, after)
+    "original": ("", ""),
+    "first_point": ("out[0] = _mm512_sub_ps(x[0], x[2 * step])", "out[0] = _mm512_sub_ps(x[0], x[step])"),
+    "sign": ("_mm512_sub_ps(x[2 * step], x[step])", "_mm512_sub_ps(x[step], x[2 * step])"),
+    "last_point": ("_mm512_sub_ps(x[step], x[3 * step])", "_mm512_sub_ps(x[step], x[2 * step])"),
+    "columns_not_shared": ("column[0][row] = column[2][row]", "column[0][row] = column[3][row]"),
+    "next_columns": ("load_column(2 * tile + 3", "load_column(2 * tile + 2"),
+    "points_turned": ("(kSide * row + i) * point", "(kSide * i + row) * point"),
+    "half_a_vector": ("x + 16, strip", "x, strip"),
+    "strip_after_strip": ("to += strip[i++].tiles * kVector", "++i"),
+    "block_lost": ("block < args.blocks; ++block, weight", "block < args.blocks - 1; ++block, weight"),
+    "pairs_lost": ("pair < kPairs; ++pair", "pair < kPairs - 1; ++pair"),
+    "second_half": ("weight + kBlockValues / 2 + pair", "weight + pair"),
+    "output_sum": ("out[0] = _mm512_add_ps(m[0], sum)", "out[0] = sum"),
+    "output_difference": ("_mm512_sub_ps(difference, m[3 * step])", "_mm512_add_ps(difference, m[3 * step])"),
+    "output_rows": ("transform_output(rows + kSide * row, 1", "transform_output(rows + row, 1"),
+    "edge_below": ("i / 2 >= tile.rows ||", "i / 2 > tile.rows ||"),
+    "edge_beside": ("i % 2 >= tile.columns", "i % 2 > tile.columns"),
+    "no_scale": ("args.scale == nullptr", "true"),
+    "bias_of_the_other_half": ("args.bias + first + 16 * half", "args.bias + first"),
+    "no_residual": ("args.residual != nullptr", "false"),
+    "residual_of_the_other_half": ("load_half(args.residual + at + 16)", "load_half(args.residual + at)"),
+    "no_relu": ("if (args.relu)", "if (false)"),
+    "not_finite_unnoticed": ("_CMP_UNORD_Q) == 0", "_CMP_UNORD_Q) >= 0"),
+    "group_of_one_too_many": ("first += count", "first += count - (groups > 1)"),
+    "weights_of_the_block_before": ("args.weight + block * block_values", "args.weight"),
+}
+
+CASES = [  # channels, outputs, height, width, scaled, residual and ReLU
+    (32, 32, 6, 10, False, False),
+    (64, 96, 5, 7, True, True),
+    (96, 64, 1, 33, False, True),
+    (32, 64, 11, 2, True, False),
+]
+
+
+@pytest.fixture
+def libraries(tmp_path) -> dict[str, ctypes.CDLL]:
+    if not native.has_dots():
+        pytest.skip("this CPU has no bfloat16 in AVX-512")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    if not SOURCE.is_file():
+        pytest.skip("csrc/ is not beside the tests")
+
+    def built(name: str) -> ctypes.CDLL:
+        before, after = MUTANTS[name]
+        text = SOURCE.read_text()
+        assert before in text, f"mutant {name}: {before!r} is not in the source"
+        copy, target = tmp_path / f"{name}.h", tmp_path / f"{name}.so"
+        copy.write_text(text.replace(before, after, 1) if before else text)
+        flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+        flags += ["-mavx512bf16", "-mfma", f'-DWINOGRAD_DOTS="{copy}"', f"-I{SOURCE.parent}"]
+        source = ROOT / "tests" / "csrc" / "winograd_dots.cpp"
+        subprocess.run([*compiler, *flags, str(source), "-o", str(target)], check=True, timeout=300)
+        library = ctypes.CDLL(str(target))
+        library.convolve.restype = ctypes.c_bool
+        return library
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MUTANTS, pool.map(built, MUTANTS), strict=True))
+
+
+def test_every_mutant_is_noticed(libraries):
+    wrong = {name: next(filter(None, (error(library, *case) for case in CASES)), None) or unnoticed(library)
+             for name, library in libraries.items()}  # fmt: skip
+    assert wrong.pop("original") is None
+    assert [name for name, reason in wrong.items() if reason is None] == []
+
+
+def error(library: ctypes.CDLL, *case) -> str | None:
+    """What is wrong with one convolution; None where nothing is."""
+    ours, stock, exact, finite = convolve(library, *case)
+    verdict = numerics.compare("y", ours, stock, exact)
+    return None if verdict.match and finite else f"{case}: {verdict}, finite: {finite}"
+
+
+def unnoticed(library: ctypes.CDLL) -> str | None:
+    return "an Inf was not noticed" if convolve(library, *CASES[0], value=float("inf"))[3] else None
+
+
+def convolve(library, channels, outputs, height, width, scaled, residual, value=None):
+    """Ours, PyTorch's and float64's result; whether ours said that all is finite, and wrote nothing beyond y."""
+    torch.manual_seed(channels + width)
+    x = torch.randn(1, channels, height, width).bfloat16()
+    if value is not None:
+        x[0, 3, height // 2, width // 2] = value
+    conv = torch.nn.Conv2d(channels, outputs, 3, padding=1).bfloat16()
+    torch.nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
+    added = torch.randn(1, outputs, height, width).bfloat16() if residual else None
+    scale = torch.rand(outputs) + 0.5 if scaled else None
+    bias = torch.randn(outputs)
+
+    def expected(dtype: torch.dtype) -> torch.Tensor:
+        y = F.conv2d(x.double(), conv.weight.double(), padding=1)
+        y = y * (1 if scale is None else scale.double().view(-1, 1, 1)) + bias.double().view(-1, 1, 1)
+        return (y if added is None else (y + added.double()).relu()).to(dtype)
+
+    halo = F.pad(x, (1, 3, 1, 3)).view(channels // 32, 32, height + 4, width + 4).permute(0, 2, 3, 1).contiguous()
+    packed = pack_winograd(FrozenConv2d(conv, None, False, None)).weight
+    rows = None if added is None else added.view(outputs // 32, 32, height, width).permute(0, 2, 3, 1).contiguous()
+    room = torch.full((outputs // 32 + 1, height + 1, width + 1, 32), float("nan"), dtype=torch.bfloat16)  # for mutants
+    y = room.flatten()[: outputs * height * width].view(outputs // 32, height, width, 32)
+    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (halo, packed, scale, bias, rows, y)]
+    steps = [ctypes.c_int64(n) for n in (halo.stride(1), halo.stride(0), channels // 32)]
+    sizes = [ctypes.c_int64(n) for n in (height, width, outputs // 32)]
+    finite = library.convolve(pointers[0], *steps, *pointers[1:], *sizes, ctypes.c_bool(residual))
+    finite &= room.flatten()[y.numel() :].isnan().all().item()  # nothing is written beyond y
+    ours = y.permute(0, 3, 1, 2).reshape(1, outputs, height, width)
+    return ours, expected(torch.bfloat16), expected(torch.float64), finite
