@@ -9,6 +9,7 @@ from cases import CPU, tuned_table
 from models import lively
 from numerics import assert_all_match
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fast import cli, freeze, optimize, twin
@@ -156,6 +157,108 @@ def test_what_is_not_finite_is_computed_without(name, value, wherever_it_can, mo
         without.setattr(native_backend, "unit", lambda dtype: "")
         expected = fast(x)
     torch.testing.assert_close(fast(x), expected, equal_nan=True, rtol=0, atol=0)
+
+
+CONVS = [(1, 64, 32, 56, 40), (3, 32, 96, 9, 7), (17, 64, 64, 7, 7), (16, 128, 64, 14, 14), (2, 32, 32, 1, 1)]
+
+
+def gradient_of(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of a 3x3's input."""
+    return F.conv2d(dy, weight.flip(2, 3).transpose(0, 1), padding=1)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize(("images", "channels", "outputs", "height", "width"), CONVS)
+def test_one_convolution(images, channels, outputs, height, width, weights, layout, turned, poison, two_threads):
+    """And the gradient of its input, added to another; whatever the threads."""
+    torch.manual_seed(images + channels)
+    weight = (torch.randn(outputs, channels, 3, 3) * (9 * channels) ** -0.5).to(weights).to(memory_format=layout)
+    x = rows_of(images, (outputs if turned else channels, height, width))
+    add = rows_of(images, (channels, height, width)) if turned else None
+    op = torch.ops.resnet_fast_native.winograd_dots_conv
+    y, finite = op(x, weight, add, turned)
+    assert finite
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(op(x, weight, add, turned)[0], y)
+    function = gradient_of if turned else lambda x, weight: F.conv2d(x, weight, padding=1)
+    exact = function(x.double(), weight.double()) + (0 if add is None else add.double())
+    exact = exact.contiguous(memory_format=torch.channels_last)
+    assert_all_match({"y": y}, {"y": exact.to(HALF)}, {"y": exact})
+
+
+def test_what_one_convolution_refuses():
+    op, x = torch.ops.resnet_fast_native.winograd_dots_conv, rows_of(2, (32, 6, 6))
+    weight = torch.randn(64, 32, 3, 3)
+    for wrong in (x.float(), x.contiguous(), x[:0]):
+        with pytest.raises(RuntimeError, match="x must be bfloat16 in channels_last"):
+            op(wrong, weight, None, False)
+    with pytest.raises(RuntimeError, match="of a 3x3 of x's channels"):
+        op(x, weight, None, True)
+    with pytest.raises(RuntimeError, match="multiples of 32 channels"):
+        op(x, weight[:40].contiguous(), None, False)
+    with pytest.raises(RuntimeError, match="add must be"):
+        op(x, weight, x, False)
+
+
+def step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
+    """y, every gradient and running statistic of one training step."""
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", HALF, enabled=autocast):
+        y = block(leaf)
+    parameters = dict(block.named_parameters())
+    grads = torch.autograd.grad(y, [leaf, *parameters.values()], dy.to(y.dtype))
+    found = {"y": y.detach(), "dx": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
+    return found | {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
+
+
+def off_the_kink(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """dy, zero where rounding decides whether the last ReLU passes it."""
+    exact = copy.deepcopy(block).double().train()
+    exact.relu = nn.ReLU(inplace=False)
+    before = []
+    exact.relu.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0].detach()))
+    exact(x.double())
+    return dy.masked_fill(before[-1].abs() < 32 * torch.finfo(HALF).eps, 0.0)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ["odd", "seven", "fourteen", "stride_before"])
+def test_training_steps(name, autocast, wherever_it_can, poison, monkeypatch):
+    """Inside, ReLUs pass whole channels or none: of few values, one that rounding puts on the other side of zero would
+    be most of the error, ours and PyTorch's."""
+    block, size = block_of(name)
+    block = block.train().to(memory_format=torch.channels_last)
+    for norm in (block.bn1, *([block.bn2] if isinstance(block, Bottleneck) else [])):
+        nn.init.constant_(norm.bias[::2], 6.0)
+        nn.init.constant_(norm.bias[1::2], -6.0)
+        nn.init.constant_(norm.weight, 1.0)
+    x, calls = rows_of(8, size), []
+    dy = off_the_kink(block, x, torch.randn_like(copy.deepcopy(block)(x.float())))
+    for function in ("conv", "data_gradient"):
+        before = getattr(backend, function)
+        monkeypatch.setattr(backend, function, lambda *a, f=function, op=before: [calls.append(f), op(*a)][1])
+    stock = copy.deepcopy(block) if autocast else copy.deepcopy(block).to(HALF)
+    fast = optimize(nn.Sequential(copy.deepcopy(stock)), backend="native")[0]
+    ours = step(fast, x, dy, autocast)
+    taken = {"stride_before": 1, "fourteen": 1}.get(name, 2)
+    assert calls == ["conv"] * taken + ["data_gradient"] * taken
+    exact = step(copy.deepcopy(block).double(), x.double(), dy.double(), False)
+    assert_all_match(ours, step(stock, x, dy, autocast), exact, compute_dtype=HALF)
+
+
+def test_a_training_step_that_is_not_finite_is_the_librarys(wherever_it_can, monkeypatch):
+    """Forward and backward, bit for bit."""
+    block, size = block_of("odd")
+    fast = optimize(nn.Sequential(block.train().to(memory_format=torch.channels_last)), backend="native")[0]
+    x, dy = rows_of(4, size), rows_of(4, size)
+    x[1, 2, 3, 4] = float("inf")
+    ours = step(copy.deepcopy(fast), x, dy, True)
+    monkeypatch.setattr(backend, "computes", lambda dtype: False)
+    for name, expected in step(fast, x, dy, True).items():
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_what_it_takes_unmeasured(unmeasured_cpu):

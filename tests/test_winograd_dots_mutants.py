@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from resnet_fast.frozen import FrozenConv2d
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "cpu" / "amx" / "winograd_dots.cpp"
+SOURCE_INCLUDES = ['#include "amx.h"', '#include "vectors.h"']
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
@@ -57,7 +57,8 @@ CASES = [  # channels, outputs, height, width, scaled, residual and ReLU
 
 
 @pytest.fixture
-def libraries(tmp_path) -> dict[str, ctypes.CDLL]:
+def library(tmp_path) -> ctypes.CDLL:
+    """All copies in one: most of the time goes into the intrinsics' header."""
     if not native.has_dots():
         pytest.skip("this CPU has no bfloat16 in AVX-512")
     compiler = shlex.split(os.environ.get("CXX") or "c++")
@@ -65,44 +66,48 @@ def libraries(tmp_path) -> dict[str, ctypes.CDLL]:
         pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
     if not SOURCE.is_file():
         pytest.skip("csrc/ is not beside the tests")
-
-    def built(name: str) -> ctypes.CDLL:
-        before, after = MUTANTS[name]
-        text = SOURCE.read_text()
-        assert before in text, f"mutant {name}: {before!r} is not in the source"
-        copy, target = tmp_path / f"{name}.h", tmp_path / f"{name}.so"
-        copy.write_text(text.replace(before, after, 1) if before else text)
-        flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-        flags += ["-mavx512bf16", "-mfma", f'-DWINOGRAD_DOTS="{copy}"', f"-I{SOURCE.parent}"]
-        source = ROOT / "tests" / "csrc" / "winograd_dots.cpp"
-        subprocess.run([*compiler, *flags, str(source), "-o", str(target)], check=True, timeout=300)
-        library = ctypes.CDLL(str(target))
-        library.convolve.restype = ctypes.c_bool
-        return library
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MUTANTS, pool.map(built, MUTANTS), strict=True))
+    copies, target = tmp_path / "copies.cpp", tmp_path / "copies.so"
+    copies.write_text("\n".join(["#include <vector>", *SOURCE_INCLUDES, *map(copy_of, MUTANTS)]))
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    flags += ["-mavx512bf16", "-mfma", f"-I{SOURCE.parent}", f"-I{ROOT / 'tests' / 'csrc'}"]
+    subprocess.run([*compiler, *flags, str(copies), "-o", str(target)], check=True, timeout=300)
+    return ctypes.CDLL(str(target))
 
 
-def test_every_mutant_is_noticed(libraries):
-    wrong = {name: next(filter(None, (error(library, *case) for case in CASES)), None) or unnoticed(library)
-             for name, library in libraries.items()}  # fmt: skip
+def copy_of(name: str) -> str:
+    """The source with its mutation, in a namespace of its name, and one convolution by it."""
+    before, after = MUTANTS[name]
+    text = SOURCE.read_text()
+    assert before in text, f"mutant {name}: {before!r} is not in the source"
+    text = text.replace(before, after, 1) if before else text
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#include"))
+    copy = f"namespace {name} {{\nusing namespace ::resnet_fast::cpu::amx;\n{body}\n}}"
+    names = f"#define MUTANT {name}\n#define CONVOLVE convolve_{name}"
+    return f'{copy}\n{names}\n#include "convolve_by_dots.h"\n#undef MUTANT\n#undef CONVOLVE'
+
+
+def test_every_mutant_is_noticed(library):
+    wrong = {}
+    for name in MUTANTS:
+        function = library[f"convolve_{name}"]
+        function.restype = ctypes.c_bool
+        wrong[name] = next(filter(None, (error(function, *case) for case in CASES)), None) or unnoticed(function)
     assert wrong.pop("original") is None
     assert [name for name, reason in wrong.items() if reason is None] == []
 
 
-def error(library: ctypes.CDLL, *case) -> str | None:
+def error(function, *case) -> str | None:
     """What is wrong with one convolution; None where nothing is."""
-    ours, stock, exact, finite = convolve(library, *case)
+    ours, stock, exact, finite = convolve(function, *case)
     verdict = numerics.compare("y", ours, stock, exact)
     return None if verdict.match and finite else f"{case}: {verdict}, finite: {finite}"
 
 
-def unnoticed(library: ctypes.CDLL) -> str | None:
-    return "an Inf was not noticed" if convolve(library, *CASES[0], value=float("inf"))[3] else None
+def unnoticed(function) -> str | None:
+    return "an Inf was not noticed" if convolve(function, *CASES[0], value=float("inf"))[3] else None
 
 
-def convolve(library, channels, outputs, height, width, scaled, residual, value=None):
+def convolve(function, channels, outputs, height, width, scaled, residual, value=None):
     """Ours, PyTorch's and float64's result; whether ours said that all is finite, and wrote nothing beyond y."""
     torch.manual_seed(channels + width)
     x = torch.randn(1, channels, height, width).bfloat16()
@@ -127,7 +132,7 @@ def convolve(library, channels, outputs, height, width, scaled, residual, value=
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (halo, packed, scale, bias, rows, y)]
     steps = [ctypes.c_int64(n) for n in (halo.stride(1), halo.stride(0), channels // 32)]
     sizes = [ctypes.c_int64(n) for n in (height, width, outputs // 32)]
-    finite = library.convolve(pointers[0], *steps, *pointers[1:], *sizes, ctypes.c_bool(residual))
+    finite = function(pointers[0], *steps, *pointers[1:], *sizes, ctypes.c_bool(residual))
     finite &= room.flatten()[y.numel() :].isnan().all().item()  # nothing is written beyond y
     ours = y.permute(0, 3, 1, 2).reshape(1, outputs, height, width)
     return ours, expected(torch.bfloat16), expected(torch.float64), finite

@@ -137,7 +137,7 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
     conv = "" if op.startswith("bn") else "oneDNN conv + "
     if op in _BLOCKS and unit(dtype) in (("tiles", "dots") if op == "residual_block" else ("tiles",)):
         conv = f"{unit_name()} conv, or oneDNN's where that was measured faster, + "
-    elif op in _BLOCKS and dtype == _winograd().DTYPE and _winograd().why_not() is None:
+    elif op in _BLOCKS and _winograd().computes(dtype) and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     small = ""
     if op == "residual_block_train":
@@ -162,7 +162,7 @@ def least_training_bytes(dtype: torch.dtype, only_3x3: bool, stride: int) -> int
     """
     if dtype in TILE_DTYPES and has_tiles():
         return _LITTLE_IN_TILES[dtype]
-    if only_3x3 and dtype == _winograd().DTYPE and _winograd().why_not() is None:
+    if only_3x3 and _winograd().computes(dtype) and _winograd().why_not() is None:
         return _LITTLE_BY_WINOGRAD * stride * stride  # which the first is not with a stride
     return _LITTLE
 

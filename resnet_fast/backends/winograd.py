@@ -2,8 +2,8 @@
 
 Of frozen models, whose weights are transformed once, and of models whose weights may change, where they are in every
 call: those of optimized blocks, and in training both gradients. There is a choice by shape, `takes` and its like, which
-is as `kernels.selection` says. In bfloat16, Winograd's products are a part of programs that multiply by dot products:
-`layers` and `takes_folded` say which.
+is as `kernels.selection` says. In bfloat16, where the CPU multiplies it in AVX-512 (F(2x2, 3x3) in dot products), the
+same but for gradients of weights, which are the library's, and for norms and statistics, which are passes.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from . import native
 from .primitives import Geometry, Norm, arguments
 
 DTYPE = torch.float32
-"""Of all that Winograd computes by itself."""
+"""Of what has transforms of its own; in bfloat16 only dot products (`by_dots`) are worth any."""
 
 
 def why_not() -> str | None:
@@ -32,34 +32,39 @@ def why_not() -> str | None:
 
 def takes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
     """Whether Winograd is to compute the convolution of x, on a CPU in channels_last."""
-    return x.dtype == DTYPE and _takes(_live, *_shapes(x, conv_weight, geometry))
+    return computes(x.dtype) and _takes(_live, *_shapes(x, conv_weight, geometry), x.dtype)
 
 
 def takes_data_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
     """The same of the gradient of x."""
-    return x.dtype == DTYPE and _takes(_data_gradient, *_shapes(x, conv_weight, geometry))
+    return computes(x.dtype) and _takes(_data_gradient, *_shapes(x, conv_weight, geometry), x.dtype)
 
 
 def takes_weight_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
     """The same of the gradient of conv_weight."""
-    return x.dtype == DTYPE and _takes(_weight_gradient, *_shapes(x, conv_weight, geometry))
+    return x.dtype == DTYPE and _takes(_weight_gradient, *_shapes(x, conv_weight, geometry), x.dtype)
 
 
 def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
     """Which of a block's layers, as `ops.residual_block` takes them, Winograd is to compute."""
-    if x.dtype != DTYPE and not in_programs(x.dtype):
+    if not computes(x.dtype):
         return ()
     return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample, x.dtype)
 
 
-def in_programs(dtype: torch.dtype) -> bool:
-    """Whether programs of this dtype have Winograd's products to choose."""
+def computes(dtype: torch.dtype) -> bool:
+    """Whether convolutions of this dtype have Winograd's products to choose, where the kernels can run."""
+    return dtype == DTYPE or by_dots(dtype)
+
+
+def by_dots(dtype: torch.dtype) -> bool:
+    """Whether those are F(2x2, 3x3) in dot products."""
     return dtype == torch.bfloat16 and native.unit(dtype) == "dots"
 
 
 def takes_folded(conv: Conv) -> bool:
     """Whether Winograd is to compute this convolution of a program, whose weights do not change."""
-    return in_programs(torch.bfloat16) and _chosen(ConvProblem(conv, "bfloat16"))
+    return by_dots(torch.bfloat16) and _chosen(ConvProblem(conv, "bfloat16"))
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -81,7 +86,13 @@ def conv_packed(
 def conv(
     x: Tensor, x_norm: Norm | None, conv_weight: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """conv2d(act(x), padding=1), where a norm may be pending on x, and its mean and variance if wanted; as above."""
+    """conv2d(act(x), padding=1), where a norm may be pending on x, and its mean and variance if wanted; as above.
+
+    In bfloat16 neither norm nor statistics.
+    """
+    if x.dtype != DTYPE:
+        y, finite = torch.ops.resnet_fast_native.winograd_dots_conv(x, conv_weight, None, False)
+        return (y, None, None) if finite else None
     op = torch.ops.resnet_fast_native.winograd_conv_train
     y, mean, var, finite = op(x, *arguments(x_norm), conv_weight, statistics)
     return (y, *((mean, var) if statistics else (None, None))) if finite else None
@@ -89,7 +100,10 @@ def conv(
 
 def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor | None:
     """The gradient of x, plus `add`, from that of `conv`; None as `conv_packed`."""
-    dx, finite = torch.ops.resnet_fast_native.winograd_conv(dy, conv_weight, None, None, add, False, True)
+    if dy.dtype != DTYPE:
+        dx, finite = torch.ops.resnet_fast_native.winograd_dots_conv(dy, conv_weight, add, True)
+    else:
+        dx, finite = torch.ops.resnet_fast_native.winograd_conv(dy, conv_weight, None, None, add, False, True)
     return dx if finite else None
 
 
@@ -106,8 +120,8 @@ def _shapes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> tuple:
 
 
 @selection.remember
-def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups) -> bool:
-    return _chosen(kind(Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)))
+def _takes(kind, x_shape, weight_shape, stride, padding, dilation, groups, dtype) -> bool:
+    return _chosen(kind(Conv.of(x_shape, weight_shape, stride, padding, dilation, groups), dtype))
 
 
 @selection.remember
@@ -124,9 +138,9 @@ def _live(conv: Conv, dtype: torch.dtype = DTYPE) -> ConvProblem:
     return ConvProblem(conv, str(dtype).removeprefix("torch."), relu=False, folded=False)
 
 
-def _data_gradient(conv: Conv) -> ConvProblem | None:
-    return None if conv.data_gradient is None else _live(conv.data_gradient)
+def _data_gradient(conv: Conv, dtype: torch.dtype) -> ConvProblem | None:
+    return None if conv.data_gradient is None else _live(conv.data_gradient, dtype)
 
 
-def _weight_gradient(conv: Conv) -> WeightGradientProblem:
-    return WeightGradientProblem(conv, "float32")
+def _weight_gradient(conv: Conv, dtype: torch.dtype) -> WeightGradientProblem:
+    return WeightGradientProblem(conv, str(dtype).removeprefix("torch."))

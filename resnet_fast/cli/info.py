@@ -23,6 +23,7 @@ from .. import _log, cpus, dispatch, gpus, memory, numerics, training
 from ..backends import native, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
+from ..kernels.winograd import NAME_OF_DOTS
 from . import checks, environment, output
 
 
@@ -114,15 +115,14 @@ def _frozen_cpu() -> dict[str, str]:
 
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
     reason = native.why_no_unit(dtype)
-    if reason is None:
-        return native.unit_name()
-    text = f"PyTorch's convolutions: {reason}"
-    if dtype != torch.float32:
+    text = native.unit_name() if reason is None else f"PyTorch's convolutions: {reason}"
+    if not winograd.computes(dtype):
         return text
+    name = NAME_OF_DOTS if winograd.by_dots(dtype) else WINOGRAD
     if (reason := winograd.why_not()) is not None:
-        return f"{text}; no {WINOGRAD}: {reason}"
+        return f"{text}; no {name}: {reason}"
     measured = tables.why_none(cpus.here()) is None
-    return f"{text}; 3x3s by {WINOGRAD} where {'measured' if measured else 'predicted'} to be faster"
+    return f"{text}; 3x3s by {name} where {'measured' if measured else 'predicted'} to be faster"
 
 
 def _backends() -> list[dict]:

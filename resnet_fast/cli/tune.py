@@ -134,16 +134,16 @@ def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
 def _infer_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of frozen networks, and of optimized ones, whose weights may change."""
     for problem in _infer(args, REHEARSAL):
-        if isinstance(problem, ConvProblem) and (problem.dtype == "float32" or _in_programs(problem)):
+        if isinstance(problem, ConvProblem) and (problem.dtype == "float32" or _by_dots(problem)):
             yield selection.measured_as(problem, cpu)
             yield selection.measured_as(replace(problem, folded=False), cpu)
     yield from _sections(args)  # which take what was found for their layers
 
 
-def _in_programs(problem: ConvProblem) -> bool:
+def _by_dots(problem: ConvProblem) -> bool:
     """Whether there is a choice for it in a program, and a block of it alone to measure it in."""
     dtype, conv = getattr(torch, problem.dtype), problem.conv
-    return winograd.in_programs(dtype) and conv.in_channels == conv.out_channels
+    return winograd.by_dots(dtype) and conv.in_channels == conv.out_channels
 
 
 def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:

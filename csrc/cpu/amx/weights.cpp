@@ -135,6 +135,33 @@ void pack_winograd_half(
   }
 }
 
+// The same where output channels lie one behind another: they are the lanes, and nothing is turned.
+template <typename Value>
+void pack_winograd_columns(
+    const WeightArgs& args, int64_t half, int64_t first, uint16_t* packed, int64_t point_step) {
+  const auto at = [&](const Value* from) {
+    if constexpr (sizeof(Value) == sizeof(float)) return _mm512_loadu_ps(from);
+    else return load_half(from);
+  };
+  for (int64_t pair = 0; pair < kPairs; ++pair) {
+    __m512i parts[2][kWinogradPoints];
+    for (int64_t i = 0; i < 2; ++i) {
+      const Value* weight = static_cast<const Value*>(args.weight) + first + 16 * half + (2 * pair + i) * args.channel_step;
+      __m512 w[9], columns[12], points[kWinogradPoints];
+      for (int64_t tap = 0; tap < 9; ++tap) w[tap] = at(weight + tap / 3 * args.row_step + tap % 3 * args.column_step);
+      for (int64_t column = 0; column < 3; ++column) transform_weight(w + column, 3, columns + column, 3);
+      for (int64_t row = 0; row < 4; ++row) transform_weight(columns + 3 * row, 1, points + 4 * row, 1);
+      for (int64_t point = 0; point < kWinogradPoints; ++point) {
+        parts[i][point] = _mm512_cvtepu16_epi32(narrow(points[point]));
+      }
+    }
+    for (int64_t point = 0; point < kWinogradPoints; ++point) {
+      const __m512i both = _mm512_or_si512(parts[0][point], _mm512_slli_epi32(parts[1][point], 16));
+      _mm512_storeu_si512(packed + point * point_step + half * kBlockValues / 2 + pair * kVector, both);
+    }
+  }
+}
+
 }  // namespace
 
 void pack_winograd_weights(const WeightArgs& args) {
@@ -142,8 +169,15 @@ void pack_winograd_weights(const WeightArgs& args) {
   const int64_t blocks = args.channels / kVector;
   for (int64_t half = 0; half < 2; ++half) {
     for (int64_t block = 0; block < blocks; ++block) {
-      pack_winograd_half(args, channels, half, block * kVector * args.channel_step, args.packed + block * kBlockValues,
-                         blocks * kBlockValues);
+      const int64_t first = block * kVector * args.channel_step, point_step = blocks * kBlockValues;
+      uint16_t* packed = args.packed + block * kBlockValues;
+      if (args.output_step != 1) {
+        pack_winograd_half(args, channels, half, first, packed, point_step);
+      } else if (args.float32) {
+        pack_winograd_columns<float>(args, half, first, packed, point_step);
+      } else {
+        pack_winograd_columns<uint16_t>(args, half, first, packed, point_step);
+      }
     }
   }
 }

@@ -64,11 +64,22 @@ Packed empty_winograd(int64_t layer, int64_t channels, int64_t out_channels) {
 void pack_block(int planes, const Packed& packed, const Live& live, int64_t block, uint16_t* to) {
   const LiveLayer& layer = live.layers[packed.layer];
   const at::Tensor& weight = layer.conv_weight;
-  const int64_t first = block * amx::kVector, bytes = first * weight.stride(0) * weight.element_size();
-  const amx::WeightArgs args{planes, static_cast<const char*>(weight.const_data_ptr()) + bytes,
-                     weight.scalar_type() == at::kFloat, weight.stride(0), weight.stride(1), weight.stride(2),
-                     weight.stride(3), weight.size(1), weight.size(2), weight.size(3), to};
+  const int64_t first = block * amx::kVector, outputs = layer.turned ? 1 : 0, sign = layer.turned ? -1 : 1;
+  int64_t begin = first * weight.stride(outputs);
+  if (layer.turned) begin += (weight.size(2) - 1) * weight.stride(2) + (weight.size(3) - 1) * weight.stride(3);
+  const amx::WeightArgs args{planes,
+                             static_cast<const char*>(weight.const_data_ptr()) + begin * weight.element_size(),
+                             weight.scalar_type() == at::kFloat,
+                             weight.stride(outputs),
+                             weight.stride(1 - outputs),
+                             sign * weight.stride(2),
+                             sign * weight.stride(3),
+                             weight.size(1 - outputs),
+                             weight.size(2),
+                             weight.size(3),
+                             to};
   packed.winograd ? amx::pack_winograd_weights(args) : amx::pack_weights(args);
+  if (!layer.mean.defined()) return;
   const auto vector = [first](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() + first : nullptr; };
   amx::fold_norm({vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var),
                   static_cast<float>(layer.eps), amx::kVector, packed.scale.mutable_data_ptr<float>() + first,

@@ -12,10 +12,12 @@
 
 namespace resnet_fast::cpu {
 
-// A convolution and its batch norm as a call brings them; vectors are contiguous float32, or undefined.
+// A convolution and its batch norm as a call brings them; vectors are contiguous float32, or undefined, with a mean that is
+// where there is no norm. turned: the kernels by 180 degrees, from output to input channels, as a data gradient has them.
 struct LiveLayer {
   at::Tensor conv_weight, weight, bias, mean, var;
   double eps;
+  bool turned = false;
 };
 
 LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight);

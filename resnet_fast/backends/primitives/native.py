@@ -203,6 +203,8 @@ def _convolved(
     """conv2d(act(x)); where they are wanted and Winograd computes it, its mean and variance."""
     stride, padding, dilation, groups = geometry
     if _is_rows(x) and winograd.takes(x, conv_weight, geometry):
+        if x.dtype != winograd.DTYPE:
+            x, x_norm = _activated(x, x_norm), None
         found = winograd.conv(x, x_norm, conv_weight, statistics)
         if found is not None:
             return found

@@ -1,16 +1,12 @@
-// One convolution by csrc/cpu/amx/winograd_dots.cpp, or a mutant of it (tests/test_winograd_dots_mutants.py), in tiles of
-// one image, without what Programs lay out.
-#include WINOGRAD_DOTS
-
-#include <vector>
-
-using namespace resnet_fast::cpu::amx;
+// One convolution by a copy of csrc/cpu/amx/winograd_dots.cpp, in tiles of one image, without what Programs lay out:
+// included by what tests/test_winograd_dots_mutants.py writes, once for each copy, which is in the namespace MUTANT.
 
 // x: [block][height + 2][width + 2 and more][32], with a halo; weight: as winograd_multiply() takes it; y and residual:
 // [block][height][width][32]. Returns whether all was finite.
-extern "C" bool convolve(
+extern "C" bool CONVOLVE(
     const uint16_t* x, int64_t x_row, int64_t x_block, int64_t blocks, const uint16_t* weight, const float* scale,
     const float* bias, const uint16_t* residual, uint16_t* y, int64_t height, int64_t width, int64_t out_blocks, bool relu) {
+  using namespace resnet_fast::cpu::amx;
   WinogradArgs args{};
   args.x = x;
   args.x_pixel = kVector;
@@ -40,9 +36,9 @@ extern "C" bool convolve(
   std::vector<uint16_t> values(blocks * kWinogradPoints * args.tiles * kVector);
   std::vector<char> infinite(count);
   alignas(64) float scratch[kScratchFloats];
-  winograd_transform(args, strips.data(), static_cast<int64_t>(strips.size()), values.data());
-  winograd_multiply(args, values.data(), tiles.data(), count, 0, out_blocks, reinterpret_cast<bool*>(infinite.data()),
-                    scratch);
+  MUTANT::resnet_fast::cpu::amx::winograd_transform(args, strips.data(), static_cast<int64_t>(strips.size()), values.data());
+  MUTANT::resnet_fast::cpu::amx::winograd_multiply(
+      args, values.data(), tiles.data(), count, 0, out_blocks, reinterpret_cast<bool*>(infinite.data()), scratch);
   for (const char tile : infinite) {
     if (tile) return false;
   }

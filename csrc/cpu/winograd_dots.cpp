@@ -1,0 +1,20 @@
+#include "guards.h"
+#include "unit.h"
+#include "winograd.h"
+#ifdef WITH_AMX
+#include "program/winograd_conv.h"
+#endif
+
+namespace resnet_fast::cpu {
+
+std::tuple<Tensor, bool> winograd_dots_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& add, bool turned) {
+  const OpGuard guard;
+  unit_named("dots");  // raises where there are none
+#ifdef WITH_AMX
+  return dots_winograd_conv(x, weight, add.value_or(Tensor()), turned);
+#else
+  return {};
+#endif
+}
+
+}  // namespace resnet_fast::cpu
