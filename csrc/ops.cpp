@@ -68,6 +68,7 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "winograd_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, bool turned) "
       "-> (Tensor y, bool finite)");
   m.def("winograd_dots_conv(Tensor x, Tensor weight, Tensor? add, bool turned) -> (Tensor y, bool finite)");  // bfloat16
+  m.def("winograd_dots_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
   m.def(
       "winograd_conv_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight, bool statistics) "
       "-> (Tensor conv_out, Tensor mean, Tensor var, bool finite)");
@@ -134,6 +135,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);
+  m.impl("winograd_dots_weight_gradient", &resnet_fast::cpu::winograd_dots_weight_gradient);
   m.impl("winograd_dots_conv", &resnet_fast::cpu::winograd_dots_conv);
   m.impl("winograd_conv_train", &resnet_fast::cpu::winograd_conv_train);
   m.impl("winograd_weight_gradient", &resnet_fast::cpu::winograd_weight_gradient);

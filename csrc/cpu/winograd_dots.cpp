@@ -1,6 +1,7 @@
 #include "guards.h"
 #include "unit.h"
 #include "winograd.h"
+#include "winograd_gradient.h"
 #ifdef WITH_AMX
 #include "program/winograd_conv.h"
 #endif
@@ -12,6 +13,16 @@ std::tuple<Tensor, bool> winograd_dots_conv(const Tensor& x, const Tensor& weigh
   unit_named("dots");  // raises where there are none
 #ifdef WITH_AMX
   return dots_winograd_conv(x, weight, add.value_or(Tensor()), turned);
+#else
+  return {};
+#endif
+}
+
+std::tuple<Tensor, bool> winograd_dots_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  const OpGuard guard;
+  unit_named("dots");
+#ifdef WITH_AMX
+  return dots_winograd_weight_gradient(dy, x, weight);
 #else
   return {};
 #endif

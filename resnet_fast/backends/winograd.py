@@ -3,7 +3,7 @@
 Of frozen models, whose weights are transformed once, and of models whose weights may change, where they are in every
 call: those of optimized blocks, and in training both gradients. There is a choice by shape, `takes` and its like, which
 is as `kernels.selection` says. In bfloat16, where the CPU multiplies it in AVX-512 (F(2x2, 3x3) in dot products), the
-same but for gradients of weights, which are the library's, and for norms and statistics, which are passes.
+same but for norms and statistics, which are passes.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def takes_data_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> b
 
 def takes_weight_gradient(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
     """The same of the gradient of conv_weight."""
-    return x.dtype == DTYPE and _takes(_weight_gradient, *_shapes(x, conv_weight, geometry), x.dtype)
+    return computes(x.dtype) and _takes(_weight_gradient, *_shapes(x, conv_weight, geometry), x.dtype)
 
 
 def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
@@ -108,7 +108,13 @@ def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor
 
 
 def weight_gradient(dy: Tensor, x: Tensor, x_norm: Norm | None, conv_weight: Tensor) -> Tensor | None:
-    """The gradient of conv_weight (K, C, 3, 3), in its memory format, for act(x); None as `conv_packed`."""
+    """The gradient of conv_weight (K, C, 3, 3), in its memory format, for act(x); None as `conv_packed`.
+
+    In bfloat16 no norm may be pending.
+    """
+    if x.dtype != DTYPE:
+        dweight, finite = torch.ops.resnet_fast_native.winograd_dots_weight_gradient(dy, x, conv_weight)
+        return dweight if finite else None
     op = torch.ops.resnet_fast_native.winograd_weight_gradient
     dweight, finite = op(dy, x, *arguments(x_norm), conv_weight)
     return dweight if finite else None

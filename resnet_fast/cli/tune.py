@@ -167,8 +167,9 @@ def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
         if isinstance(problem, ConvProblem):
             if problem.dtype == "float32":
                 yield selection.measured_as(replace(problem, folded=False), cpu)
-            if problem.statistics:
+            if problem.statistics and winograd.computes(getattr(torch, problem.dtype)):
                 yield WeightGradientProblem(problem.conv, problem.dtype)
+            if problem.statistics:
                 yield from (TrainingConvProblem(problem.conv, problem.dtype, of) for of in by_tiles)
 
 

@@ -1,8 +1,8 @@
 """Winograd on CPUs: what it can compute, and what it is taken for unmeasured.
 
 In float32 F(4x4, 3x3) for convolutions (csrc/cpu/winograd.h), F(4x2) for the gradients of their weights
-(winograd_gradient.h). In bfloat16 F(2x2, 3x3), by dot products, inside a program (csrc/cpu/amx/winograd_dots.cpp): what
-is multiplied is rounded to bfloat16 after its transform, which larger tiles do not allow (benchmarks/NOTES.md).
+(winograd_gradient.h). In bfloat16 F(2x2, 3x3) for both, by dot products (csrc/cpu/amx/winograd_dots.cpp): what is
+multiplied is rounded to bfloat16 after its transform, which larger tiles do not allow (benchmarks/NOTES.md).
 """
 
 from ..cpus import Cpu
@@ -29,7 +29,7 @@ products save."""
 
 
 _DOTS_CHANNELS = 32
-"""What lies together in a program."""
+"""What lies together where dot products multiply."""
 
 _DOTS_SAVED = 1.4
 """Of dot products, how many times as many a convolution must have that is not measured, without those that only read
@@ -41,8 +41,8 @@ def why_not(problem: Problem) -> str | None:
     gradient = isinstance(problem, WeightGradientProblem)
     if not (gradient or (isinstance(problem, ConvProblem) and not problem.shortcut)):
         return "only one convolution, or its weight's gradient"
-    if problem.dtype != "float32" and (gradient or problem.dtype != "bfloat16"):
-        return "only float32, or a convolution of a bfloat16 program"
+    if problem.dtype not in ("float32", "bfloat16"):
+        return "only float32 and bfloat16"
     conv = problem.conv
     if (conv.kernel, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)) or conv.groups > 1:
         return "only a dense 3x3 with stride, padding and dilation 1"

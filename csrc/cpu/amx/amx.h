@@ -103,6 +103,25 @@ void winograd_multiply(
     const WinogradArgs& args, const uint16_t* values, const WinogradTile* tile, int64_t tiles, int64_t begin, int64_t end,
     bool* infinite, float* scratch);
 
+// The gradient of its weight, by the same: a slab of tiles after the other. Channels and outputs are multiples of 32.
+struct WinogradGradientArgs {
+  const uint16_t *x, *dy;  // channels_last
+  const uint16_t* zeros;   // as many as there are channels or outputs
+  int64_t channels, outputs, height, width;
+  int64_t tiles;           // of all images
+  int64_t pairs;           // of tiles, that the values of a slab have room for
+  uint16_t *x_values, *dy_values;  // [block of 32 channels or outputs][16][pair][32][2]
+  float* sums;                     // [16][output block][block][32 outputs][32 channels]
+  uint16_t* dweight;
+  int64_t output_step, channel_step, tap_step;
+};
+// For pairs [begin, end) of a slab whose first tile is `first`.
+void winograd_gradient_transform(const WinogradGradientArgs& args, int64_t first, int64_t begin, int64_t end);
+// For sums [begin, end) of 32x32, added to what they were unless they begin anew.
+void winograd_gradient_multiply(const WinogradGradientArgs& args, int64_t pairs, bool restart, int64_t begin, int64_t end);
+// For outputs [begin, end). Returns whether all are finite.
+bool winograd_gradient_finish(const WinogradGradientArgs& args, int64_t begin, int64_t end);
+
 // An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
 struct ImageArgs {
   int planes;

@@ -1,4 +1,4 @@
-// A convolution of bfloat16 by Winograd's F(2x2, 3x3) in dot products, from tensor to tensor.
+// A 3x3 of bfloat16 and its gradients by Winograd's F(2x2, 3x3) in dot products, from tensor to tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,5 +12,9 @@ namespace resnet_fast::cpu {
 // convolution with the kernels turned by 180 degrees and from K channels to C, which gives the gradient of x for that of y.
 std::tuple<at::Tensor, bool> dots_winograd_conv(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& add, bool turned);
+
+// The gradient of weight (K, C, 3, 3), in its memory format, all of it bfloat16, dy and x in channels_last; as above.
+std::tuple<at::Tensor, bool> dots_winograd_weight_gradient(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight);
 
 }  // namespace resnet_fast::cpu

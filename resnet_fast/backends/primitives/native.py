@@ -229,6 +229,8 @@ def _by_winograd(
         if wants_dx and winograd.takes_data_gradient(x, conv_weight, geometry):
             dx = winograd.data_gradient(dconv_out, conv_weight, add)
         if wants_dweight and winograd.takes_weight_gradient(x, conv_weight, geometry):
+            if x.dtype != winograd.DTYPE:
+                x, x_norm = _activated(x, x_norm), None
             dweight = winograd.weight_gradient(dconv_out, x, x_norm, conv_weight)
     return dx, dweight
 

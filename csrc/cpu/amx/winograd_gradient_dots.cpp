@@ -1,0 +1,182 @@
+// The gradient of a 3x3 kernel by Winograd's F(2x2, 3x3) in bfloat16's dot products: dw = G' [sum (A dy A') . (B' x B)] G,
+// summed up over tiles of 2x2 gradients and the 4x4 pixels of x that they see. A product takes two tiles at once, whose
+// values lie side by side. Transforms are float32, what is multiplied is rounded to bfloat16, sums are float32.
+#include "amx.h"
+#include "vectors.h"
+
+namespace resnet_fast::cpu::amx {
+namespace {
+
+constexpr int64_t kIn = 4, kOut = 2, kRows = 8;  // kRows: of sums in registers, by 32 columns
+
+// One dimension of B' x B.
+inline void transform_x(const __m512* x, int64_t step, __m512* out, int64_t out_step) {
+  out[0] = _mm512_sub_ps(x[0], x[2 * step]);
+  out[out_step] = _mm512_add_ps(x[step], x[2 * step]);
+  out[2 * out_step] = _mm512_sub_ps(x[2 * step], x[step]);
+  out[3 * out_step] = _mm512_sub_ps(x[step], x[3 * step]);
+}
+
+// One dimension of A dy A'.
+inline void transform_dy(const __m512* dy, int64_t step, __m512* out, int64_t out_step) {
+  out[0] = dy[0];
+  out[out_step] = _mm512_add_ps(dy[0], dy[step]);
+  out[2 * out_step] = _mm512_sub_ps(dy[0], dy[step]);
+  out[3 * out_step] = _mm512_sub_ps(_mm512_setzero_ps(), dy[step]);
+}
+
+// One dimension of G' m G.
+inline void transform_sums(const __m512* m, int64_t step, __m512* out, int64_t out_step) {
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512 even = _mm512_mul_ps(half, _mm512_add_ps(m[step], m[2 * step]));
+  out[0] = _mm512_add_ps(m[0], even);
+  out[out_step] = _mm512_mul_ps(half, _mm512_sub_ps(m[step], m[2 * step]));
+  out[2 * out_step] = _mm512_add_ps(even, m[3 * step]);
+}
+
+// side x side pixels of one tensor that a tile sees; zeros where there is none.
+template <int64_t side>
+struct Pixels {
+  const uint16_t* at[side * side];
+
+  Pixels(const WinogradGradientArgs& args, const uint16_t* image, int64_t channels, int64_t tile, int64_t before) {
+    const int64_t columns = (args.width + kOut - 1) / kOut, tiles = (args.height + kOut - 1) / kOut * columns;
+    const int64_t number = tile / tiles, in_image = tile % tiles;
+    const int64_t row = in_image / columns * kOut - before, column = in_image % columns * kOut - before;
+    for (int64_t i = 0; i < side; ++i) {
+      for (int64_t j = 0; j < side; ++j) {
+        const int64_t r = row + i, c = column + j;
+        const bool inside = tile < args.tiles && r >= 0 && r < args.height && c >= 0 && c < args.width;
+        at[i * side + j] = inside ? image + ((number * args.height + r) * args.width + c) * channels : args.zeros;
+      }
+    }
+  }
+
+  void load(int64_t channel, __m512* out) const {
+    for (int64_t i = 0; i < side * side; ++i) out[i] = load_half(at[i] + channel);
+  }
+};
+
+// 16 channels of a tile at the 16 points, a value in every lower half.
+template <int64_t side, typename Transform>
+inline void values_of(const Pixels<side>& pixels, int64_t channel, const Transform& transform, __m512i* values) {
+  __m512 in[side * side], half[kIn * side], points[kWinogradPoints];
+  pixels.load(channel, in);
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < side; ++j) transform(in + j, side, half + j, side);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kIn; ++i) transform(half + i * side, 1, points + i * kIn, 1);
+#pragma GCC unroll 16
+  for (int64_t point = 0; point < kWinogradPoints; ++point) values[point] = _mm512_cvtepu16_epi32(narrow(points[point]));
+}
+
+// Those of two tiles side by side: [point] of vectors `step` apart.
+template <int64_t side, typename Transform>
+inline void transform_pair(
+    const Pixels<side>& first, const Pixels<side>& second, int64_t channel, const Transform& transform, uint16_t* to,
+    int64_t step) {
+  __m512i low[kWinogradPoints], high[kWinogradPoints];
+  values_of(first, channel, transform, low);
+  values_of(second, channel, transform, high);
+#pragma GCC unroll 16
+  for (int64_t point = 0; point < kWinogradPoints; ++point) {
+    _mm512_storeu_si512(to + point * step, _mm512_or_si512(low[point], _mm512_slli_epi32(high[point], 16)));
+  }
+}
+
+inline __m512i broadcast(const uint16_t* pair) {
+  int32_t both;
+  __builtin_memcpy(&both, pair, sizeof(both));
+  return _mm512_set1_epi32(both);
+}
+
+inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i values) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(values));
+}
+
+}  // namespace
+
+void winograd_gradient_transform(const WinogradGradientArgs& args, int64_t first, int64_t begin, int64_t end) {
+  constexpr int64_t kPair = 2 * kVector;
+  const auto one = [](const __m512* x, int64_t step, __m512* out, int64_t out_step) { transform_x(x, step, out, out_step); };
+  const auto other = [](const __m512* dy, int64_t step, __m512* out, int64_t out_step) {
+    transform_dy(dy, step, out, out_step);
+  };
+  const int64_t point = args.pairs * kPair;
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t tile = first + 2 * pair;
+    const Pixels<kIn> x0(args, args.x, args.channels, tile, 1), x1(args, args.x, args.channels, tile + 1, 1);
+    for (int64_t channel = 0; channel < args.channels; channel += 16) {
+      uint16_t* to = args.x_values + channel / kVector * kWinogradPoints * point + pair * kPair + channel % kVector * 2;
+      transform_pair(x0, x1, channel, one, to, point);
+    }
+    const Pixels<kOut> dy0(args, args.dy, args.outputs, tile, 0), dy1(args, args.dy, args.outputs, tile + 1, 0);
+    for (int64_t channel = 0; channel < args.outputs; channel += 16) {
+      uint16_t* to = args.dy_values + channel / kVector * kWinogradPoints * point + pair * kPair + channel % kVector * 2;
+      transform_pair(dy0, dy1, channel, other, to, point);
+    }
+  }
+}
+
+void winograd_gradient_multiply(const WinogradGradientArgs& args, int64_t pairs, bool restart, int64_t begin, int64_t end) {
+  constexpr int64_t kPair = 2 * kVector;
+  const int64_t blocks = args.channels / kVector, output_blocks = args.outputs / kVector;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t block = item % blocks, output_block = item / blocks % output_blocks, point = item / blocks / output_blocks;
+    const uint16_t* x = args.x_values + (block * kWinogradPoints + point) * args.pairs * kPair;
+    const uint16_t* dy = args.dy_values + (output_block * kWinogradPoints + point) * args.pairs * kPair;
+    float* sums = args.sums + item * kBlockValues;
+    for (int64_t row = 0; row < kVector; row += kRows) {
+      __m512 sum[kRows][2];
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRows; ++i) {
+        const float* before = sums + (row + i) * kVector;
+        sum[i][0] = restart ? _mm512_setzero_ps() : _mm512_loadu_ps(before);
+        sum[i][1] = restart ? _mm512_setzero_ps() : _mm512_loadu_ps(before + 16);
+      }
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const __m512i low = _mm512_loadu_si512(x + pair * kPair), high = _mm512_loadu_si512(x + pair * kPair + kVector);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kRows; ++i) {
+          const __m512i both = broadcast(dy + pair * kPair + 2 * (row + i));
+          sum[i][0] = multiply_add(sum[i][0], both, low);
+          sum[i][1] = multiply_add(sum[i][1], both, high);
+        }
+      }
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRows; ++i) {
+        _mm512_storeu_ps(sums + (row + i) * kVector, sum[i][0]);
+        _mm512_storeu_ps(sums + (row + i) * kVector + 16, sum[i][1]);
+      }
+    }
+  }
+}
+
+bool winograd_gradient_finish(const WinogradGradientArgs& args, int64_t begin, int64_t end) {
+  const int64_t blocks = args.channels / kVector, point_step = args.outputs * args.channels;
+  __m512 rest = _mm512_setzero_ps();  // NaN where a value is not finite
+  for (int64_t output = begin; output < end; ++output) {
+    for (int64_t channel = 0; channel < args.channels; channel += 16) {
+      const int64_t item = output / kVector * blocks + channel / kVector;
+      const float* from = args.sums + item * kBlockValues + output % kVector * kVector + channel % kVector;
+      __m512 m[kWinogradPoints], half[3 * kIn], w[9];
+      for (int64_t point = 0; point < kWinogradPoints; ++point) m[point] = _mm512_loadu_ps(from + point * point_step);
+      for (int64_t j = 0; j < kIn; ++j) transform_sums(m + j, kIn, half + j, kIn);
+      for (int64_t i = 0; i < 3; ++i) transform_sums(half + i * kIn, 1, w + 3 * i, 1);
+      uint16_t* to = args.dweight + output * args.output_step + channel * args.channel_step;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        rest = _mm512_add_ps(rest, _mm512_sub_ps(w[tap], w[tap]));
+        if (args.channel_step == 1) {
+          store_half(to + tap * args.tap_step, narrow(w[tap]));
+          continue;
+        }
+        uint16_t lanes[16];
+        store_half(lanes, narrow(w[tap]));
+        for (int64_t lane = 0; lane < 16; ++lane) to[lane * args.channel_step + tap * args.tap_step] = lanes[lane];
+      }
+    }
+  }
+  return _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q) == 0;
+}
+
+}  // namespace resnet_fast::cpu::amx
