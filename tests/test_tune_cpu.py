@@ -228,11 +228,11 @@ def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
     train = ["--dtype", "bfloat16", "--task", "train"]
-    no_tiles = [] if native_backend.has_tiles() else [(train, "in more than one way")]
+    no_choice = [] if native_backend.unit(torch.bfloat16) else [(train, "in more than one way")]
     for arguments, message in (
         (["--dtype", "float16"], "in float32 and bfloat16 alone"),
         (["--fusion", "tail"], "in float32 and bfloat16 alone"),
-        *no_tiles,
+        *no_choice,
         (["--only", "nothing"], "matches no problem"),
     ):
         assert tuned(*arguments) == (2, None)

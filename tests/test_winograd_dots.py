@@ -20,7 +20,7 @@ from resnet_fast.cli import layer_timings
 from resnet_fast.kernels import selection, winograd
 from resnet_fast.kernels.config_types import WinogradConfig
 from resnet_fast.planner import Section
-from resnet_fast.problems import ConvProblem
+from resnet_fast.problems import ConvProblem, WeightGradientProblem
 from resnet_fast.shapes import Conv
 
 HALF = torch.bfloat16
@@ -203,6 +203,49 @@ def test_what_one_convolution_refuses():
         op(x, weight, x, False)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(("images", "channels", "outputs", "height", "width"), [*CONVS, (16, 96, 32, 30, 31)])
+def test_the_gradient_of_a_weight(images, channels, outputs, height, width, layout, poison, two_threads):
+    """In the weight's layout, whatever the threads, over one slab of tiles and several."""
+    torch.manual_seed(images + channels)
+    weight = torch.randn(outputs, channels, 3, 3).to(HALF).to(memory_format=layout)
+    x, dy = rows_of(images, (channels, height, width)), rows_of(images, (outputs, height, width))
+    op = torch.ops.resnet_fast_native.winograd_dots_weight_gradient
+    dweight, finite = op(dy, x, weight)
+    assert finite
+    assert dweight.stride() == weight.stride()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(op(dy, x, weight)[0], dweight)
+    exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dy.double(), padding=1)
+    exact = exact.to(memory_format=layout)
+    assert_all_match({"dweight": dweight}, {"dweight": exact.to(HALF)}, {"dweight": exact})
+    dy[images - 1, outputs - 1, height - 1, 0] = float("inf")
+    assert not op(dy, x, weight)[1]
+
+
+def test_what_the_gradient_of_a_weight_refuses():
+    op, x, dy = (
+        torch.ops.resnet_fast_native.winograd_dots_weight_gradient,
+        rows_of(2, (32, 6, 6)),
+        rows_of(2, (64, 6, 6)),
+    )
+    weight = torch.randn(64, 32, 3, 3).to(HALF)
+    for wrong in (
+        (dy.float(), x, weight),
+        (dy, x.contiguous(), weight),
+        (dy, x, weight.float()),
+        (dy[:0], x[:0], weight),
+    ):
+        with pytest.raises(RuntimeError, match="all must be bfloat16, dy and x in channels_last"):
+            op(*wrong)
+    for wrong in ((dy, x[:1], weight), (x, dy, weight), (dy, x, weight[:, :, :1])):
+        with pytest.raises(RuntimeError, match="are not of one 3x3"):
+            op(*wrong)
+    with pytest.raises(RuntimeError, match="multiples of 32 channels"):
+        op(rows_of(2, (40, 6, 6)), x, torch.randn(40, 32, 3, 3).to(HALF))
+
+
 def step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
     """y, every gradient and running statistic of one training step."""
     leaf = x.clone().requires_grad_()
@@ -237,14 +280,14 @@ def test_training_steps(name, autocast, wherever_it_can, poison, monkeypatch):
         nn.init.constant_(norm.weight, 1.0)
     x, calls = rows_of(8, size), []
     dy = off_the_kink(block, x, torch.randn_like(copy.deepcopy(block)(x.float())))
-    for function in ("conv", "data_gradient"):
+    for function in ("conv", "data_gradient", "weight_gradient"):
         before = getattr(backend, function)
         monkeypatch.setattr(backend, function, lambda *a, f=function, op=before: [calls.append(f), op(*a)][1])
     stock = copy.deepcopy(block) if autocast else copy.deepcopy(block).to(HALF)
     fast = optimize(nn.Sequential(copy.deepcopy(stock)), backend="native")[0]
     ours = step(fast, x, dy, autocast)
     taken = {"stride_before": 1, "fourteen": 1}.get(name, 2)
-    assert calls == ["conv"] * taken + ["data_gradient"] * taken
+    assert calls == ["conv"] * taken + ["data_gradient", "weight_gradient"] * taken
     exact = step(copy.deepcopy(block).double(), x.double(), dy.double(), False)
     assert_all_match(ours, step(stock, x, dy, autocast), exact, compute_dtype=HALF)
 
@@ -273,6 +316,8 @@ def test_what_it_takes_unmeasured(unmeasured_cpu):
     assert chosen(14, batch=1) is not None
     assert [chosen(14, batch, folded=False) is not None for batch in (1, 16)] == [False, True]
     assert chosen(56, channels=48) is None
+    gradient = WeightGradientProblem(Conv(1, 32, 40, 40, 32, (3, 3), padding=(1, 1)), "bfloat16")
+    assert selection.choose(gradient, CPU).config == WinogradConfig()
     strided = ConvProblem(Conv(16, 64, 56, 56, 64, (3, 3), (2, 2), (1, 1)), "bfloat16")
     assert "stride" in selection.choose(strided, CPU).reason
 
@@ -290,17 +335,17 @@ def test_a_tuned_table_decides(is_winograd, unmeasured_cpu):
 
 
 def test_tune_measures_both_ways(unmeasured_cpu):
-    """Frozen and live, each right before it is timed."""
+    """Frozen, live and the weight's gradient, each right before it is timed."""
     table = unmeasured_cpu.parent / "written.json"
-    keys = "conv n2 64x16x16 k64 f3 p1 bfloat16*"
+    keys, conv = "* n2 64x16x16 k64 f3 p1 bfloat16*", "n2 64x16x16 k64 f3 p1 bfloat16"
     asked = ["--device", "cpu", "--model", "resnet18", "-b", "2", "--img-size", "64", "--dtype", "bfloat16"]
-    assert cli.main(["tune", *asked, "--task", "infer", "--only", keys, "--output", str(table)]) == 0
+    assert cli.main(["tune", *asked, "--only", keys, "--output", str(table)]) == 0
     rows = json.loads(table.read_text())["rows"]
-    assert set(rows) == {f"conv n2 64x16x16 k64 f3 p1 bfloat16{live}" for live in ("", " no-relu bn")}
-    for row in rows.values():
-        assert set(row["times"]) == {"PyTorch", "library dots", "winograd"}
-        assert not row["rejected"]
-        assert row["variant"] == "dots"
+    libraries = {f"conv {conv}": "dots", f"conv {conv} no-relu bn": "dots", f"weight_gradient {conv}": "onednn"}
+    assert rows.keys() == libraries.keys()
+    for key, library in libraries.items():
+        assert set(rows[key]["times"]) == {"PyTorch", f"library {library}", "winograd"}
+        assert not rows[key]["rejected"]
 
 
 @torch.no_grad()

@@ -288,7 +288,8 @@ def test_half_types_and_other_convolutions_are_the_librarys():
     x, weight = torch.empty(8, 64, 28, 28), torch.empty(64, 64, 3, 3)
     for takes in (winograd.takes, winograd.takes_data_gradient, winograd.takes_weight_gradient):
         assert takes(x, weight, SAME)
-        assert not takes(x.bfloat16(), weight.bfloat16(), SAME)
+        assert not takes(x.half(), weight.half(), SAME)
+        assert takes(x.bfloat16(), weight.bfloat16(), SAME) == winograd.by_dots(torch.bfloat16)
         for field, value in (("stride", [2, 2]), ("padding", [0, 0]), ("dilation", [2, 2]), ("groups", 2)):
             assert not takes(x, weight, SAME._replace(**{field: value}))
         assert not takes(x[:, :32], weight[:, :32], SAME)
