@@ -17,6 +17,7 @@
 #include "cpu/max_pool.h"
 #include "cpu/residual_block.h"
 #include "cpu/winograd.h"
+#include "cpu/winograd_bfloat16.h"
 #include "cpu/winograd_gradient.h"
 #ifdef WITH_CUDA
 #include "cuda/ops.h"
@@ -67,14 +68,15 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "winograd_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, bool turned) "
       "-> (Tensor y, bool finite)");
-  m.def("winograd_dots_conv(Tensor x, Tensor weight, Tensor? add, bool turned) -> (Tensor y, bool finite)");  // bfloat16
-  m.def("winograd_dots_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
   m.def(
       "winograd_conv_train(Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight, bool statistics) "
       "-> (Tensor conv_out, Tensor mean, Tensor var, bool finite)");
   m.def(
       "winograd_weight_gradient(Tensor dy, Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight) "
       "-> (Tensor dweight, bool finite)");
+  // The same of bfloat16, on CPUs with its dot products in AVX-512
+  m.def("winograd_dots_conv(Tensor x, Tensor weight, Tensor? add, bool turned) -> (Tensor y, bool finite)");
+  m.def("winograd_dots_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(

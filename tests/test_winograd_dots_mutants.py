@@ -17,10 +17,9 @@ from resnet_fast.backends import native
 from resnet_fast.frozen import FrozenConv2d
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "csrc" / "cpu" / "amx" / "winograd_dots.cpp"
-SOURCE_INCLUDES = ['#include "amx.h"', '#include "vectors.h"']
+AMX = ROOT / "csrc" / "cpu" / "amx"
 
-MUTANTS = {  # name -> (before, after)
+MUTANTS = {  # of winograd_dots.cpp and its transforms: name -> (before, after)
     "original": ("", ""),
     "first_point": ("out[0] = _mm512_sub_ps(x[0], x[2 * step])", "out[0] = _mm512_sub_ps(x[0], x[step])"),
     "sign": ("_mm512_sub_ps(x[2 * step], x[step])", "_mm512_sub_ps(x[step], x[2 * step])"),
@@ -48,6 +47,31 @@ MUTANTS = {  # name -> (before, after)
     "weights_of_the_block_before": ("args.weight + block * block_values", "args.weight"),
 }
 
+GRADIENT_MUTANTS = {  # of winograd_gradient_dots.cpp and its transforms
+    "original_gradient": ("", ""),
+    "x_first_point": ("out[0] = _mm512_sub_ps(x[0], x[2 * step])", "out[0] = _mm512_sub_ps(x[0], x[step])"),
+    "x_sign": ("_mm512_sub_ps(x[2 * step], x[step])", "_mm512_sub_ps(x[step], x[2 * step])"),
+    "dy_sign": ("_mm512_sub_ps(_mm512_setzero_ps(), dy[step])", "dy[step]"),
+    "dy_point": ("_mm512_sub_ps(dy[0], dy[step])", "_mm512_add_ps(dy[0], dy[step])"),
+    "sums_first": ("out[0] = _mm512_add_ps(m[0], even)", "out[0] = even"),
+    "sums_half": ("_mm512_mul_ps(half, _mm512_sub_ps(m[step], m[2 * step]))", "_mm512_sub_ps(m[step], m[2 * step])"),
+    "sums_last": ("_mm512_add_ps(even, m[3 * step])", "_mm512_sub_ps(even, m[3 * step])"),
+    "no_halo": ("args.x, args.channels, tile, 1), x1", "args.x, args.channels, tile, 0), x1"),
+    "another_image": ("number * args.height + r", "number + r"),
+    "beyond_the_right": ("c >= 0 && c < args.width", "c >= 0 && c <= args.width"),
+    "beyond_the_last_tile": ("tile < args.tiles && ", ""),
+    "rows_for_columns": ("load_half(at[i] + channel)", "load_half(at[i % side * side + i / side] + channel)"),
+    "tiles_swapped_in_one": ("values_of<transform>(first, channel, low)", "values_of<transform>(second, channel, low)"),
+    "one_block_of_dy": ("args.dy_values + channel / kVector *", "args.dy_values + 0 *"),
+    "sums_begin_anew": ("restart ? _mm512_setzero_ps() : _mm512_loadu_ps(before);", "_mm512_setzero_ps();"),
+    "pair_lost": ("pair < pairs; ++pair", "pair < pairs - 1; ++pair"),
+    "row_of_another": ("2 * (row + i))", "2 * i)"),
+    "other_outputs": ("(output_block * kWinogradPoints + point)", "point"),
+    "column_half": ("x + pair * kPair + kVector)", "x + pair * kPair)"),
+    "tap_after_tap": ("to + tap * args.tap_step, narrow", "to + (8 - tap) * args.tap_step, narrow"),
+    "gradient_not_finite_unnoticed": ("_CMP_UNORD_Q) == 0", "_CMP_UNORD_Q) >= 0"),
+}  # fmt: skip
+
 CASES = [  # channels, outputs, height, width, scaled, residual and ReLU
     (32, 32, 6, 10, False, False),
     (64, 96, 5, 7, True, True),
@@ -64,26 +88,29 @@ def library(tmp_path) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
-    if not SOURCE.is_file():
+    if not AMX.is_dir():
         pytest.skip("csrc/ is not beside the tests")
     copies, target = tmp_path / "copies.cpp", tmp_path / "copies.so"
-    copies.write_text("\n".join(["#include <vector>", *SOURCE_INCLUDES, *map(copy_of, MUTANTS)]))
+    text = ["#include <vector>", '#include "amx.h"', '#include "dots.h"', '#include "vectors.h"']
+    text += [copy_of(AMX / "winograd_dots.cpp", name, *mutation) for name, mutation in MUTANTS.items()]
+    text += [copy_of(AMX / "winograd_gradient_dots.cpp", name, *each) for name, each in GRADIENT_MUTANTS.items()]
+    copies.write_text("\n".join(text))
     flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    flags += ["-mavx512bf16", "-mfma", f"-I{SOURCE.parent}", f"-I{ROOT / 'tests' / 'csrc'}"]
+    flags += ["-mavx512bf16", "-mfma", f"-I{AMX}", f"-I{ROOT / 'tests' / 'csrc'}"]
     subprocess.run([*compiler, *flags, str(copies), "-o", str(target)], check=True, timeout=300)
     return ctypes.CDLL(str(target))
 
 
-def copy_of(name: str) -> str:
-    """The source with its mutation, in a namespace of its name, and one convolution by it."""
-    before, after = MUTANTS[name]
-    text = SOURCE.read_text()
+def copy_of(source: Path, name: str, before: str, after: str) -> str:
+    """Transforms and source, mutated, in a namespace of this name, and a function that calls them."""
+    text = (AMX / "winograd_transforms.h").read_text() + source.read_text()
     assert before in text, f"mutant {name}: {before!r} is not in the source"
     text = text.replace(before, after, 1) if before else text
-    body = "\n".join(line for line in text.splitlines() if not line.startswith("#include"))
+    body = "\n".join(line for line in text.splitlines() if not line.startswith(("#include", "#pragma once")))
+    what = "gradient" if "gradient" in source.name else "convolve"
     copy = f"namespace {name} {{\nusing namespace ::resnet_fast::cpu::amx;\n{body}\n}}"
-    names = f"#define MUTANT {name}\n#define CONVOLVE convolve_{name}"
-    return f'{copy}\n{names}\n#include "convolve_by_dots.h"\n#undef MUTANT\n#undef CONVOLVE'
+    names = f"#define MUTANT {name}\n#define {what.upper()} {what}_{name}"
+    return f'{copy}\n{names}\n#include "{what}_by_dots.h"\n#undef MUTANT\n#undef {what.upper()}'
 
 
 def test_every_mutant_is_noticed(library):
@@ -92,7 +119,11 @@ def test_every_mutant_is_noticed(library):
         function = library[f"convolve_{name}"]
         function.restype = ctypes.c_bool
         wrong[name] = next(filter(None, (error(function, *case) for case in CASES)), None) or unnoticed(function)
-    assert wrong.pop("original") is None
+    for name in GRADIENT_MUTANTS:
+        function = library[f"gradient_{name}"]
+        function.restype = ctypes.c_bool
+        wrong[name] = gradient_error(function)
+    assert (wrong.pop("original"), wrong.pop("original_gradient")) == (None, None)
     assert [name for name, reason in wrong.items() if reason is None] == []
 
 
@@ -136,3 +167,26 @@ def convolve(function, channels, outputs, height, width, scaled, residual, value
     finite &= room.flatten()[y.numel() :].isnan().all().item()  # nothing is written beyond y
     ours = y.permute(0, 3, 1, 2).reshape(1, outputs, height, width)
     return ours, expected(torch.bfloat16), expected(torch.float64), finite
+
+
+def gradient_error(function) -> str | None:
+    """What is wrong with the gradient of one weight, or with how an Inf is told; None where nothing is."""
+    torch.manual_seed(3)
+    images, channels, outputs, height, width = 3, 32, 64, 5, 6  # 27 tiles: the last pair is one
+    x, dy = (torch.randn(images, n, height, width).bfloat16() for n in (channels, outputs))
+
+    def gradient() -> tuple[torch.Tensor, bool]:
+        rows = [torch.cat([t, torch.ones_like(t[:1])]).permute(0, 2, 3, 1).contiguous() for t in (x, dy)]  # for mutants
+        dweight = torch.full((outputs, 3, 3, channels), float("nan"), dtype=torch.bfloat16)
+        sizes = [ctypes.c_int64(n) for n in (images, height, width, channels, outputs, 7)]
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*rows, dweight)]
+        finite = function(*pointers[:2], *sizes, pointers[2])
+        return dweight.permute(0, 3, 1, 2).contiguous(), finite
+
+    exact = torch.nn.grad.conv2d_weight(x.double(), (outputs, channels, 3, 3), dy.double(), padding=1)
+    ours, finite = gradient()
+    verdict = numerics.compare("dweight", ours, exact.bfloat16(), exact)
+    if not verdict.match or not finite:
+        return f"{verdict}, finite: {finite}"
+    x[1, 2, 3, 4] = float("inf")
+    return "an Inf was not noticed" if gradient()[1] else None

@@ -26,10 +26,6 @@ std::tuple<Tensor, bool> winograd_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
     const OptionalTensor& residual, bool relu, bool turned);
 
-// conv2d(x, weight, padding=1) + add of bfloat16, by F(2x2, 3x3) in dot products, where the CPU has them; the rest as of
-// winograd_conv().
-std::tuple<Tensor, bool> winograd_dots_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& add, bool turned);
-
 // A training step's: conv2d(act(norm(x)), weight, padding=1), its mean and biased variance (K,), which are empty where not
 // wanted, and whether all of it was finite.
 std::tuple<Tensor, Tensor, Tensor, bool> winograd_conv_train(

@@ -12,7 +12,4 @@ namespace resnet_fast::cpu {
 std::tuple<Tensor, bool> winograd_weight_gradient(
     const Tensor& dy, const Tensor& x, const NormTensors& x_norm, double x_eps, const Tensor& weight);
 
-// The same of bfloat16 by F(2x2, 3x3) in dot products, where the CPU has them, with no norm.
-std::tuple<Tensor, bool> winograd_dots_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight);
-
 }  // namespace resnet_fast::cpu

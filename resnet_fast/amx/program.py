@@ -15,7 +15,7 @@ from ..layers import conv_of
 from ..planner import Section
 from ..problems import SectionProblem
 from ..shapes import BlockShapes, Conv
-from .weights import IMAGE_VECTOR, PLANES, VECTOR, Packed, Weights
+from .weights import PLANES, VECTOR, Packed, Weights
 
 GROUP = 16
 """Images side by side in a tile."""
@@ -116,7 +116,7 @@ class Builder:
 
     def _stem(self) -> _Buffer:
         name, module = self.section.stem
-        x = self._read("image", *self.image, IMAGE_VECTOR)
+        x = self._read("image", *self.image, vector=self.image[0])
         if not self.section.max_pool:
             return self._conv(name, module, x, "stem")
         conv, packed = conv_of(module, (1, x.channels, x.height, x.width)), self.weights.of(module)

@@ -12,11 +12,8 @@ from ..planner import Section
 VECTOR = 32
 """Channels in a block."""
 
-IMAGE_VECTOR = 4
-"""Channels of a stem's input, the image, with what they are padded by."""
-
-STEM_WIDTH = VECTOR // IMAGE_VECTOR
-"""Pixels that one product of a stem covers: the widest kernel it can have."""
+IMAGE_CHANNELS = 4
+"""Of a stem's input, the image, at most: its pixels lie one behind another, and a product takes a row of the kernel."""
 
 PLANES = {torch.bfloat16: 1, torch.float32: 3}
 """bfloat16s that a value of each dtype is the sum of."""
@@ -81,8 +78,9 @@ def why_not_conv(name: str, conv: FrozenConv2d) -> str | None:
 def why_not_stem(name: str, conv: FrozenConv2d) -> str | None:
     """`why_not_conv` for the convolution of an image."""
     _, channels, _, width = conv.weight.shape
-    if channels > IMAGE_VECTOR or width > STEM_WIDTH or conv.groups > 1 or tuple(conv.dilation) != (1, 1):
-        return f"{name} is not a dense convolution of at most {IMAGE_VECTOR} channels and {STEM_WIDTH} columns"
+    wide = channels > IMAGE_CHANNELS or channels * width > VECTOR
+    if wide or conv.groups > 1 or tuple(conv.dilation) != (1, 1):
+        return f"{name} is not a dense convolution of at most {IMAGE_CHANNELS} channels, and {VECTOR} weights in a row"
     return None if conv.relu else f"{name} has no ReLU"
 
 
@@ -102,12 +100,11 @@ def pack(conv: FrozenConv2d) -> Packed:
 
 
 def pack_stem(conv: FrozenConv2d) -> Packed:
-    """A tap is a row of the kernel, whose columns of 4 channels are the input channels."""
-    out_channels, channels, rows, columns = conv.weight.shape
+    """A tap is a row of the kernel, whose weights, pixel by pixel, are the input channels."""
+    out_channels, _, rows, _ = conv.weight.shape
     (top, left) = conv.padding
     taps = [[row - top, -left] for row in range(rows)]
-    weight = F.pad(conv.weight, (0, STEM_WIDTH - columns, 0, 0, 0, IMAGE_VECTOR - channels))
-    return _packed(weight.permute(0, 3, 1, 2).flatten(1, 2), conv.bias, taps, out_channels)
+    return _packed(conv.weight.permute(0, 3, 1, 2).flatten(1, 2), conv.bias, taps, out_channels)
 
 
 def pack_winograd(conv: FrozenConv2d) -> Packed:

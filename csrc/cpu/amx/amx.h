@@ -122,7 +122,9 @@ void winograd_gradient_multiply(const WinogradGradientArgs& args, int64_t pairs,
 // For outputs [begin, end). Returns whether all are finite.
 bool winograd_gradient_finish(const WinogradGradientArgs& args, int64_t begin, int64_t end);
 
-// An image (channels <= 4) as vectors of 4 channels, the fourth zero: rows of `width` pixels, `pitch` values apart.
+// An image of at most 4 channels as pixels one behind another: rows of `width` of them, `pitch` values apart. Nothing is
+// written behind a row, where another thread may have written the next.
+constexpr int64_t kImageChannels = 4;
 struct ImageArgs {
   int planes;
   const void* x;

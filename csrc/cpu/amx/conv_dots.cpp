@@ -3,6 +3,7 @@
 // at the end, and ReLU before they are stored. Taps that read nothing but halo take no time. What comes from memory is
 // fetched ahead: an output block's weights while the one before it passes by all pixels, else a 1x1's next pixels.
 #include "amx.h"
+#include "dots.h"
 #include "vectors.h"
 
 namespace resnet_fast::cpu::amx {
@@ -12,16 +13,6 @@ constexpr int64_t kPixels = 8;  // 16 sums: the products' latency is hidden, and
 constexpr int64_t kGroups = 128;  // of pixels that pass by weights, or weights by them
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline __m512i broadcast(const uint16_t* pair) {
-  int32_t both;
-  __builtin_memcpy(&both, pair, sizeof(both));
-  return _mm512_set1_epi32(both);
-}
-
-inline __m512 multiply_add(__m512 sum, __m512i pixel, __m512i weight) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pixel), reinterpret_cast<__m512bh>(weight));
-}
 
 // y of the first `count` of eight pixels and an output block. next: pixels to fetch, or null; ahead: weights to fetch, so
 // many lines with every step. scaled: the sums are multiplied by a scale. whole: all pairs of a vector have weights.

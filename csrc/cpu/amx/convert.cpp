@@ -33,17 +33,18 @@ inline void interleave(const __m512 (&channel)[4], __m512 (&pixels)[4]) {
   pixels[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
-// 4 pixels, or as many as the row has left: behind its halo is the next row, which another thread may have written.
+// The first `count` of 16 values.
 template <int planes>
-inline void store_pixels(uint16_t* y, int64_t plane, __m512 pixels, int64_t left) {
+inline void store_first(uint16_t* y, int64_t plane, __m512 values, int64_t count) {
   __m256i parts[planes];
-  split<planes>(pixels, parts);
-  for (int64_t i = 0; i < planes; ++i) _mm256_mask_storeu_epi16(y + i * plane, lanes(4 * left), parts[i]);
+  split<planes>(values, parts);
+  for (int64_t i = 0; i < planes; ++i) _mm256_mask_storeu_epi16(y + i * plane, lanes(count), parts[i]);
 }
 
 // A row whose channels are planes, or anyhow else: 16 pixels at a time.
 template <int planes>
 void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
+  const __mmask16 real = lanes(args.channels) * 0x1111;
   for (int64_t column = 0; column < args.width; column += 16) {
     const int64_t wanted = args.width - column < 16 ? args.width - column : 16;
     __m512 channel[4], pixels[4];
@@ -63,28 +64,19 @@ void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
     }
     interleave(channel, pixels);
     for (int64_t i = 0; 4 * i < wanted; ++i) {
-      store_pixels<planes>(y + (column + 4 * i) * 4, args.y_plane, pixels[i], wanted - 4 * i);
+      const int64_t count = wanted - 4 * i < 4 ? wanted - 4 * i : 4;
+      store_first<planes>(y + (column + 4 * i) * args.channels, args.y_plane, _mm512_maskz_compress_ps(real, pixels[i]),
+                          count * args.channels);
     }
   }
 }
 
-// A row whose pixels are `channels` values in a row, as in channels_last: 4 pixels at a time.
+// A row whose pixels are `channels` values in a row, as in channels_last.
 template <int planes>
 void pack_interleaved_row(const ImageArgs& args, int64_t from, uint16_t* y) {
-  alignas(64) int32_t places[16];
-  __mmask16 real = 0;
-  for (int lane = 0; lane < 16; ++lane) {
-    places[lane] = static_cast<int32_t>(lane / 4 * args.channels + lane % 4) & 15;
-    if (lane % 4 < args.channels) real |= 1u << lane;
-  }
-  const __m512i order = _mm512_load_si512(places);
   const int64_t values = args.width * args.channels;
-  for (int64_t column = 0; column < args.width; column += 4) {
-    const int64_t at = column * args.channels, left = values - at;
-    const __mmask16 wanted = lanes(left < 4 * args.channels ? left : 4 * args.channels);
-    const __m512 x = load_masked(args.x, args.float32, from + at, wanted);
-    store_pixels<planes>(
-        y + column * 4, args.y_plane, _mm512_maskz_permutexvar_ps(real, order, x), args.width - column);
+  for (int64_t i = 0; i < values; i += 16) {
+    store_first<planes>(y + i, args.y_plane, load_masked(args.x, args.float32, from + i, lanes(values - i)), values - i);
   }
 }
 

@@ -1,6 +1,7 @@
 // A call's own weights and batch norm, as conv() takes them.
 #include "amx.h"
 #include "vectors.h"
+#include "winograd_transforms.h"
 
 namespace resnet_fast::cpu::amx {
 namespace {
@@ -97,16 +98,6 @@ void pack(const WeightArgs& args) {
       }
     }
   }
-}
-
-// One dimension of G w G'.
-inline void transform_weight(const __m512* w, int64_t step, __m512* out, int64_t out_step) {
-  const __m512 half = _mm512_set1_ps(0.5f);
-  const __m512 even = _mm512_mul_ps(half, _mm512_add_ps(w[0], w[2 * step])), odd = _mm512_mul_ps(half, w[step]);
-  out[0] = w[0];
-  out[out_step] = _mm512_add_ps(even, odd);
-  out[2 * out_step] = _mm512_sub_ps(even, odd);
-  out[3 * out_step] = w[2 * step];
 }
 
 // 16 output channels by 32 input channels at the 16 points: half a block of each, `point_step` values apart.

@@ -1,34 +1,18 @@
-// 3x3 convolutions by Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv:1509.09308) in bfloat16's dot products: 16 products
-// where the convolution has 36. Transforms are float32, what is multiplied is rounded to bfloat16, sums are float32.
+// 3x3 convolutions by Winograd's F(2x2, 3x3) in bfloat16's dot products: 16 products where the convolution has 36. Transforms
+// are float32, what is multiplied is rounded to bfloat16, sums are float32.
 //
 // A tile's 16 values of 32 channels lie together, one vector each, tile behind tile; eight tiles by 32 output channels are
 // multiplied in registers at a time, as conv_dots() does with pixels.
 #include "amx.h"
+#include "dots.h"
 #include "vectors.h"
+#include "winograd_transforms.h"
 
 namespace resnet_fast::cpu::amx {
 namespace {
 
-constexpr int64_t kSide = 4, kPoints = kSide * kSide, kTiles = 8;
-static_assert(kPoints == kWinogradPoints && kPoints * kTiles * kVector <= kScratchFloats);
-
-inline __m512i broadcast(const uint16_t* pair) {
-  int32_t both;
-  __builtin_memcpy(&both, pair, sizeof(both));
-  return _mm512_set1_epi32(both);
-}
-
-inline __m512 multiply_add(__m512 sum, __m512i tile, __m512i weight) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(tile), reinterpret_cast<__m512bh>(weight));
-}
-
-// One dimension of B' x B.
-inline void transform_input(const __m512* x, int64_t step, __m512* out, int64_t out_step) {
-  out[0] = _mm512_sub_ps(x[0], x[2 * step]);
-  out[out_step] = _mm512_add_ps(x[step], x[2 * step]);
-  out[2 * out_step] = _mm512_sub_ps(x[2 * step], x[step]);
-  out[3 * out_step] = _mm512_sub_ps(x[step], x[3 * step]);
-}
+constexpr int64_t kSide = kWinogradIn, kPoints = kWinogradPoints, kTiles = 8;
+static_assert(kPoints == kSide * kSide && kPoints * kTiles * kVector <= kScratchFloats);
 
 // 16 channels of a strip's tiles, from left to right: two tiles share two of their columns.
 void transform_strip(const WinogradArgs& args, const uint16_t* x, int64_t tiles, uint16_t* values) {
@@ -98,13 +82,6 @@ void multiply(const WinogradArgs& args, const uint16_t* values, const uint16_t* 
 using Multiply = void (*)(const WinogradArgs&, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, float*);
 constexpr Multiply kMultiply[kTiles] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
                                         multiply<5>, multiply<6>, multiply<7>, multiply<8>};
-
-// One dimension of A' m A.
-inline void transform_output(const __m512* m, int64_t step, __m512* out, int64_t out_step) {
-  const __m512 sum = _mm512_add_ps(m[step], m[2 * step]), difference = _mm512_sub_ps(m[step], m[2 * step]);
-  out[0] = _mm512_add_ps(m[0], sum);
-  out[out_step] = _mm512_sub_ps(difference, m[3 * step]);
-}
 
 // y of one tile and output block. Returns whether all that a ReLU has not seen yet is finite.
 bool finish(const WinogradArgs& args, const float* sums, int64_t block, const WinogradTile& tile) {

@@ -2,37 +2,14 @@
 // summed up over tiles of 2x2 gradients and the 4x4 pixels of x that they see. A product takes two tiles at once, whose
 // values lie side by side. Transforms are float32, what is multiplied is rounded to bfloat16, sums are float32.
 #include "amx.h"
+#include "dots.h"
 #include "vectors.h"
+#include "winograd_transforms.h"
 
 namespace resnet_fast::cpu::amx {
 namespace {
 
-constexpr int64_t kIn = 4, kOut = 2, kRows = 8;  // kRows: of sums in registers, by 32 columns
-
-// One dimension of B' x B.
-inline void transform_x(const __m512* x, int64_t step, __m512* out, int64_t out_step) {
-  out[0] = _mm512_sub_ps(x[0], x[2 * step]);
-  out[out_step] = _mm512_add_ps(x[step], x[2 * step]);
-  out[2 * out_step] = _mm512_sub_ps(x[2 * step], x[step]);
-  out[3 * out_step] = _mm512_sub_ps(x[step], x[3 * step]);
-}
-
-// One dimension of A dy A'.
-inline void transform_dy(const __m512* dy, int64_t step, __m512* out, int64_t out_step) {
-  out[0] = dy[0];
-  out[out_step] = _mm512_add_ps(dy[0], dy[step]);
-  out[2 * out_step] = _mm512_sub_ps(dy[0], dy[step]);
-  out[3 * out_step] = _mm512_sub_ps(_mm512_setzero_ps(), dy[step]);
-}
-
-// One dimension of G' m G.
-inline void transform_sums(const __m512* m, int64_t step, __m512* out, int64_t out_step) {
-  const __m512 half = _mm512_set1_ps(0.5f);
-  const __m512 even = _mm512_mul_ps(half, _mm512_add_ps(m[step], m[2 * step]));
-  out[0] = _mm512_add_ps(m[0], even);
-  out[out_step] = _mm512_mul_ps(half, _mm512_sub_ps(m[step], m[2 * step]));
-  out[2 * out_step] = _mm512_add_ps(even, m[3 * step]);
-}
+constexpr int64_t kIn = kWinogradIn, kOut = kWinogradOut, kTaps = kWinogradTaps, kRows = 8;  // kRows: of sums in registers, by 32 columns
 
 // side x side pixels of one tensor that a tile sees; zeros where there is none.
 template <int64_t side>
@@ -57,9 +34,11 @@ struct Pixels {
   }
 };
 
+using Transform = void (*)(const __m512* in, int64_t step, __m512* out, int64_t out_step);
+
 // 16 channels of a tile at the 16 points, a value in every lower half.
-template <int64_t side, typename Transform>
-inline void values_of(const Pixels<side>& pixels, int64_t channel, const Transform& transform, __m512i* values) {
+template <Transform transform, int64_t side>
+inline void values_of(const Pixels<side>& pixels, int64_t channel, __m512i* values) {
   __m512 in[side * side], half[kIn * side], points[kWinogradPoints];
   pixels.load(channel, in);
 #pragma GCC unroll 4
@@ -71,49 +50,34 @@ inline void values_of(const Pixels<side>& pixels, int64_t channel, const Transfo
 }
 
 // Those of two tiles side by side: [point] of vectors `step` apart.
-template <int64_t side, typename Transform>
+template <Transform transform, int64_t side>
 inline void transform_pair(
-    const Pixels<side>& first, const Pixels<side>& second, int64_t channel, const Transform& transform, uint16_t* to,
-    int64_t step) {
+    const Pixels<side>& first, const Pixels<side>& second, int64_t channel, uint16_t* to, int64_t step) {
   __m512i low[kWinogradPoints], high[kWinogradPoints];
-  values_of(first, channel, transform, low);
-  values_of(second, channel, transform, high);
+  values_of<transform>(first, channel, low);
+  values_of<transform>(second, channel, high);
 #pragma GCC unroll 16
   for (int64_t point = 0; point < kWinogradPoints; ++point) {
     _mm512_storeu_si512(to + point * step, _mm512_or_si512(low[point], _mm512_slli_epi32(high[point], 16)));
   }
 }
 
-inline __m512i broadcast(const uint16_t* pair) {
-  int32_t both;
-  __builtin_memcpy(&both, pair, sizeof(both));
-  return _mm512_set1_epi32(both);
-}
-
-inline __m512 multiply_add(__m512 sum, __m512i pair, __m512i values) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(values));
-}
-
 }  // namespace
 
 void winograd_gradient_transform(const WinogradGradientArgs& args, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t kPair = 2 * kVector;
-  const auto one = [](const __m512* x, int64_t step, __m512* out, int64_t out_step) { transform_x(x, step, out, out_step); };
-  const auto other = [](const __m512* dy, int64_t step, __m512* out, int64_t out_step) {
-    transform_dy(dy, step, out, out_step);
-  };
   const int64_t point = args.pairs * kPair;
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t tile = first + 2 * pair;
     const Pixels<kIn> x0(args, args.x, args.channels, tile, 1), x1(args, args.x, args.channels, tile + 1, 1);
     for (int64_t channel = 0; channel < args.channels; channel += 16) {
       uint16_t* to = args.x_values + channel / kVector * kWinogradPoints * point + pair * kPair + channel % kVector * 2;
-      transform_pair(x0, x1, channel, one, to, point);
+      transform_pair<transform_input>(x0, x1, channel, to, point);
     }
     const Pixels<kOut> dy0(args, args.dy, args.outputs, tile, 0), dy1(args, args.dy, args.outputs, tile + 1, 0);
     for (int64_t channel = 0; channel < args.outputs; channel += 16) {
       uint16_t* to = args.dy_values + channel / kVector * kWinogradPoints * point + pair * kPair + channel % kVector * 2;
-      transform_pair(dy0, dy1, channel, other, to, point);
+      transform_pair<transform_output_gradient>(dy0, dy1, channel, to, point);
     }
   }
 }
@@ -159,12 +123,12 @@ bool winograd_gradient_finish(const WinogradGradientArgs& args, int64_t begin, i
     for (int64_t channel = 0; channel < args.channels; channel += 16) {
       const int64_t item = output / kVector * blocks + channel / kVector;
       const float* from = args.sums + item * kBlockValues + output % kVector * kVector + channel % kVector;
-      __m512 m[kWinogradPoints], half[3 * kIn], w[9];
+      __m512 m[kWinogradPoints], half[kTaps * kIn], w[kTaps * kTaps];
       for (int64_t point = 0; point < kWinogradPoints; ++point) m[point] = _mm512_loadu_ps(from + point * point_step);
-      for (int64_t j = 0; j < kIn; ++j) transform_sums(m + j, kIn, half + j, kIn);
-      for (int64_t i = 0; i < 3; ++i) transform_sums(half + i * kIn, 1, w + 3 * i, 1);
+      for (int64_t j = 0; j < kIn; ++j) transform_weight_gradient(m + j, kIn, half + j, kIn);
+      for (int64_t i = 0; i < kTaps; ++i) transform_weight_gradient(half + i * kIn, 1, w + kTaps * i, 1);
       uint16_t* to = args.dweight + output * args.output_step + channel * args.channel_step;
-      for (int64_t tap = 0; tap < 9; ++tap) {
+      for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
         rest = _mm512_add_ps(rest, _mm512_sub_ps(w[tap], w[tap]));
         if (args.channel_step == 1) {
           store_half(to + tap * args.tap_step, narrow(w[tap]));

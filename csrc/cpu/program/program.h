@@ -22,7 +22,7 @@ namespace resnet_fast::cpu {
 enum class Place { kStorage, kX, kResidual, kY };
 
 // Activations, zero where there is halo. group: images side by side in a tile, 1 or 16. own: one for each thread, of one
-// image. Vectors hold 32 channels, or 4 in the packed image of a stem.
+// image. Vectors hold 32 channels, or those of the image that a stem reads.
 struct Buffer {
   int64_t channels, height, width, halo, group, vector;
   bool own;
@@ -46,7 +46,7 @@ class Program {
   Program(int64_t planes, int64_t capacity, int64_t threads, bool tiles);
   ~Program();
 
-  // Returns its number. group and own as above; vector 4 makes it an image's.
+  // Returns its number. group and own as above; a vector of no more than 4 makes it an image's.
   int64_t buffer(
       int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector);
   // One of the call's tensors as a buffer. Only for convolutions, and with one plane.
@@ -55,7 +55,7 @@ class Program {
   void section(bool by_image);
   void add(std::unique_ptr<Step> step);
 
-  // Of the input, an image (vector 4) or a channels_last tensor, into buffer y.
+  // Of the input, an image or a channels_last tensor, into buffer y.
   void read(int64_t y);
   // weight: packed, bias: float, padded to whole vectors; residual: a buffer or -1; taps: (row, column) steps.
   void conv(

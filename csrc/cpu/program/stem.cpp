@@ -8,9 +8,6 @@ namespace resnet_fast::cpu {
 
 namespace {
 
-constexpr int64_t kImageVector = 4;                         // channels of an image with what they are padded by
-constexpr int64_t kColumns = amx::kVector / kImageVector;  // of a kernel, that one product covers
-
 bool fits(const at::Tensor& x, const BlockLayer& layer, Unit unit) {
   const at::Tensor& weight = layer.conv_weight;
   const auto dtype = weight.scalar_type();
@@ -20,16 +17,16 @@ bool fits(const at::Tensor& x, const BlockLayer& layer, Unit unit) {
                              weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   const bool square = layer.stride[0] == layer.stride[1] && layer.dilation[0] == 1 && layer.dilation[1] == 1;
   return channels_last && square && layer.groups == 1 && weight.size(0) % amx::kVector == 0 &&
-         weight.size(1) <= kImageVector && weight.size(3) <= kColumns;
+         weight.size(1) <= amx::kImageChannels && weight.size(1) * weight.size(3) <= amx::kVector;
 }
 
-// The columns of 4 channels each as a kernel's input channels: (K, 32, R, 1), float32.
+// A kernel's row, pixel by pixel, as its input channels: (K, 32, R, 1), float32.
 at::Tensor widened(const at::Tensor& weight) {
-  const at::Tensor wide =
-      at::zeros({weight.size(0), kColumns, kImageVector, weight.size(2)},
-                weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-  wide.narrow(1, 0, weight.size(3)).narrow(2, 0, weight.size(1)).copy_(weight.permute({0, 3, 1, 2}));
-  return wide.view({weight.size(0), amx::kVector, weight.size(2), 1});
+  const int64_t outputs = weight.size(0), rows = weight.size(2), values = weight.size(1) * weight.size(3);
+  const auto options = weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  const at::Tensor wide = at::zeros({outputs, amx::kVector, rows, 1}, options);
+  wide.narrow(1, 0, values).copy_(weight.permute({0, 3, 1, 2}).reshape({outputs, values, rows, 1}));
+  return wide;
 }
 
 }  // namespace
@@ -57,7 +54,7 @@ std::optional<at::Tensor> amx_stem(const at::Tensor& x, const BlockLayer& layer,
     program.add(make_pack(planes, capacity, {packed}));
     program.section(own);
     const int64_t image =
-        program.buffer(x.size(1), x.size(2), x.size(3), std::max(top, left), 1, own, kImageVector);
+        program.buffer(x.size(1), x.size(2), x.size(3), std::max(top, left), 1, own, x.size(1));
     const int64_t pooled = planes == 1 ? program.tensor(Place::kY, channels, pooled_height, pooled_width)
                                        : program.buffer(channels, pooled_height, pooled_width, 0, 1, own, amx::kVector);
     program.read(image);

@@ -36,6 +36,7 @@ class WinogradStep : public Step {
     args_.y_row = y.row;
     args_.y_block = y.block;
     args_.relu = relu;
+    TORCH_CHECK(x.halo > 0 && x.place == Place::kStorage, "winograd reads a buffer with a halo");
     place();
     cut(sharing);
     args_.tiles = strip_step_ * in_strip_ | 1;  // odd: a tile's points do not fall into one set of a cache

@@ -18,22 +18,18 @@ constexpr int64_t kMostValues = 1 << 30;  // of an image
 
 constexpr int64_t kKind = -1;  // of programs: blocks' and stems' keys begin otherwise
 
-bool rows(const at::Tensor& t) {
-  return t.scalar_type() == at::kBFloat16 && t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, bool> dots_winograd_conv(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& add, bool turned) {
   const int64_t channels = x.size(1), outputs = weight.size(turned ? 1 : 0), height = x.size(2), width = x.size(3);
-  TORCH_CHECK(rows(x) && x.numel() > 0, "winograd_dots_conv: x must be bfloat16 in channels_last, and not empty");
+  TORCH_CHECK(is_rows(x) && x.numel() > 0, "winograd_dots_conv: x must be bfloat16 in channels_last, and not empty");
   TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3 && weight.size(turned ? 0 : 1) == channels,
               "winograd_dots_conv: weight must be of a 3x3 of x's channels");
   TORCH_CHECK(channels % amx::kVector == 0 && outputs % amx::kVector == 0 &&
                   std::max(channels, outputs) * height * width < kMostValues,
               "winograd_dots_conv: only multiples of ", amx::kVector, " channels, and images of less than 2^30 values");
-  TORCH_CHECK(!add.defined() || (rows(add) && add.sizes() == at::IntArrayRef({x.size(0), outputs, height, width})),
+  TORCH_CHECK(!add.defined() || (is_rows(add) && add.sizes() == at::IntArrayRef({x.size(0), outputs, height, width})),
               "winograd_dots_conv: add must be bfloat16 in channels_last, and of the output's shape");
   const PoolGuard pool;
   const at::Tensor y = at::empty(

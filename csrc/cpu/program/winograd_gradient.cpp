@@ -20,10 +20,6 @@ namespace {
 constexpr int64_t kSlabBytes = 4 << 20;
 constexpr int64_t kFewestPairs = 64;  // that are worth a pass over the sums
 
-bool rows(const at::Tensor& t) {
-  return t.scalar_type() == at::kBFloat16 && t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
 uint16_t* values(const at::Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
 
 }  // namespace
@@ -31,7 +27,7 @@ uint16_t* values(const at::Tensor& t) { return static_cast<uint16_t*>(t.mutable_
 std::tuple<at::Tensor, bool> dots_winograd_weight_gradient(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight) {
   const int64_t outputs = dy.size(1), channels = x.size(1);
-  TORCH_CHECK(rows(dy) && rows(x) && x.numel() > 0 && weight.scalar_type() == at::kBFloat16,
+  TORCH_CHECK(is_rows(dy) && is_rows(x) && x.numel() > 0 && weight.scalar_type() == at::kBFloat16,
               "winograd_dots_weight_gradient: all must be bfloat16, dy and x in channels_last and not empty");
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({x.size(0), outputs, x.size(2), x.size(3)}) &&
                   weight.sizes() == at::IntArrayRef({outputs, channels, 3, 3}),

@@ -1,7 +1,7 @@
+#include "winograd_bfloat16.h"
+
 #include "guards.h"
 #include "unit.h"
-#include "winograd.h"
-#include "winograd_gradient.h"
 #ifdef WITH_AMX
 #include "program/winograd_conv.h"
 #endif
