@@ -50,9 +50,9 @@ def why_none(device: Device) -> str | None:
     return None if _rows(device) else f"nothing measured for {device.name}: run `{command}` on it"
 
 
-def count(device: Device) -> int:
-    """How many problems were measured on this device."""
-    return len(_rows(device))
+def count(device: Device, dtype: str | None = None) -> int:
+    """How many problems, or problems of this dtype, were measured on this device."""
+    return sum(dtype is None or dtype in key.split() for key in _rows(device))
 
 
 def count_library(device: Device) -> int:

@@ -33,7 +33,7 @@ _DOTS_CHANNELS = 32
 
 _DOTS_SAVED = 1.4
 """Of dot products, how many times as many a convolution must have that is not measured, without those that only read
-padding: transforms take a quarter to a third of the time (benchmarks/NOTES.md)."""
+padding: transforms take a tenth to a fifth of the time (benchmarks/NOTES.md)."""
 
 
 def why_not(problem: Problem) -> str | None:
