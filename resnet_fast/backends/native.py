@@ -136,7 +136,8 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         return f"{'' if op.startswith('bn') else conv}fused bn_act (CUDA)"
     conv = "" if op.startswith("bn") else "oneDNN conv + "
     if op in _BLOCKS and unit(dtype) in (("tiles", "dots") if op == "residual_block" else ("tiles",)):
-        conv = f"{unit_name()} conv, or oneDNN's where that was measured faster, + "
+        or_winograd = " or Winograd" if _winograd().by_dots(dtype) else ""
+        conv = f"{unit_name()}{or_winograd} conv, or oneDNN's where that was measured faster, + "
     elif op in _BLOCKS and _winograd().computes(dtype) and _winograd().why_not() is None:
         conv = "oneDNN or Winograd conv + "
     small = ""
