@@ -51,7 +51,8 @@ def freeze(
         The frozen copy, in eval mode, no parameter requiring a gradient, with a `Report` in `resnet_fast_report`.
         It has no training mode, and its state_dict is its own; its weights are constants, packed when first used (for
         Winograd, 36 values for every 9, in bfloat16 16), which only `load_state_dict` and `.to()` may change. Its
-        activations are channels_last. It can be moved to another device; what runs there is decided there, when it is called.
+        activations are channels_last. It can be moved to another device; what runs there is decided there, when it is
+        called.
 
     Raises:
         TypeError: `model` is not a module or `dtype` not a float dtype. ValueError: `model` is in training mode,
