@@ -23,7 +23,7 @@ _MOST_THREADS = 8  # of dot products: oneDNN is so near that what is not measure
 
 _MIB = 2**20
 _LITTLE = 6 * _MIB  # `least_training_bytes`
-_LITTLE_BY_WINOGRAD = 3 * _MIB // 4
+_LITTLE_BY_WINOGRAD = {torch.bfloat16: 3 * _MIB // 8, torch.float32: 3 * _MIB // 4}
 _LITTLE_IN_TILES = {torch.bfloat16: 3 * _MIB // 8, torch.float32: 3 * _MIB // 4}
 
 _BLOCKS = ("residual_block", "residual_block_train")
@@ -164,7 +164,7 @@ def least_training_bytes(dtype: torch.dtype, only_3x3: bool, stride: int) -> int
     if dtype in TILE_DTYPES and has_tiles():
         return _LITTLE_IN_TILES[dtype]
     if only_3x3 and _winograd().computes(dtype) and _winograd().why_not() is None:
-        return _LITTLE_BY_WINOGRAD * stride * stride  # which the first is not with a stride
+        return _LITTLE_BY_WINOGRAD[dtype] * stride * stride  # which the first is not with a stride
     return _LITTLE
 
 
