@@ -184,9 +184,12 @@ def test_an_unavailable_backend_is_an_error_not_a_trace(capsys, monkeypatch):
 def test_demo_quick(capsys, monkeypatch, tmp_path):
     for module in ("matplotlib", "sklearn", "PIL"):
         pytest.importorskip(module)
-    from resnet_fast.cli import photos
+    from resnet_fast.cli import demo, photos
 
-    monkeypatch.setattr(photos, "_SHIPPED", photos._SHIPPED[:2])  # in less time
+    # in less time
+    monkeypatch.setattr(photos, "_SHIPPED", photos._SHIPPED[:2])
+    monkeypatch.setitem(demo.EPOCHS, True, 2)
+    monkeypatch.setitem(demo.ACCURACY, True, 0.7)
     assert run("demo", "--quick", "--output", tmp_path) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
     assert len(report["checks"]) >= 3
