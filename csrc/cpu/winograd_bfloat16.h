@@ -1,5 +1,5 @@
-// 3x3s of bfloat16 with stride and padding 1, and their gradients, by Winograd's F(2x2, 3x3) in dot products: see csrc/ops.cpp
-// for the schemas. They raise where the CPU, or this build, has none.
+// 3x3s of bfloat16 with stride and padding 1, and their gradients, by Winograd's F(2x2, 3x3) in dot products: see
+// csrc/ops.cpp for the schemas. They raise where the CPU, or this build, has none.
 #pragma once
 
 #include "bn.h"

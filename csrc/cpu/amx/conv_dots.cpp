@@ -55,14 +55,8 @@ void unit(
     const int64_t pairs = whole ? kPairs : args.pairs;
 #pragma GCC unroll 4
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      const __m512i first = _mm512_loadu_si512(weight + pair * kVector);
-      const __m512i second = _mm512_loadu_si512(weight + kBlockValues / 2 + pair * kVector);
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < kPixels; ++i) {
-        const __m512i value = broadcast(at + row[i] + 2 * pair);
-        sum[i][0] = multiply_add(sum[i][0], value, first);
-        sum[i][1] = multiply_add(sum[i][1], value, second);
-      }
+      const uint16_t* low = weight + pair * kVector;
+      multiply_rows(sum, low, low + kBlockValues / 2, [&](int64_t i) { return at + row[i] + 2 * pair; });
     }
   }
 #pragma GCC unroll 8

@@ -15,9 +15,6 @@ inline __m512 high_half(__m512i bfloats) { return widen(_mm512_maskz_extracti64x
 // a in the lower half.
 inline __m512i narrow(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
 
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 load(const uint16_t* p) { return load_half(p); }
-
 // Largest magnitude seen, by bits.
 struct Largest {
   __m512i bits = _mm512_setzero_si512();

@@ -18,6 +18,9 @@ inline __m512 load_half(const uint16_t* values) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
 }
 
+inline __m512 load(const float* values) { return _mm512_loadu_ps(values); }
+inline __m512 load(const uint16_t* values) { return load_half(values); }
+
 inline void store_half(uint16_t* values, __m256i half) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), half);
 }

@@ -108,13 +108,12 @@ void pack_winograd_half(
     const int64_t at = first + (16 * half + i) * args.output_step;
     __m256i parts[kWinogradPoints][2];
     for (int64_t lanes = 0; lanes < 2; ++lanes) {
-      __m512 w[9], columns[12], points[kWinogradPoints];
+      __m512 w[9], points[kWinogradPoints];
       for (int64_t tap = 0; tap < 9; ++tap) {
         const int64_t from = at + tap / 3 * args.row_step + tap % 3 * args.column_step;
         w[tap] = args.float32 ? channels.floats(from, ~0u, lanes) : channels.widened(from, lanes);
       }
-      for (int64_t column = 0; column < 3; ++column) transform_weight(w + column, 3, columns + column, 3);
-      for (int64_t row = 0; row < 4; ++row) transform_weight(columns + 3 * row, 1, points + 4 * row, 1);
+      transform_square<transform_weight, kWinogradTaps, kWinogradIn>(w, points);
       for (int64_t point = 0; point < kWinogradPoints; ++point) parts[point][lanes] = narrow(points[point]);
     }
     for (int64_t point = 0; point < kWinogradPoints; ++point) rows[point][i] = join(parts[point][0], parts[point][1]);
@@ -130,18 +129,13 @@ void pack_winograd_half(
 template <typename Value>
 void pack_winograd_columns(
     const WeightArgs& args, int64_t half, int64_t first, uint16_t* packed, int64_t point_step) {
-  const auto at = [&](const Value* from) {
-    if constexpr (sizeof(Value) == sizeof(float)) return _mm512_loadu_ps(from);
-    else return load_half(from);
-  };
   for (int64_t pair = 0; pair < kPairs; ++pair) {
     __m512i parts[2][kWinogradPoints];
     for (int64_t i = 0; i < 2; ++i) {
       const Value* weight = static_cast<const Value*>(args.weight) + first + 16 * half + (2 * pair + i) * args.channel_step;
-      __m512 w[9], columns[12], points[kWinogradPoints];
-      for (int64_t tap = 0; tap < 9; ++tap) w[tap] = at(weight + tap / 3 * args.row_step + tap % 3 * args.column_step);
-      for (int64_t column = 0; column < 3; ++column) transform_weight(w + column, 3, columns + column, 3);
-      for (int64_t row = 0; row < 4; ++row) transform_weight(columns + 3 * row, 1, points + 4 * row, 1);
+      __m512 w[9], points[kWinogradPoints];
+      for (int64_t tap = 0; tap < 9; ++tap) w[tap] = load(weight + tap / 3 * args.row_step + tap % 3 * args.column_step);
+      transform_square<transform_weight, kWinogradTaps, kWinogradIn>(w, points);
       for (int64_t point = 0; point < kWinogradPoints; ++point) {
         parts[i][point] = _mm512_cvtepu16_epi32(narrow(points[point]));
       }

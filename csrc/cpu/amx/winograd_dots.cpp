@@ -1,5 +1,5 @@
-// 3x3 convolutions by Winograd's F(2x2, 3x3) in bfloat16's dot products: 16 products where the convolution has 36. Transforms
-// are float32, what is multiplied is rounded to bfloat16, sums are float32.
+// 3x3 convolutions by Winograd's F(2x2, 3x3) in bfloat16's dot products: 16 products where the convolution has 36.
+// Transforms are float32, what is multiplied is rounded to bfloat16, sums are float32.
 //
 // A tile's 16 values of 32 channels lie together, one vector each, tile behind tile; eight tiles by 32 output channels are
 // multiplied in registers at a time, as conv_dots() does with pixels.
@@ -61,14 +61,8 @@ void multiply(const WinogradArgs& args, const uint16_t* values, const uint16_t* 
       for (int64_t n = 0; n < lines; ++n, ahead += kVector) _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < kPairs; ++pair) {
-        const __m512i first = _mm512_loadu_si512(weight + pair * kVector);
-        const __m512i second = _mm512_loadu_si512(weight + kBlockValues / 2 + pair * kVector);
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < tiles; ++i) {
-          const __m512i value = broadcast(at + i * kVector + 2 * pair);
-          sum[i][0] = multiply_add(sum[i][0], value, first);
-          sum[i][1] = multiply_add(sum[i][1], value, second);
-        }
+        const uint16_t* low = weight + pair * kVector;
+        multiply_rows(sum, low, low + kBlockValues / 2, [&](int64_t i) { return at + i * kVector + 2 * pair; });
       }
     }
 #pragma GCC unroll 8
@@ -88,13 +82,10 @@ bool finish(const WinogradArgs& args, const float* sums, int64_t block, const Wi
   __m512 outputs[2][4];
 #pragma GCC unroll 2
   for (int64_t half = 0; half < 2; ++half) {
-    __m512 m[kPoints], rows[2 * kSide];
+    __m512 m[kPoints];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kPoints; ++i) m[i] = _mm512_load_ps(sums + i * kTiles * kVector + 16 * half);
-#pragma GCC unroll 4
-    for (int64_t column = 0; column < kSide; ++column) transform_output(m + column, kSide, rows + column, kSide);
-#pragma GCC unroll 2
-    for (int64_t row = 0; row < 2; ++row) transform_output(rows + kSide * row, 1, &outputs[half][2 * row], 1);
+    transform_square<transform_output, kSide, kWinogradOut>(m, outputs[half]);
   }
   const int64_t first = block * kVector;
   const auto ends = [&](int64_t half, int64_t i) {

@@ -9,7 +9,8 @@
 namespace resnet_fast::cpu::amx {
 namespace {
 
-constexpr int64_t kIn = kWinogradIn, kOut = kWinogradOut, kTaps = kWinogradTaps, kRows = 8;  // kRows: of sums in registers, by 32 columns
+constexpr int64_t kIn = kWinogradIn, kOut = kWinogradOut, kTaps = kWinogradTaps;
+constexpr int64_t kRows = 8;  // of sums in registers, by 32 columns
 
 // side x side pixels of one tensor that a tile sees; zeros where there is none.
 template <int64_t side>
@@ -34,23 +35,18 @@ struct Pixels {
   }
 };
 
-using Transform = void (*)(const __m512* in, int64_t step, __m512* out, int64_t out_step);
-
 // 16 channels of a tile at the 16 points, a value in every lower half.
-template <Transform transform, int64_t side>
+template <WinogradTransform transform, int64_t side>
 inline void values_of(const Pixels<side>& pixels, int64_t channel, __m512i* values) {
-  __m512 in[side * side], half[kIn * side], points[kWinogradPoints];
+  __m512 in[side * side], points[kWinogradPoints];
   pixels.load(channel, in);
-#pragma GCC unroll 4
-  for (int64_t j = 0; j < side; ++j) transform(in + j, side, half + j, side);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < kIn; ++i) transform(half + i * side, 1, points + i * kIn, 1);
+  transform_square<transform, side, kIn>(in, points);
 #pragma GCC unroll 16
   for (int64_t point = 0; point < kWinogradPoints; ++point) values[point] = _mm512_cvtepu16_epi32(narrow(points[point]));
 }
 
 // Those of two tiles side by side: [point] of vectors `step` apart.
-template <Transform transform, int64_t side>
+template <WinogradTransform transform, int64_t side>
 inline void transform_pair(
     const Pixels<side>& first, const Pixels<side>& second, int64_t channel, uint16_t* to, int64_t step) {
   __m512i low[kWinogradPoints], high[kWinogradPoints];
@@ -86,7 +82,8 @@ void winograd_gradient_multiply(const WinogradGradientArgs& args, int64_t pairs,
   constexpr int64_t kPair = 2 * kVector;
   const int64_t blocks = args.channels / kVector, output_blocks = args.outputs / kVector;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item % blocks, output_block = item / blocks % output_blocks, point = item / blocks / output_blocks;
+    const int64_t block = item % blocks, output_block = item / blocks % output_blocks;
+    const int64_t point = item / blocks / output_blocks;
     const uint16_t* x = args.x_values + (block * kWinogradPoints + point) * args.pairs * kPair;
     const uint16_t* dy = args.dy_values + (output_block * kWinogradPoints + point) * args.pairs * kPair;
     float* sums = args.sums + item * kBlockValues;
@@ -99,13 +96,8 @@ void winograd_gradient_multiply(const WinogradGradientArgs& args, int64_t pairs,
         sum[i][1] = restart ? _mm512_setzero_ps() : _mm512_loadu_ps(before + 16);
       }
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        const __m512i low = _mm512_loadu_si512(x + pair * kPair), high = _mm512_loadu_si512(x + pair * kPair + kVector);
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < kRows; ++i) {
-          const __m512i both = broadcast(dy + pair * kPair + 2 * (row + i));
-          sum[i][0] = multiply_add(sum[i][0], both, low);
-          sum[i][1] = multiply_add(sum[i][1], both, high);
-        }
+        const uint16_t* low = x + pair * kPair;
+        multiply_rows(sum, low, low + kVector, [&](int64_t i) { return dy + pair * kPair + 2 * (row + i); });
       }
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kRows; ++i) {
@@ -123,10 +115,9 @@ bool winograd_gradient_finish(const WinogradGradientArgs& args, int64_t begin, i
     for (int64_t channel = 0; channel < args.channels; channel += 16) {
       const int64_t item = output / kVector * blocks + channel / kVector;
       const float* from = args.sums + item * kBlockValues + output % kVector * kVector + channel % kVector;
-      __m512 m[kWinogradPoints], half[kTaps * kIn], w[kTaps * kTaps];
+      __m512 m[kWinogradPoints], w[kTaps * kTaps];
       for (int64_t point = 0; point < kWinogradPoints; ++point) m[point] = _mm512_loadu_ps(from + point * point_step);
-      for (int64_t j = 0; j < kIn; ++j) transform_weight_gradient(m + j, kIn, half + j, kIn);
-      for (int64_t i = 0; i < kTaps; ++i) transform_weight_gradient(half + i * kIn, 1, w + kTaps * i, 1);
+      transform_square<transform_weight_gradient, kIn, kTaps>(m, w);
       uint16_t* to = args.dweight + output * args.output_step + channel * args.channel_step;
       for (int64_t tap = 0; tap < kTaps * kTaps; ++tap) {
         rest = _mm512_add_ps(rest, _mm512_sub_ps(w[tap], w[tap]));

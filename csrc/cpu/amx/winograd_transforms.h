@@ -53,5 +53,17 @@ inline void transform_weight_gradient(const __m512* m, int64_t step, __m512* out
   out[2 * out_step] = _mm512_add_ps(even, m[3 * step]);
 }
 
+using WinogradTransform = void (*)(const __m512* in, int64_t step, __m512* out, int64_t out_step);
+
+// Both ways, of in x in values row by row: out x out.
+template <WinogradTransform transform, int64_t in, int64_t out>
+inline void transform_square(const __m512* x, __m512* y) {
+  __m512 rows[out * in];
+#pragma GCC unroll 4
+  for (int64_t column = 0; column < in; ++column) transform(x + column, in, rows + column, in);
+#pragma GCC unroll 4
+  for (int64_t row = 0; row < out; ++row) transform(rows + row * in, 1, y + row * out, 1);
+}
+
 }  // namespace
 }  // namespace resnet_fast::cpu::amx

@@ -51,7 +51,7 @@ LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
 Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads) {
   const PoolGuard pool;
   const int64_t blocks = by_item_threads > 0 ? by_item_threads : out_channels / amx::kVector;
-  return {layer, by_item_threads > 0, false, at::empty({blocks, steps, planes, amx::kBlockValues}, at::kBFloat16),
+  return {layer, by_item_threads > 0, at::empty({blocks, steps, planes, amx::kBlockValues}, at::kBFloat16),
           at::empty({out_channels}, at::kFloat), at::empty({out_channels}, at::kFloat)};
 }
 

@@ -79,14 +79,14 @@ void Program::conv(
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
   add(make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
-                {0, false, false, weight, {}, bias}, taps, shape));
+                {0, false, weight, {}, bias}, taps, shape));
 }
 
 void Program::winograd(
     const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
     bool relu) {
   add(make_winograd(threads_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
-                    {0, false, true, weight, {}, bias}, relu));
+                    {0, false, weight, {}, bias, true}, relu));
 }
 
 void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_, at(x), at(y), stride)); }
@@ -94,7 +94,7 @@ void Program::skip(int64_t x, int64_t y, int64_t stride) { add(make_skip(planes_
 void Program::conv_max_pool(
     const std::string& name, int64_t x, int64_t y, const at::Tensor& weight, const at::Tensor& bias,
     const std::vector<std::vector<int64_t>>& taps, int64_t columns, int64_t stride, int64_t height, int64_t width) {
-  const Packed packed{0, false, false, weight, {}, bias};
+  const Packed packed{0, false, weight, {}, bias};
   add(make_conv_pool(planes_, tiles_, name, at(x), at(band(y, width)), at(y), height, packed, taps, columns, stride));
 }
 
@@ -184,7 +184,8 @@ void Program::run_chunk(
         timed(number++, [&] {
           const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
           for (int64_t item; (item = next[counter]++) < all;) {
-            step->run({x, y, first, images, thread, item / step->items, scratch, live, tiles_, infinite}, item % step->items);
+            const Run run{x, y, first, images, thread, item / step->items, scratch, live, tiles_, infinite};
+            step->run(run, item % step->items);
           }
 #pragma omp barrier
         });

@@ -80,8 +80,9 @@ struct ConvShape {
 // packs everything.
 struct Packed {
   int64_t layer;
-  bool by_item, winograd;
+  bool by_item;
   at::Tensor weight, scale, bias;  // weight: of every output block, or of one for each thread
+  bool winograd = false;           // weight: as winograd_multiply() takes it
 };
 Packed empty_packed(int64_t layer, int planes, int64_t out_channels, int64_t steps, int64_t by_item_threads = 0);
 Packed empty_winograd(int64_t layer, int64_t channels, int64_t out_channels);
@@ -97,8 +98,7 @@ std::unique_ptr<Step> make_conv(
     const Buffer* residual, const Packed& packed, const std::vector<std::vector<int64_t>>& taps,
     const ConvShape& shape);
 
-// 3x3, stride 1, padding 1, of one plane. packed.weight: as winograd_multiply() takes it. sharing: of all threads, those that
-// share an image.
+// 3x3, stride 1, padding 1, of one plane; packed for it. sharing: of all threads, those that share an image.
 std::unique_ptr<Step> make_winograd(
     int64_t threads, int64_t sharing, const std::string& name, const Buffer& x, const Buffer& y, const Buffer* residual,
     const Packed& packed, bool relu);
