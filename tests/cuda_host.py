@@ -5,15 +5,13 @@ Functions named as those of `backends.primitives.reference` are called and retur
 
 import ctypes
 import functools
-import os
-import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from host_compiler import host_compiler
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
@@ -40,9 +38,7 @@ def library(name: str) -> ctypes.CDLL:
 
 def compiled(name: str, sources: Path) -> ctypes.CDLL:
     """`library` with other sources than this tree's."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    compiler = host_compiler()
     if not sources.is_dir():
         pytest.skip("csrc/ is not beside the tests")
     includes = [f"-I{path}" for path in (sources, *include_paths())]

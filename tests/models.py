@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
+from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.blocks import FAST
 from resnet_fast.functional import ConvBn
+from resnet_fast.planner import Section
 
 
 def lively(model: nn.Module, seed: int = 5) -> nn.Module:
@@ -25,6 +27,11 @@ def lively(model: nn.Module, seed: int = 5) -> nn.Module:
                     module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.3)
                     module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
     return model
+
+
+def network_of(frozen: nn.Module) -> AmxNetwork:
+    """Of a frozen stage: by itself, so that nothing can silently go another way."""
+    return AmxNetwork(Section(None, False, list(frozen.named_children())), head=False)
 
 
 def pair(model: nn.Module, backend: str, **settings) -> tuple[nn.Module, nn.Module]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import lively
+from models import lively, network_of
 from numerics import assert_all_match
 from torch import nn
 from torchvision.models import resnet18, resnet50
@@ -19,10 +19,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fast import freeze, planned, twin
 from resnet_fast.amx import network as amx
-from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.backends import native as native_backend
 from resnet_fast.backends import winograd
-from resnet_fast.planner import Section, conv_of
+from resnet_fast.planner import conv_of
 
 
 def skipped(dtype: torch.dtype):
@@ -83,11 +82,6 @@ def stage(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, tuple[in
     make, size = BLOCKS[name]
     model = nn.Sequential(lively(make())).eval()
     return model, freeze(model, dtype=dtype), size
-
-
-def network_of(frozen: nn.Module) -> AmxNetwork:
-    """Of a frozen stage: by itself, so that nothing can silently go another way."""
-    return AmxNetwork(Section(None, False, list(frozen.named_children())), head=False)
 
 
 @pytest.mark.amx

@@ -1,27 +1,24 @@
 """The emulation of AMX's tiles: beside what the manual says, beside a CPU with AMX, and as a judge of the kernels."""
 
 import ctypes
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from os import environ
 from pathlib import Path
 
 import emulation
 import numpy as np
 import pytest
 import torch
+from host_compiler import BFLOAT16_FLAGS, host_compiler
 
 from resnet_fast.backends import native as native_backend
 from resnet_fast.cli import environment, info
 
 ROOT = Path(__file__).resolve().parents[1]
 CONV = ROOT / "csrc" / "cpu" / "amx" / "conv.cpp"
-VECTORS = ("-mavx512bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-EMULATED = ("-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *VECTORS)
-NATIVE = ("-mamx-tile", "-mamx-bf16", *VECTORS)
+EMULATED = ("-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *BFLOAT16_FLAGS)
+NATIVE = ("-mamx-tile", "-mamx-bf16", *BFLOAT16_FLAGS)
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
@@ -34,9 +31,7 @@ MUTANTS = {  # name -> (before, after)
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """(conv.cpp's text, flags) -> the library."""
-    compiler = shlex.split(environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    compiler = host_compiler()
     if "avx512_bf16" not in environment.cpu()["isa"]:
         pytest.skip("AMX is emulated by AVX-512 with bfloat16, which this CPU has not")
     known: dict = {}

@@ -29,12 +29,15 @@ def bottleneck(stride=1, channels=16, width=8):
     return lively(Bottleneck(channels, width, stride, downsample=downsample))
 
 
-def step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """y, every gradient and every buffer of one training step, by name."""
+def step(
+    block: nn.Module, x: torch.Tensor, dy: torch.Tensor, autocast: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """y, every gradient and every buffer of one training step, under autocast to a dtype if given, by name."""
     leaf = x.clone().requires_grad_()
-    y = block(leaf)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = block(leaf)
     parameters = dict(block.named_parameters())
-    grads = torch.autograd.grad(y, [leaf, *parameters.values()], dy)
+    grads = torch.autograd.grad(y, [leaf, *parameters.values()], dy.to(y.dtype))
     results = {"y": y.detach(), "dx": grads[0]}
     results |= {f"d{name}": grad for name, grad in zip(parameters, grads[1:], strict=True)}
     return results | {name: buffer.clone() for name, buffer in block.named_buffers() if buffer.is_floating_point()}

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from cases import CPU, tuned_table
-from models import lively
+from models import lively, network_of
 from numerics import assert_all_match
+from test_residual_block import step
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -19,7 +20,6 @@ from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import layer_timings
 from resnet_fast.kernels import selection, winograd
 from resnet_fast.kernels.config_types import WinogradConfig
-from resnet_fast.planner import Section
 from resnet_fast.problems import ConvProblem, WeightGradientProblem
 from resnet_fast.shapes import Conv
 
@@ -69,10 +69,8 @@ def block_of(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     return lively(make()).eval(), size
 
 
-def network_of(block: nn.Module) -> AmxNetwork:
-    """Of the frozen block: by itself, so that nothing can silently go another way."""
-    frozen = freeze(nn.Sequential(block).eval(), dtype=HALF)
-    return AmxNetwork(Section(None, False, list(frozen.named_children())), head=False)
+def frozen_network(block: nn.Module) -> AmxNetwork:
+    return network_of(freeze(nn.Sequential(block).eval(), dtype=HALF))
 
 
 def by_pytorch(block: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -89,7 +87,7 @@ def rows_of(images: int, size: tuple[int, int, int]) -> torch.Tensor:
 @torch.no_grad()
 def test_frozen_blocks(name, batch, wherever_it_can, poison):
     block, size = block_of(name)
-    x, network = rows_of(batch, size), network_of(block)
+    x, network = rows_of(batch, size), frozen_network(block)
     ours = {"y": network(x)}
     assert_all_match(ours, by_pytorch(block, x, HALF), by_pytorch(block, x, torch.float64))
     convs = [step.winograd for step in network.timings(x[:1]) if ".conv" in step.name]
@@ -120,7 +118,7 @@ def test_live_blocks(name, batch, weights, wherever_it_can, poison, monkeypatch)
 def test_no_value_depends_on_threads_or_other_images(wherever_it_can, two_threads):
     for name in ("odd", "large", "fourteen", "seven"):
         block, size = block_of(name)
-        x, network = rows_of(19, size), network_of(block)
+        x, network = rows_of(19, size), frozen_network(block)
         y = network(x)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -142,15 +140,15 @@ def two_threads():
 def test_what_is_not_finite_is_computed_without(name, value, wherever_it_can, monkeypatch):
     """That image of a frozen block alone; of a live one all of them, by PyTorch's convolutions."""
     block, size = block_of(name)
-    network, x = network_of(block), rows_of(19, size)
+    network, x = frozen_network(block), rows_of(19, size)
     clean = network(x)
     x[17, 5, size[1] - 1, size[2] - 2] = value
     y = network(x)
     others = torch.arange(19) != 17
     assert torch.equal(y[others], clean[others])
     monkeypatch.setattr(backend, "takes_folded", lambda conv: False)
-    assert torch.equal(y[17:18], network_of(block)(x[17:18]).nan_to_num(7.0)) or y[17].isnan().any()
-    torch.testing.assert_close(y[17:18], network_of(block)(x[17:18]), equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(y[17:18], frozen_network(block)(x[17:18]).nan_to_num(7.0)) or y[17].isnan().any()
+    torch.testing.assert_close(y[17:18], frozen_network(block)(x[17:18]), equal_nan=True, rtol=0, atol=0)
 
     fast = optimize(nn.Sequential(copy.deepcopy(block)).to(HALF).eval(), backend="native")
     with monkeypatch.context() as without:
@@ -246,17 +244,6 @@ def test_what_the_gradient_of_a_weight_refuses():
         op(rows_of(2, (40, 6, 6)), x, torch.randn(40, 32, 3, 3).to(HALF))
 
 
-def step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor, autocast: bool) -> dict[str, torch.Tensor]:
-    """y, every gradient and running statistic of one training step."""
-    leaf = x.clone().requires_grad_()
-    with torch.autocast("cpu", HALF, enabled=autocast):
-        y = block(leaf)
-    parameters = dict(block.named_parameters())
-    grads = torch.autograd.grad(y, [leaf, *parameters.values()], dy.to(y.dtype))
-    found = {"y": y.detach(), "dx": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
-    return found | {name: buffer for name, buffer in block.named_buffers() if buffer.is_floating_point()}
-
-
 def off_the_kink(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """dy, zero where rounding decides whether the last ReLU passes it."""
     exact = copy.deepcopy(block).double().train()
@@ -267,9 +254,9 @@ def off_the_kink(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> torch.T
     return dy.masked_fill(before[-1].abs() < 32 * torch.finfo(HALF).eps, 0.0)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [HALF, None], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("name", ["odd", "seven", "fourteen", "stride_before"])
-def test_training_steps(name, autocast, wherever_it_can, poison, monkeypatch):
+def test_training_steps(name, dtype, wherever_it_can, poison, monkeypatch):
     """Inside, ReLUs pass whole channels or none: of few values, one that rounding puts on the other side of zero would
     be most of the error, ours and PyTorch's."""
     block, size = block_of(name)
@@ -283,13 +270,13 @@ def test_training_steps(name, autocast, wherever_it_can, poison, monkeypatch):
     for function in ("conv", "data_gradient", "weight_gradient"):
         before = getattr(backend, function)
         monkeypatch.setattr(backend, function, lambda *a, f=function, op=before: [calls.append(f), op(*a)][1])
-    stock = copy.deepcopy(block) if autocast else copy.deepcopy(block).to(HALF)
+    stock = copy.deepcopy(block) if dtype else copy.deepcopy(block).to(HALF)
     fast = optimize(nn.Sequential(copy.deepcopy(stock)), backend="native")[0]
-    ours = step(fast, x, dy, autocast)
+    ours = step(fast, x, dy, dtype)
     taken = {"stride_before": 1, "fourteen": 1}.get(name, 2)
     assert calls == ["conv"] * taken + ["data_gradient", "weight_gradient"] * taken
-    exact = step(copy.deepcopy(block).double(), x.double(), dy.double(), False)
-    assert_all_match(ours, step(stock, x, dy, autocast), exact, compute_dtype=HALF)
+    exact = step(copy.deepcopy(block).double(), x.double(), dy.double())
+    assert_all_match(ours, step(stock, x, dy, dtype), exact, compute_dtype=HALF)
 
 
 def test_a_training_step_that_is_not_finite_is_the_librarys(wherever_it_can, monkeypatch):
@@ -298,9 +285,9 @@ def test_a_training_step_that_is_not_finite_is_the_librarys(wherever_it_can, mon
     fast = optimize(nn.Sequential(block.train().to(memory_format=torch.channels_last)), backend="native")[0]
     x, dy = rows_of(4, size), rows_of(4, size)
     x[1, 2, 3, 4] = float("inf")
-    ours = step(copy.deepcopy(fast), x, dy, True)
+    ours = step(copy.deepcopy(fast), x, dy, HALF)
     monkeypatch.setattr(backend, "computes", lambda dtype: False)
-    for name, expected in step(fast, x, dy, True).items():
+    for name, expected in step(fast, x, dy, HALF).items():
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
@@ -330,7 +317,7 @@ def test_a_tuned_table_decides(is_winograd, unmeasured_cpu):
     row = {"config": {"kernel": "winograd"} if is_winograd else None, "us": 1.0, "library_us": 1.0, "variant": "dots"}
     unmeasured_cpu.write_text(tuned_table({ConvProblem(conv, "bfloat16").key: row}))
     selection.forget()
-    steps = [step for step in network_of(block).timings(rows_of(4, size)) if ".conv" in step.name]
+    steps = [step for step in frozen_network(block).timings(rows_of(4, size)) if ".conv" in step.name]
     assert [step.winograd for step in steps] == [is_winograd] * 2
 
 

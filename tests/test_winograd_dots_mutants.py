@@ -1,14 +1,12 @@
 """Mutants of the source of Winograd in dot products: every one must be noticed by what the original gets right."""
 
 import ctypes
-import os
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from host_compiler import BFLOAT16_FLAGS, host_compiler
 from torch.nn import functional as F
 
 from resnet_fast import numerics
@@ -85,9 +83,7 @@ def library(tmp_path) -> ctypes.CDLL:
     """All copies in one: most of the time goes into the intrinsics' header."""
     if not native.has_dots():
         pytest.skip("this CPU has no bfloat16 in AVX-512")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    compiler = host_compiler()
     if not AMX.is_dir():
         pytest.skip("csrc/ is not beside the tests")
     copies, target = tmp_path / "copies.cpp", tmp_path / "copies.so"
@@ -95,8 +91,8 @@ def library(tmp_path) -> ctypes.CDLL:
     text += [copy_of(AMX / "winograd_dots.cpp", name, *mutation) for name, mutation in MUTANTS.items()]
     text += [copy_of(AMX / "winograd_gradient_dots.cpp", name, *each) for name, each in GRADIENT_MUTANTS.items()]
     copies.write_text("\n".join(text))
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    flags += ["-mavx512bf16", "-mfma", f"-I{AMX}", f"-I{ROOT / 'tests' / 'csrc'}"]
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", *BFLOAT16_FLAGS]
+    flags += [f"-I{AMX}", f"-I{ROOT / 'tests' / 'csrc'}"]
     subprocess.run([*compiler, *flags, str(copies), "-o", str(target)], check=True, timeout=300)
     return ctypes.CDLL(str(target))
 

@@ -1,15 +1,13 @@
 """Mutants of the Winograd kernels' source: every one must be noticed by what the original gets right."""
 
 import ctypes
-import os
-import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from cases import draw
+from host_compiler import host_compiler
 from torch.nn import functional as F
 from torch.utils.cpp_extension import include_paths
 
@@ -59,9 +57,7 @@ MUTANTS = {  # name -> (before, after)
 @pytest.fixture
 def kernels(tmp_path):
     """All copies in one library: most of the time goes into PyTorch's headers."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]} is not on PATH)")
+    compiler = host_compiler()
     if not SOURCES[0].is_file():
         pytest.skip("csrc/ is not beside the tests")
     (tmp_path / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))

@@ -65,11 +65,11 @@ class Builder:
 
     def __init__(self, weights: Weights, image: Sequence[int], capacity: int, threads: int, winograd: bool) -> None:
         self.weights, self.section, self.image, self.capacity = weights, weights.section, tuple(image), capacity
-        section = weights.section
         self.winograd = winograd
         self.by_image = capacity >= 2 * threads
-        self.tiles = native.unit(section.dtype) == "tiles"
-        self.program = native.load().Program(PLANES[section.dtype], capacity, threads, self.tiles)
+        dtype = self.section.dtype
+        self.tiles = native.unit(dtype) == "tiles"
+        self.program = native.load().Program(PLANES[dtype], capacity, threads, self.tiles)
         self.buffers: dict[tuple, _Buffer] = {}
         self.costs: list[Cost] = []
         self.section_by_image: bool | None = None

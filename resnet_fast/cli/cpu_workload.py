@@ -70,11 +70,7 @@ def _folded_in_program(problem: ConvProblem) -> Workload:
             network(x)
         return lambda: {"y": network(x)}
 
-    @torch.no_grad()
-    def by_pytorch(dtype: torch.dtype) -> Outputs:
-        return {"y": _by_pytorch(section, x.to(dtype))}
-
-    exact, stock = (functools.partial(by_pytorch, dtype) for dtype in (torch.float64, x.dtype))
+    exact, stock = _by_pytorch(section, x)
     return Workload(exact, stock, chosen, {DIRECT: chosen(None)}, {}, repeats=2)
 
 
@@ -165,14 +161,20 @@ def _network(problem: SectionProblem) -> Workload:
 
     ours = _always(lambda: {"y": program(x)})
 
+    return Workload(*_by_pytorch(section, x), ours, {LIBRARY: library}, {})
+
+
+def _by_pytorch(section: Section, x: Tensor) -> tuple[Run, Run]:
+    """A section in float64 and in its dtype, layer by layer."""
+
     @torch.no_grad()
-    def by_pytorch(dtype: torch.dtype) -> Outputs:
-        return {"y": _by_pytorch(section, x.to(dtype))}
+    def run(dtype: torch.dtype) -> Outputs:
+        return {"y": _layer_by_layer(section, x.to(dtype))}
 
-    return Workload(lambda: by_pytorch(torch.float64), lambda: by_pytorch(x.dtype), ours, {LIBRARY: library}, {})
+    return functools.partial(run, torch.float64), functools.partial(run, x.dtype)
 
 
-def _by_pytorch(section: Section, x: Tensor) -> Tensor:
+def _layer_by_layer(section: Section, x: Tensor) -> Tensor:
     def conv(module: frozen.FrozenConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = module.weight.to(x.dtype), module.bias.to(x.dtype)
         y = F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)

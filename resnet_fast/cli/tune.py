@@ -7,8 +7,8 @@ The table is written after every problem, and what is in it is not measured agai
 --budget or otherwise, goes on where it stopped. Exit code 1: a candidate gave wrong numbers (it is in the table's
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
-With --device cpu the problems are the 3x3s that Winograd can compute: in float32 those of frozen networks, of optimized
-ones and of training steps, in bfloat16, where programs multiply by AVX-512's dot products, the first two; where the
+With --device cpu the problems are the 3x3s that Winograd can compute, of frozen networks, of optimized ones and of
+training steps, in float32, and in bfloat16 where AVX-512's dot products multiply it; where the
 extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the blocks of optimized ones, in its
 dtypes; and with AMX a training step's convolutions. The library's path is oneDNN's, layer by layer, and of a 3x3 in a
 program dot products without Winograd. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its
@@ -134,14 +134,14 @@ def problems(args: argparse.Namespace, target: Device) -> list[Problem]:
 def _infer_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of frozen networks, and of optimized ones, whose weights may change."""
     for problem in _infer(args, REHEARSAL):
-        if isinstance(problem, ConvProblem) and (problem.dtype == "float32" or _by_dots(problem)):
+        if isinstance(problem, ConvProblem) and (problem.dtype == "float32" or _has_program(problem)):
             yield selection.measured_as(problem, cpu)
             yield selection.measured_as(replace(problem, folded=False), cpu)
     yield from _sections(args)  # which take what was found for their layers
 
 
-def _by_dots(problem: ConvProblem) -> bool:
-    """Whether there is a choice for it in a program, and a block of it alone to measure it in."""
+def _has_program(problem: ConvProblem) -> bool:
+    """Whether there is a choice for it in programs, and one of it alone, which adds x to what it makes of x."""
     dtype, conv = getattr(torch, problem.dtype), problem.conv
     return winograd.by_dots(dtype) and conv.in_channels == conv.out_channels
 
@@ -167,9 +167,9 @@ def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
         if isinstance(problem, ConvProblem):
             if problem.dtype == "float32":
                 yield selection.measured_as(replace(problem, folded=False), cpu)
-            if problem.statistics and winograd.computes(getattr(torch, problem.dtype)):
-                yield WeightGradientProblem(problem.conv, problem.dtype)
             if problem.statistics:
+                if winograd.computes(getattr(torch, problem.dtype)):
+                    yield WeightGradientProblem(problem.conv, problem.dtype)
                 yield from (TrainingConvProblem(problem.conv, problem.dtype, of) for of in by_tiles)
 
 

@@ -27,7 +27,6 @@ _TILES_A_CORE, _LIVE_TILES_A_CORE = 12, 24
 """With fewer, four times the weights may cost more to fetch, or if they are transformed in every call to make, than the
 products save."""
 
-
 _DOTS_CHANNELS = 32
 """What lies together where dot products multiply."""
 
@@ -62,10 +61,11 @@ def why_not_unmeasured(problem: ConvProblem | WeightGradientProblem, cpu: Cpu) -
     """Why oneDNN is taken where nothing was measured; None where Winograd is. Errs on oneDNN's side."""
     packed_once = isinstance(problem, ConvProblem) and problem.folded
     conv = problem.conv
-    if problem.dtype == "bfloat16" and (saved := conv.real_flops / flops(conv, problem.dtype)) < _DOTS_SAVED:
-        return f"{saved:.2f} times fewer products; unmeasured, winograd is taken from {_DOTS_SAVED} on"
-    if problem.dtype == "bfloat16" and packed_once:
-        return None
+    if problem.dtype == "bfloat16":
+        if (saved := conv.real_flops / flops(conv, problem.dtype)) < _DOTS_SAVED:
+            return f"{saved:.2f} times fewer products; unmeasured, winograd is taken from {_DOTS_SAVED} on"
+        if packed_once:
+            return None
     found, a_core = tiles(conv), _TILES_A_CORE if packed_once else _LIVE_TILES_A_CORE
     if found < (wanted := a_core * cpu.cores):
         return f"{found} tiles of 4x4; unmeasured, winograd is taken from {wanted} on, {a_core} a core"
