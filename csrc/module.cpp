@@ -14,7 +14,7 @@
 #include "cpu/activation_pool.h"
 #include "cpu/frozen_network.h"
 #include "cpu/kernels.h"
-#include "cpu/winograd.h"
+#include "cpu/kernels.h"
 #ifdef WITH_AMX
 #include "cpu/amx/amx.h"
 #include "cpu/program/program.h"
@@ -154,7 +154,7 @@ void bind_program(py::module_& m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native backend of resnet_fast";
   m.def("build_info", &build_info, "Versions, compiler and CPU capabilities of this build, and the capability in use.");
-  m.def("winograd_usable", &resnet_fast::cpu::winograd_usable, "Whether Winograd's kernels have vectors on this CPU.");
+  m.def("has_vectors", &resnet_fast::cpu::has_vectors, "Whether the kernels in use are of AVX2 or AVX-512.");
   bind_frozen_network(m);
 #ifdef WITH_AMX
   bind_program(m);

@@ -16,6 +16,7 @@
 #include "cpu/conv_train.h"
 #include "cpu/max_pool.h"
 #include "cpu/residual_block.h"
+#include "cpu/direct_conv.h"
 #include "cpu/winograd.h"
 #include "cpu/winograd_bfloat16.h"
 #include "cpu/winograd_gradient.h"
@@ -55,7 +56,7 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "residual_block(Tensor x, Tensor? residual, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, "
       "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, int[] winograd, "
-      "str unit) -> Tensor");
+      "int[] direct, str unit) -> Tensor");
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "SymInt[] geometry, float eps, str unit) -> Tensor");
@@ -74,9 +75,13 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "winograd_weight_gradient(Tensor dy, Tensor x, Tensor?[] x_norm, float x_eps, Tensor weight) "
       "-> (Tensor dweight, bool finite)");
-  // The same of bfloat16, on CPUs with its dot products in AVX-512
+  // Winograd's of bfloat16, on CPUs with its dot products in AVX-512
   m.def("winograd_dots_conv(Tensor x, Tensor weight, Tensor? add, bool turned) -> (Tensor y, bool finite)");
   m.def("winograd_dots_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
+  // CPU only, float32: a dense convolution by a weight that may change
+  m.def(
+      "direct_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool relu) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -134,6 +139,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
   m.impl("stem", &resnet_fast::cpu::stem);
+  m.impl("direct_conv", &resnet_fast::cpu::direct_conv);
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from resnet_fast import cli, freeze, optimize, twin
+from resnet_fast.backends import direct as direct_backend
 from resnet_fast.backends import native as native_backend
 from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import info, tune, tuning
@@ -99,9 +100,10 @@ def test_tune_writes_the_table_that_freeze_reads(capsys, tuned, unmeasured_cpu):
         "conv n4 64x16x16 k64 f3 p1 float32 +residual",
         "conv n4 64x16x16 k64 f3 p1 float32 no-relu bn",
     }
-    for row in written["rows"].values():
-        assert set(row["times"]) == {"PyTorch", "library onednn", "winograd"}
-        assert row["us"] == min(row["times"]["winograd"], row["library_us"])
+    for key, row in written["rows"].items():
+        ours = ["winograd", "direct"] if key.endswith("bn") else ["winograd"]  # direct: of weights that may change
+        assert set(row["times"]) == {"PyTorch", "library onednn", *ours}
+        assert row["us"] == min(row["library_us"], *(row["times"][name] for name in ours))
         assert not row["rejected"]
     assert "3 rows in" in capsys.readouterr().out
     assert computed((4, 64, 16, 16)).reason in ("tuned", "measured faster than every kernel of ours")
@@ -120,8 +122,9 @@ def test_tune_measures_training_steps(tuned):
         "conv n8 64x16x16 k64 f3 p1 float32 no-relu bn",
         "weight_gradient n8 64x16x16 k64 f3 p1 float32",
     }
-    for row in written["rows"].values():
-        assert set(row["times"]) == {"PyTorch", "library onednn", "winograd"}
+    for key, row in written["rows"].items():
+        direct = ["direct"] if key.endswith("bn") else []
+        assert set(row["times"]) == {"PyTorch", "library onednn", "winograd", *direct}
         assert not row["rejected"]
 
 
@@ -217,13 +220,15 @@ def test_a_sections_key_is_the_same_for_any_batch_and_no_other_shapes():
 
 
 def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
-    packed, live = backend.conv_packed, backend.conv
+    packed, live, direct = backend.conv_packed, backend.conv, direct_backend.conv
     monkeypatch.setattr(backend, "conv_packed", lambda *call: packed(*call) * (1 + 1e-5))
     monkeypatch.setattr(backend, "conv", lambda *call: (live(*call)[0] * (1 + 1e-5), None, None))
+    monkeypatch.setattr(direct_backend, "conv", lambda *call: direct(*call) * (1 + 1e-5))
     code, written = tuned()
     assert code == 1
-    assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 3
+    assert capsys.readouterr().out.count("WRONG conv n4 64x16x16") == 4
     assert all(row["config"] is None and "winograd" in row["rejected"] for row in written["rows"].values())
+    assert sum("direct" in row["rejected"] for row in written["rows"].values()) == 1
 
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):

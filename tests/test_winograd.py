@@ -249,7 +249,8 @@ def test_less_of_the_cpu(capability, runs):
 import torch
 from torch.nn import functional as F
 from resnet_fast import cpus
-from resnet_fast.backends import winograd
+from resnet_fast.backends import direct, winograd
+from resnet_fast.backends.primitives import Geometry
 from resnet_fast.frozen import FrozenConv2d
 reason = winograd.why_not()
 torch.manual_seed(0)
@@ -258,6 +259,8 @@ conv = FrozenConv2d(torch.nn.Conv2d(67, 70, 3, padding=1), None, True, None)
 x = torch.randn(8, 67, 23, 30)
 with torch.no_grad():
     torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1).relu())
+    y = direct.conv(x, conv.weight, Geometry([2, 2], [1, 1], [1, 1], 1))  # which runs anywhere
+    torch.testing.assert_close(y, F.conv2d(x, conv.weight, stride=2, padding=1))
 print(reason, conv.kernel, conv.reason, sep="|")
 """
     done = subprocess.run(

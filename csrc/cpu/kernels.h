@@ -158,6 +158,29 @@ struct WinogradSlab {
   int64_t products_step = 0;
 };
 
+// A dense convolution in float32; tensors are channels_last. See direct_conv.h.
+struct DirectConv {
+  const float* x = nullptr;
+  const float* zeros = nullptr;  // a pixel of padding
+  const float* scale = nullptr;  // of the outputs; may be null
+  const float* bias = nullptr;
+  const float* residual = nullptr;  // may be null
+  float* y = nullptr;
+  bool relu = false;
+  int64_t channels = 0, outputs = 0;
+  int64_t height = 0, width = 0, out_height = 0, out_width = 0;
+  int64_t kernel_rows = 1, kernel_columns = 1;
+  int64_t stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+};
+
+// Its weight as the model has it, [outputs][terms], and packed. Terms are taps by channels, in either order.
+struct DirectWeight {
+  const float* weight = nullptr;
+  float* packed = nullptr;  // [panel of 64 outputs][tap][channel][64]
+  int64_t outputs = 0, channels = 0, taps = 0;
+  bool channels_last = false;  // whether a tap's channels lie together
+};
+
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kDTypes = 4 };
 
 struct Kernels {
@@ -193,10 +216,17 @@ struct Kernels {
   void (*winograd_gradient_product)(const WinogradGradient&, const WinogradSlab&, int64_t begin, int64_t end);
   // sums -> dweight, of the channels [begin, end); whether all of it is finite
   bool (*winograd_gradient_output)(const WinogradGradient&, int64_t begin, int64_t end);
+  // x -> y, of the panels of 64 outputs [begin, end), whose weights start at `packed`, and pixels [first, last)
+  void (*direct_conv)(const DirectConv&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last);
+  // weight -> packed, of the panels [begin, end), the first at `packed`
+  void (*direct_pack)(const DirectWeight&, int64_t begin, int64_t end);
 };
 
 // The best table this machine (and ATEN_CPU_CAPABILITY) allows among those compiled in; chosen once.
 const Kernels& kernels();
+
+// Whether they are of AVX2 or AVX-512: without, the library's convolutions are faster than ours.
+bool has_vectors();
 
 namespace DEFAULT {
 const Kernels& table();

@@ -6,6 +6,7 @@
 #include <ATen/ops/rsqrt.h>
 
 #include "conv_bn_act.h"
+#include "direct_conv.h"
 #include "guards.h"
 #include "max_pool.h"
 #include "winograd.h"
@@ -21,20 +22,25 @@ at::Tensor or_undefined(const at::Tensor& t) { return t.numel() == 0 ? at::Tenso
 
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
 
-// The layer by Winograd, batch norm folded into the weight as it is packed; none where a NaN or Inf arose.
-std::optional<at::Tensor> by_winograd(
+// The layer by kernels that have batch norm inside; none where a NaN or Inf arose, which Winograd's spread.
+std::optional<at::Tensor> by_own_kernel(
     const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
   at::Tensor scale = at::rsqrt(layer.var.to(at::kFloat) + layer.eps);
   if (layer.weight.defined()) scale = scale * layer.weight.to(at::kFloat);
   at::Tensor shift = -layer.mean.to(at::kFloat) * scale;
   if (layer.bias.defined()) shift = shift + layer.bias.to(at::kFloat);
+  if (!layer.winograd) {
+    return direct_conv(
+        x, layer.conv_weight, scale, shift, optional(residual), layer.stride, layer.padding, layer.dilation, relu);
+  }
   auto [y, finite] = winograd_conv(x, layer.conv_weight, scale, shift, optional(residual), relu, /*turned=*/false);
   return finite ? std::make_optional(y) : std::nullopt;
 }
 
 at::Tensor apply(const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
-  if (layer.winograd && x.scalar_type() == at::kFloat && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast) {
-    if (auto y = by_winograd(layer, x, residual, relu)) return *y;
+  const bool rows = x.scalar_type() == at::kFloat && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  if (rows && (layer.winograd || layer.direct)) {
+    if (auto y = by_own_kernel(layer, x, residual, relu)) return *y;
   }
   return conv_bn_act(
       x, layer.conv_weight.to(x.scalar_type()), std::nullopt, optional(layer.weight), optional(layer.bias), layer.mean,
@@ -63,7 +69,8 @@ at::Tensor layer_by_layer(const ResidualBlock& block) {
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, std::string_view unit) {
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, at::IntArrayRef direct,
+    std::string_view unit) {
   const OpGuard guard;
   ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
   for (size_t i = 0; i < conv_weights.size(); ++i) {
@@ -71,6 +78,7 @@ at::Tensor residual_block(
                                       running_means[i], running_vars[i], geometry.slice(7 * i, 7), eps[i]));
   }
   for (const int64_t number : winograd) block.layers.at(number).winograd = true;
+  for (const int64_t number : direct) block.layers.at(number).direct = true;
 #ifdef WITH_AMX
   if (auto y = amx_residual_block(block, unit_named(unit))) return *y;
 #endif

@@ -15,7 +15,7 @@ struct BlockLayer {
   at::IntArrayRef stride, padding, dilation;
   int64_t groups;
   double eps;
-  bool winograd = false;  // wherever its kernels can
+  bool winograd = false, direct = false;  // by these kernels, wherever they can
 };
 
 // layers: in order, the downsample's last. residual: undefined where x or the downsample is the shortcut.
@@ -26,12 +26,13 @@ struct ResidualBlock {
   bool downsample;
 };
 
-// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd: the
-// numbers of the layers that it is faster for. unit: what multiplies the block's convolutions in one program, or "".
+// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd
+// and direct: the numbers of the layers that these are faster for. unit: what multiplies the block's convolutions in one program, or "".
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
-    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, std::string_view unit);
+    at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, at::IntArrayRef direct,
+    std::string_view unit);
 
 // max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to. unit:
 // as above.

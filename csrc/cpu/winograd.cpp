@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -201,8 +200,6 @@ std::vector<int64_t> pixels_in_chunks(const WinogradConv& conv, int64_t tiles) {
 }
 
 }  // namespace
-
-bool winograd_usable() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
 
 Tensor winograd_pack(const Tensor& weight) {
   const OpGuard guard;

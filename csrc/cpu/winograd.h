@@ -8,9 +8,6 @@
 
 namespace resnet_fast::cpu {
 
-// Whether the kernels in use have vectors, without which the library is faster.
-bool winograd_usable();
-
 // (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64]; beyond K, in the last panel, the last is repeated.
 Tensor winograd_pack(const Tensor& weight);
 

@@ -139,7 +139,8 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
         or_winograd = " or Winograd" if _winograd().by_dots(dtype) else ""
         conv = f"{unit_name()}{or_winograd} conv, or oneDNN's where that was measured faster, + "
     elif op in _BLOCKS and _winograd().computes(dtype) and _winograd().why_not() is None:
-        conv = "oneDNN or Winograd conv + "
+        direct = op == "residual_block" and dtype == _direct().DTYPE
+        conv = "oneDNN, Winograd or direct conv + " if direct else "oneDNN or Winograd conv + "
     small = ""
     if op == "residual_block_train":
         least = sorted({least_training_bytes(dtype, only_3x3, stride=1) for only_3x3 in (True, False)})
@@ -166,6 +167,14 @@ def least_training_bytes(dtype: torch.dtype, only_3x3: bool, stride: int) -> int
     if only_3x3 and _winograd().computes(dtype) and _winograd().why_not() is None:
         return _LITTLE_BY_WINOGRAD[dtype] * stride * stride  # which the first is not with a stride
     return _LITTLE
+
+
+def why_no_vectors() -> str | None:
+    """Why the extension's float32 convolutions cannot run on this CPU; None where they can."""
+    reason = available()
+    if reason is None and not _module.has_vectors():
+        return "its convolutions in float32 need AVX2 or AVX-512, and PyTorch to use them (ATEN_CPU_CAPABILITY)"
+    return reason
 
 
 def unit(dtype: torch.dtype) -> str:
@@ -285,7 +294,7 @@ def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
     which = unit(x.dtype)
     if which and not _programs().takes_block(x, *layers):
         which = ""
-    return cpu_residual_block(x, *args, _winograd().layers(x, *layers), which)
+    return cpu_residual_block(x, *args, _winograd().layers(x, *layers), _direct().layers(x, *layers), which)
 
 
 def stem(x: torch.Tensor, *args) -> torch.Tensor:
@@ -305,6 +314,11 @@ def max_pool(x: torch.Tensor) -> torch.Tensor | None:
 @functools.cache
 def _winograd() -> ModuleType:
     return importlib.import_module(".winograd", __package__)  # which is made of what is here
+
+
+@functools.cache
+def _direct() -> ModuleType:
+    return importlib.import_module(".direct", __package__)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import cpus
 from ..kernels import selection
+from ..kernels.configs import WinogradConfig
 from ..problems import ConvProblem, Problem, WeightGradientProblem
 from ..shapes import BlockShapes, Conv
 from . import native
@@ -24,10 +25,7 @@ DTYPE = torch.float32
 
 def why_not() -> str | None:
     """Why these kernels cannot run on this CPU; None where they can."""
-    reason = native.available()
-    if reason is None and not native.load().winograd_usable():
-        return "Winograd's kernels need AVX2 or AVX-512, and PyTorch to use them (ATEN_CPU_CAPABILITY)"
-    return reason
+    return native.why_no_vectors()
 
 
 def takes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
@@ -137,7 +135,9 @@ def _layers(x_shape, weight_shapes, geometry, downsample, dtype) -> tuple[int, .
 
 
 def _chosen(problem: Problem | None) -> bool:
-    return problem is not None and why_not() is None and selection.choose(problem, cpus.here()).config is not None
+    if problem is None or why_not() is not None:
+        return False
+    return isinstance(selection.choose(problem, cpus.here()).config, WinogradConfig)
 
 
 def _live(conv: Conv, dtype: torch.dtype = DTYPE) -> ConvProblem:

@@ -1,4 +1,4 @@
-"""Layers on the CPU by oneDNN and by Winograd, blocks and networks by layer and as programs: for `tune`."""
+"""Layers on the CPU by oneDNN and by our kernels, blocks and networks by layer and as programs: for `tune`."""
 
 import functools
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .. import cpu_network, frozen
 from ..amx.network import AmxNetwork
-from ..backends import native, winograd
+from ..backends import direct, native, winograd
 from ..backends import reference as reference_backend
 from ..backends.primitives import Geometry, reference
 from ..backends.primitives import native as primitives
 from ..kernels import selection
-from ..kernels.configs import Config
+from ..kernels.configs import Config, DirectConfig
 from ..planner import Section
 from ..problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
 from ..shapes import BlockShapes, Conv
@@ -26,7 +26,7 @@ from . import workload
 from .workload import Outputs, Run, Workload
 
 LIBRARY = "onednn"
-DIRECT = "dots"
+DOTS = "dots"
 
 
 def of(problem: ConvProblem | WeightGradientProblem | TrainingConvProblem | SectionProblem) -> Workload:
@@ -71,7 +71,7 @@ def _folded_in_program(problem: ConvProblem) -> Workload:
         return lambda: {"y": network(x)}
 
     exact, stock = _by_pytorch(section, x)
-    return Workload(exact, stock, chosen, {DIRECT: chosen(None)}, {}, repeats=2)
+    return Workload(exact, stock, chosen, {DOTS: chosen(None)}, {}, repeats=2)
 
 
 def _live_in_program(problem: ConvProblem) -> Workload:
@@ -82,11 +82,11 @@ def _live_in_program(problem: ConvProblem) -> Workload:
     def by(*layers: int) -> Run:
         return lambda: by_extension(native.unit(torch.bfloat16), layers)
 
-    return Workload(exact, stock, _always(by(0, 1)), {DIRECT: by()}, {}, repeats=2)
+    return Workload(exact, stock, _always(by(0, 1)), {DOTS: by()}, {}, repeats=2)
 
 
 def _live(problem: ConvProblem) -> Workload:
-    """Of a network whose weight may change, so that it is transformed in every run."""
+    """Of a network whose weight may change, so that it is transformed or packed in every run."""
     conv, source = problem.conv, workload.Source(problem, "cpu")
     x, weight = source.image(conv.x_shape), source.conv(conv)["weight"]
     geometry = Geometry.of(conv)
@@ -94,8 +94,10 @@ def _live(problem: ConvProblem) -> Workload:
     def onednn(x: Tensor, weight: Tensor) -> Outputs:
         return {"y": reference.conv(x, None, weight, geometry, LIBRARY_STAGE, statistics=False)[0]}
 
-    def ours() -> Outputs:
-        return {"y": winograd.conv(x, None, weight, False)[0]}
+    def ours(config: Config) -> Run:
+        if isinstance(config, DirectConfig):
+            return lambda: {"y": direct.conv(x, weight, geometry)}
+        return lambda: {"y": winograd.conv(x, None, weight, False)[0]}
 
     return _workload(onednn, (x, weight), ours)
 
@@ -109,7 +111,8 @@ def _weight_gradient(problem: WeightGradientProblem) -> Workload:
         wants = {"wants_dx": False, "wants_dweight": True}
         return {"dweight": reference.conv_backward(dy, x, None, weight, geometry, LIBRARY_STAGE, **wants)[1]}
 
-    return _workload(onednn, (dy, x, weight), lambda: {"dweight": winograd.weight_gradient(dy, x, None, weight)})
+    ours = _always(lambda: {"dweight": winograd.weight_gradient(dy, x, None, weight)})
+    return _workload(onednn, (dy, x, weight), ours)
 
 
 def _training(problem: TrainingConvProblem) -> Workload:
@@ -218,19 +221,20 @@ def _of_block(problem: SectionProblem) -> tuple[Run, Run, Callable[..., Outputs]
 
     def by_extension(unit: str, layers: tuple[int, ...] | None = None) -> Outputs:
         layers = winograd.layers(x, weights, geometry, branch) if layers is None else layers
-        return {"y": native.cpu_residual_block(x, None, weights, *columns, variances, *rest, layers, unit)}
+        others = direct.layers(x, weights, geometry, branch)
+        return {"y": native.cpu_residual_block(x, None, weights, *columns, variances, *rest, layers, others, unit)}
 
     return lambda: by_pytorch(torch.float64), lambda: by_pytorch(x.dtype), by_extension
 
 
-def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours: Run) -> Workload:
+def _workload(onednn: Callable[..., Outputs], tensors: tuple[Tensor, ...], ours: Callable[[Config], Run]) -> Workload:
     def exact() -> Outputs:
         return onednn(*(tensor.double() for tensor in tensors))
 
     def library() -> Outputs:
         return onednn(*tensors)
 
-    return Workload(exact, library, _always(ours), {LIBRARY: library}, {})
+    return Workload(exact, library, ours, {LIBRARY: library}, {})
 
 
 def _always(run: Run) -> Callable[[Config], Run]:

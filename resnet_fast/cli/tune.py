@@ -165,8 +165,9 @@ def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     by_tiles = ("output", "data_gradient", "weight_gradient") if native.has_tiles() else ()
     for problem in _train(args, REHEARSAL):
         if isinstance(problem, ConvProblem):
-            if problem.dtype == "float32":
-                yield selection.measured_as(replace(problem, folded=False), cpu)
+            live = selection.measured_as(replace(problem, folded=False), cpu)
+            if problem.dtype == "float32" and configs.why_not(configs.WinogradConfig(), live, cpu) is None:
+                yield live
             if problem.statistics:
                 if winograd.computes(getattr(torch, problem.dtype)):
                     yield WeightGradientProblem(problem.conv, problem.dtype)

@@ -71,6 +71,11 @@ class WinogradConfig:
 
 
 @dataclass(frozen=True)
+class DirectConfig:
+    """direct, on CPUs: without transforms, its weight packed in every call."""
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """tiles, on CPUs: AMX's, of bfloat16."""
 
@@ -88,6 +93,7 @@ Config = (
     | PrologueConfig
     | GramDgradConfig
     | WinogradConfig
+    | DirectConfig
     | TileConfig
     | ProgramConfig
 )
@@ -99,6 +105,7 @@ KERNELS: dict[str, type] = {
     "conv_prologue": PrologueConfig,
     "gram_dgrad": GramDgradConfig,
     "winograd": WinogradConfig,
+    "direct": DirectConfig,
     "tiles": TileConfig,
     "program": ProgramConfig,
 }

@@ -23,11 +23,12 @@ from ..problems import (
     TrainingConvProblem,
 )
 from ..shapes import Conv
-from . import winograd
+from . import direct, winograd
 from .config_types import (
     KERNELS,
     BoxConfig,
     Config,
+    DirectConfig,
     GramDgradConfig,
     PointerConfig,
     ProgramConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "KERNELS",
     "SUPERGROUP",
     "Config",
+    "DirectConfig",
     "GramDgradConfig",
     "PointerConfig",
     "ProgramConfig",
@@ -71,28 +73,41 @@ __all__ = [
     "why_not",
 ]
 
+_ON_CPUS = (WinogradConfig, DirectConfig, TileConfig, ProgramConfig)
+
 _PROLOGUE_CHANNELS = 512
 """More leave no room in shared memory for two tiles of weights beside them."""
 
 
 def why_not(config: Config, problem: Problem, device: Device) -> str | None:
     """Why `config` cannot compute `problem` on `device`; None where it can."""
-    if isinstance(config, (WinogradConfig, TileConfig, ProgramConfig)) != isinstance(device, Cpu):
+    if isinstance(config, _ON_CPUS) != isinstance(device, Cpu):
         return f"{kernel_name(config)} does not run on a {device.kind.upper()}"
     return _why_not_on_cpu(config, problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
 
 
-def of_cpu(problem: Problem) -> Config:
-    """The one there is on CPUs for problems of this type."""
+def of_cpu(problem: Problem) -> tuple[Config, ...]:
+    """Those there are on CPUs for problems like this, the one with the fewest products first."""
+    if isinstance(problem, ConvProblem) and not problem.folded:
+        return WinogradConfig(), DirectConfig()
     kinds = {SectionProblem: ProgramConfig, TrainingConvProblem: TileConfig}
-    return kinds.get(type(problem), WinogradConfig)()
+    return (kinds.get(type(problem), WinogradConfig)(),)
+
+
+def why_not_unmeasured(config: Config, problem: Problem, cpu: Cpu) -> str | None:
+    """Why a CPU takes oneDNN where nothing was measured, though `config` can compute `problem`; None where not."""
+    if isinstance(config, WinogradConfig):
+        return winograd.why_not_unmeasured(problem, cpu)
+    return direct.why_not_unmeasured(problem) if isinstance(config, DirectConfig) else None
 
 
 def _why_not_on_cpu(config: Config, problem: Problem) -> str | None:
-    if config != of_cpu(problem):
-        return f"{kernel_name(config)} does not compute a {type(problem).__name__}"
+    if config not in of_cpu(problem):
+        return f"{kernel_name(config)} is nothing for this {type(problem).__name__}"
     if isinstance(config, WinogradConfig):
         return winograd.why_not(problem)
+    if isinstance(config, DirectConfig):
+        return direct.why_not(problem)
     if isinstance(config, TileConfig):
         conv = problem.conv
         fits = conv.groups == 1 and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
@@ -319,7 +334,7 @@ _WHY_NOT = {
 def candidates(problem: Problem, device: Device) -> list[Config]:
     """Every valid configuration there is for `problem` on `device`, the most promising first."""
     if isinstance(device, Cpu):
-        return [] if why_not(of_cpu(problem), problem, device) else [of_cpu(problem)]
+        return [config for config in of_cpu(problem) if why_not(config, problem, device) is None]
     if isinstance(problem, ConvProblem):
         everything: Iterator[Config] = _conv_configs(problem)
     elif isinstance(problem, PrologueProblem):

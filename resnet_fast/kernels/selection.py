@@ -13,7 +13,7 @@ import torch
 
 from ..cpus import Cpu, Device
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, StemProblem
-from . import tables, winograd
+from . import tables
 from .configs import (
     Config,
     GramDgradConfig,
@@ -22,11 +22,11 @@ from .configs import (
     StemConfig,
     TailConfig,
     TmaConfig,
-    WinogradConfig,
     candidates,
     kernel_name,
     of_cpu,
     why_not,
+    why_not_unmeasured,
 )
 
 
@@ -35,7 +35,7 @@ class Choice:
     """config: of the kernel, or None for the library's path (backends.library; on CPUs oneDNN), in its `variant`.
 
     source: "tuned" (measured on this device), "tuned at n<batch>" (at the nearest batch size), "predicted" (cost model;
-    on CPUs `winograd.why_not_unmeasured`), "library" (no kernel was considered) or "refused" (the launch failed).
+    on CPUs `configs.why_not_unmeasured`), "library" (no kernel was considered) or "refused" (the launch failed).
     reason: why the library's path was taken.
     """
 
@@ -120,9 +120,9 @@ def _choose(problem: Problem, device: Device) -> Choice:
     ranked = candidates(problem, device)
     if not ranked:
         return Choice(None, "predicted", why_no_kernel(problem, device))
-    if isinstance(ranked[0], WinogradConfig) and (reason := winograd.why_not_unmeasured(problem, device)):
-        return Choice(None, "predicted", reason)
-    return Choice(ranked[0], "predicted")
+    reasons = {config: isinstance(device, Cpu) and why_not_unmeasured(config, problem, device) for config in ranked}
+    best = next((config for config, reason in reasons.items() if not reason), None)
+    return Choice(best, "predicted", "" if best else "; ".join(reasons.values()))
 
 
 def measured_as(problem: Problem, device: Device) -> Problem:
@@ -156,7 +156,7 @@ def why_no_kernel(problem: Problem, device: Device) -> str:
     """Why no configuration fits `problem`: the validity function's reasons, each once."""
     tried: tuple[Config, ...]
     if isinstance(device, Cpu):
-        tried = (of_cpu(problem),)
+        tried = of_cpu(problem)
     elif isinstance(problem, ConvProblem):
         tried = (PointerConfig(64, 16, 16, 4, 3), TmaConfig((1, 8, 8), 64, 64, 4, 3))
     elif isinstance(problem, PrologueProblem):

@@ -29,6 +29,8 @@ const Kernels& table() {
       &winograd_gradient_input,
       &winograd_gradient_product,
       &winograd_gradient_output,
+      &direct_conv,
+      &direct_pack,
   };
   return kernels;
 }

@@ -1,0 +1,50 @@
+"""Convolutions by the extension's direct kernel, of float32 and by weights that may change: csrc/cpu/direct_conv.h.
+
+Those of optimized blocks in eval mode, where that is faster than oneDNN and Winograd (`kernels.selection`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import cpus
+from ..kernels import selection
+from ..kernels.configs import DirectConfig
+from ..problems import ConvProblem
+from ..shapes import BlockShapes
+from . import native
+from .primitives import Geometry
+
+DTYPE = torch.float32
+
+
+def why_not() -> str | None:
+    """Why this kernel cannot run on this CPU; None where it can."""
+    return native.why_no_vectors()
+
+
+def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
+    """Which of a block's layers, as `ops.residual_block` takes them, it is to compute."""
+    if x.dtype != DTYPE:
+        return ()
+    return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
+
+
+def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
+    """conv2d(x (N, C, H, W), conv_weight (K, C, R, S)), float32, in channels_last."""
+    stride, padding, dilation, _ = geometry
+    op = torch.ops.resnet_fast_native.direct_conv
+    return op(x, conv_weight, None, None, None, stride, padding, dilation, False)
+
+
+@selection.remember
+def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
+    if why_not() is not None:
+        return ()
+    convs = BlockShapes.of(x_shape, weight_shapes, geometry, downsample).all_convs
+    return tuple(number for number, conv in enumerate(convs) if _is_chosen(ConvProblem(conv, "float32", folded=False)))
+
+
+def _is_chosen(problem: ConvProblem) -> bool:
+    return isinstance(selection.choose(problem, cpus.here()).config, DirectConfig)

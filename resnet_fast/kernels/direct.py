@@ -1,0 +1,40 @@
+"""The direct convolution on CPUs, float32: what it can compute, and what it is taken for unmeasured.
+
+It is for weights that may change (csrc/cpu/direct_conv.h). oneDNN packs such a weight in every call, which takes long
+beside its products where few pixels are multiplied with it; one that is packed once it multiplies as fast.
+"""
+
+from ..problems import ConvProblem
+
+_MIN_CHANNELS = 32
+"""With fewer, as of an image, sums are too short for what surrounds them."""
+
+_PANEL = 64
+"""Outputs whose weights lie together."""
+
+_MAX_TAPS = 64
+
+_MOST_PIXELS = 1024
+"""Of the output, unmeasured: with more, oneDNN's packing is a small part of its time (benchmarks/NOTES.md)."""
+
+
+def why_not(problem: ConvProblem) -> str | None:
+    """Why the direct convolution cannot compute `problem`, whose weight may change; None where it can."""
+    if problem.shortcut is not None:
+        return "only one convolution"
+    if problem.dtype != "float32":
+        return "only float32"
+    conv = problem.conv
+    if conv.groups > 1 or conv.kernel[0] * conv.kernel[1] > _MAX_TAPS:
+        return f"only dense convolutions of at most {_MAX_TAPS} taps"
+    if conv.in_channels < _MIN_CHANNELS or conv.out_channels % _PANEL:
+        wanted = f"from {_MIN_CHANNELS} channels on, to multiples of {_PANEL}"
+        return f"only {wanted}, not {conv.in_channels} -> {conv.out_channels}"
+    return None
+
+
+def why_not_unmeasured(problem: ConvProblem) -> str | None:
+    """Why oneDNN is taken where nothing was measured; None where the direct convolution is."""
+    if problem.conv.pixels > _MOST_PIXELS:
+        return f"{problem.conv.pixels} pixels; unmeasured, direct is taken up to {_MOST_PIXELS}"
+    return None

@@ -1,0 +1,202 @@
+"""The direct convolution in float32, by weights that may change, and where optimized blocks take it."""
+
+import copy
+
+import pytest
+import torch
+from cases import CPU, draw, tuned_table
+from models import lively
+from numerics import assert_matches
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import Bottleneck
+
+from resnet_fast import optimize
+from resnet_fast.backends import direct
+from resnet_fast.backends import native as native_backend
+from resnet_fast.kernels import selection
+from resnet_fast.kernels.configs import DirectConfig, WinogradConfig
+from resnet_fast.problems import ConvProblem
+from resnet_fast.shapes import Conv
+
+pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
+
+CONVS = {  # x, weight, stride, padding, dilation
+    "1x1": ((2, 64, 14, 14), (256, 64, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "parts_of_the_weight": ((1, 1024, 7, 7), (512, 1024, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "long_sums": ((1, 512, 14, 14), (64, 512, 3, 3), (2, 2), (1, 1), (1, 1)),
+    "downsample": ((3, 64, 13, 9), (128, 64, 1, 1), (2, 2), (0, 0), (1, 1)),
+    "strided_3x3": ((2, 64, 15, 12), (64, 64, 3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3": ((2, 33, 9, 11), (64, 33, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "dilated": ((2, 32, 15, 16), (64, 32, 3, 3), (1, 1), (2, 2), (2, 2)),
+    "no_square": ((2, 32, 16, 9), (65, 32, 5, 3), (3, 1), (2, 0), (1, 2)),
+    "few_of_everything": ((1, 3, 5, 4), (7, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "one_pixel": ((1, 64, 3, 3), (64, 64, 3, 3), (1, 1), (0, 0), (1, 1)),
+    "more_padding_than_image": ((2, 16, 2, 1), (80, 16, 7, 7), (1, 1), (3, 3), (1, 1)),
+    "most_taps": ((1, 32, 9, 9), (64, 32, 8, 8), (1, 1), (4, 4), (1, 1)),
+}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def op(x, weight, scale=None, bias=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
+    geometry = (list(stride), list(padding), list(dilation))
+    return torch.ops.resnet_fast_native.direct_conv(x, weight, scale, bias, residual, *geometry, relu)
+
+
+def operands(name: str, layout: str = "channels_last"):
+    """x, a weight in this layout, and the convolution's stride, padding and dilation."""
+    shape, weight_shape, *geometry = CONVS[name]
+    if layout == "strided":
+        weight = draw((*weight_shape[:3], 2 * weight_shape[3]), torch.float32)[..., ::2]
+    else:
+        weight = draw(weight_shape, torch.float32, layout)
+    return draw(shape, torch.float32, "channels_last"), weight, tuple(geometry)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("layout", [*LAYOUTS, "strided"])
+@pytest.mark.parametrize("name", CONVS)
+def test_as_near_to_float64_as_pytorch(name, layout):
+    x, weight, geometry = operands(name, layout)
+    scale, bias = (draw((len(weight),), torch.float32) for _ in range(2))
+    residual = draw(F.conv2d(x, weight, None, *geometry).shape, torch.float32, layout if layout in LAYOUTS else "nchw")
+
+    def plain(dtype):
+        y = F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
+        y = y * scale.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
+        return y, (y + residual.to(dtype)).relu()
+
+    (stock, stock_sum), (exact, exact_sum) = plain(torch.float32), plain(torch.float64)
+    y = op(x, weight, scale, bias, None, *geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_matches("y", y, stock, exact)
+    assert_matches("sum", op(x, weight, scale, bias, residual, *geometry, True), stock_sum, exact_sum)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_neither_threads_nor_layouts_change_a_bit(name):
+    x, weight, geometry = operands(name)
+    first = op(x, weight, None, None, None, *geometry)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(op(x.contiguous(), weight.contiguous(), None, None, None, *geometry), first)
+
+
+def test_an_image_is_the_same_in_any_batch():
+    x, weight, geometry = operands("strided_3x3")
+    assert torch.equal(op(x, weight, None, None, None, *geometry)[1:], op(x[1:], weight, None, None, None, *geometry))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_goes_where_pytorch_lets_it_go(value):
+    x, weight, geometry = operands("3x3")
+    x[1, 2, 3, 4] = value
+    y, expected = op(x, weight, None, None, None, *geometry, True), F.conv2d(x, weight, None, *geometry).relu()
+    assert expected.isnan().any() or expected.isinf().any()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+
+
+def test_no_images():
+    x, weight, geometry = operands("3x3")
+    assert op(x[:0], weight, None, None, None, *geometry).shape == (0, 64, 9, 11)
+
+
+def test_bad_input_is_an_error_that_says_so():
+    x, weight, vector = torch.zeros(2, 32, 4, 4), torch.zeros(64, 32, 3, 3), torch.zeros(64)
+    bad = {
+        "x must be 4-D and float32": (x[0], weight),
+        r"weight must be float32 and \(K, 32, R, S\)": (x, weight[:, :16]),
+        "not Double": (x, weight.double()),
+        "R \\* S of at most 64, not .* 9, 9": (x, torch.zeros(64, 32, 9, 9)),
+        "the kernel is larger than x": (x, torch.zeros(64, 32, 5, 5)),
+        r"scale must be float32 and \[64\]": (x, weight, vector[:3]),
+        "bias must be float32": (x, weight, None, vector.double()),
+        "residual must be float32 and": (x, weight, None, None, torch.zeros(2, 64, 4, 4)),
+    }
+    for message, arguments in bad.items():
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+def bottleneck(stride: int) -> Bottleneck:
+    branch = nn.Sequential(nn.Conv2d(256, 512, 1, stride, bias=False), nn.BatchNorm2d(512))
+    return lively(Bottleneck(256, 128, stride, branch)).to(memory_format=torch.channels_last).eval()
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list:
+    """The layers of each block in eval mode that the direct convolution computed."""
+    if native_backend.has_tiles():
+        pytest.skip("AMX computes blocks here")
+    block, calls = native_backend.cpu_residual_block, []
+    monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: calls.append(call[-2]) or block(*call))
+    return calls
+
+
+@pytest.mark.parametrize(("images", "stride", "layers"), [(1, 2, (0, 1, 2, 3)), (1, 1, (0, 2, 3)), (9, 2, ())])
+def test_an_optimized_block_in_eval_mode(ran, images, stride, layers):
+    """A 3x3 with stride 1 has enough tiles for Winograd; with nine images all layers have more than 1,024 pixels."""
+    stock, x = bottleneck(stride), draw((images, 256, 28, 28), torch.float32, "channels_last")
+    fast = optimize(copy.deepcopy(stock))
+    with torch.no_grad():
+        assert_matches("y", fast(x), stock(x), copy.deepcopy(stock).double()(x.double()))
+        fast.conv3.weight.mul_(2)
+        stock.conv3.weight.mul_(2)
+        assert_matches("changed", fast(x), stock(x), copy.deepcopy(stock).double()(x.double()))
+    assert ran == [layers] * 2
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_last_takes_it_unless_reference_is_asked_for(ran, layout, backend):
+    stock = bottleneck(2).to(memory_format=LAYOUTS[layout])
+    x = draw((1, 256, 14, 14), torch.float32, layout)
+    fast = optimize(copy.deepcopy(stock), backend=backend)
+    with torch.no_grad():
+        assert_matches("y", fast(x), stock(x), copy.deepcopy(stock).double()(x.double()))
+    assert len(ran) == (backend == "native")
+
+
+def live(conv: Conv) -> ConvProblem:
+    return ConvProblem(conv, "float32", relu=False, folded=False)
+
+
+def test_what_is_not_measured_follows_a_rule():
+    few, many = live(Conv(1, 64, 32, 32, 64)), live(Conv(2, 64, 32, 32, 64))
+    assert selection.choose(few, CPU) == selection.Choice(DirectConfig(), "predicted")
+    assert "2048 pixels; unmeasured, direct is taken up to 1024" in selection.choose(many, CPU).reason
+    square = {"kernel": (3, 3), "padding": (1, 1)}
+    assert selection.choose(live(Conv(1, 64, 20, 20, 64, **square)), CPU).config == DirectConfig()  # of 25 tiles
+    assert selection.choose(live(Conv(1, 64, 32, 32, 64, **square)), CPU).config == WinogradConfig()
+    assert selection.choose(ConvProblem(few.conv, "float32"), CPU).config is None  # packed once
+    for other in (
+        Conv(1, 16, 8, 8, 64),
+        Conv(1, 64, 8, 8, 96),
+        Conv(1, 64, 8, 8, 64, groups=2),
+        Conv(1, 32, 20, 20, 64, (9, 9)),
+    ):
+        assert selection.choose(live(other), CPU).config is None
+    for dtype in ("bfloat16", "float64"):
+        assert selection.choose(ConvProblem(few.conv, dtype, folded=False), CPU).config is None
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_tuned_table_decides(is_direct, unmeasured_cpu):
+    x, weights = torch.empty(2, 64, 32, 32), [torch.empty(64, 64, 1, 1), torch.empty(64, 64, 1, 1)]
+    geometry = [1, 1, 0, 0, 1, 1, 1] * 2
+    assert direct.layers(x, weights, geometry, False) == ()
+    row = {"config": {"kernel": "direct"} if is_direct else None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+    unmeasured_cpu.write_text(tuned_table({live(Conv(2, 64, 32, 32, 64)).key: row}, cpu=CPU.name))
+    selection.forget()
+    assert direct.layers(x, weights, geometry, False) == ((0, 1) if is_direct else ())
+
+
+def test_a_cpu_without_vectors_does_not_take_it(monkeypatch):
+    x, weight = torch.empty(1, 64, 8, 8), torch.empty(64, 64, 1, 1)
+    arguments = (x, [weight], [1, 1, 0, 0, 1, 1, 1], False)
+    assert direct.layers(*arguments) == (0,)
+    assert direct.layers(x.double(), *arguments[1:]) == ()
+    monkeypatch.setattr(native_backend, "why_no_vectors", lambda: "no vectors for the test")
+    selection.forget()
+    assert direct.layers(*arguments) == ()
