@@ -1,0 +1,26 @@
+// The kernel of csrc/cpu/kernels/direct_conv.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
+// writes the copies, each in a namespace of its own, to DIRECT_COPIES, and their names to DIRECT_NAMES(entry).
+#include <cstdint>
+#include <vector>
+
+#include "cpu/direct_sizes.h"
+#include "cpu/kernels/blocks.h"
+#include "cpu/kernels/kernels.h"
+#include DIRECT_COPIES
+
+using namespace resnet_fast::cpu;
+
+// All panels but the first in two ranges of pixels, then the first: each weight is packed for its own.
+#define ENTRIES(name)                                                                                                 \
+  extern "C" void name##_conv(DirectConv conv, DirectWeight weight, int64_t pixels) {                                 \
+    const int64_t panels = (conv.outputs + kDirectPanel - 1) / kDirectPanel, middle = pixels / 2 - 2;                 \
+    std::vector<float> zeros(conv.channels), packed(panels * kDirectPanel * weight.taps * conv.channels);             \
+    conv.zeros = zeros.data();                                                                                        \
+    weight.packed = packed.data();                                                                                    \
+    DEFAULT::name::direct_pack(weight, 1, panels);                                                                    \
+    DEFAULT::name::direct_conv(conv, packed.data(), 1, panels, 0, middle);                                            \
+    DEFAULT::name::direct_conv(conv, packed.data(), 1, panels, middle, pixels);                                       \
+    DEFAULT::name::direct_pack(weight, 0, 1);                                                                         \
+    DEFAULT::name::direct_conv(conv, packed.data(), 0, 1, 0, pixels);                                                 \
+  }
+DIRECT_NAMES(ENTRIES)

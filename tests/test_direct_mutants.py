@@ -1,0 +1,134 @@
+"""Mutants of the direct convolution's source: every one must be noticed by what the original gets right."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import draw
+from host_compiler import host_compiler
+from test_winograd_mutants import close, guarded
+from torch.nn import functional as F
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "csrc" / "cpu" / "kernels" / "direct_conv.cpp"
+
+MUTANTS = {  # name -> (before, after)
+    "original": ("", ""),
+    "padding_above": ("row >= 0 && row", "row"),
+    "padding_right": ("column < conv_.width;", "true;"),
+    "padding_of_the_other_axis": ("conv_.stride[1] - conv_.padding[1]", "conv_.stride[1] - conv_.padding[0]"),
+    "stride_of_the_other_axis": ("column_ * conv_.stride[1]", "column_ * conv_.stride[0]"),
+    "dilation_lost": ("s * conv_.dilation[1]", "s"),
+    "image_lost": ("(image_ * conv_.height + row)", "row"),
+    "image_stays": ("    ++image_;\n", ""),
+    "row_too_long": ("++column_ < conv_.out_width", "++column_ <= conv_.out_width"),
+    "walk_begins_above": ("pixel / conv.out_width % conv.out_height", "0"),
+    "walk_begins_left": ("column_ = pixel % conv.out_width", "column_ = 0"),
+    "dilation_of_the_other_axis": ("r * conv_.dilation[0]", "r * conv_.dilation[1]"),
+    "channel_lost": ("smaller(kSummed, conv.channels - channel);", "smaller(kSummed - 1, conv.channels - channel);"),
+    "sum_restarts": ("sums[row][i] = sums[row][i] + own", "sums[row][i] = own"),
+    "weight_stays": ("      weight += channels * kDirectPanel;\n", ""),
+    "same_channels_again": ("from[row] = x[tap][row] + channel", "from[row] = x[tap][row]"),
+    "one_pixel_of_six": ("kByRows[count - 1]", "kByRows[0]"),
+    "outputs_beyond": ("left >= Vec::size()", "left > 0"),
+    "outputs_of_the_first_vector": ("conv.outputs + column;\n    const L scale", "conv.outputs;\n    const L scale"),
+    "no_residual": ("conv.residual != nullptr", "false"),
+    "no_relu": ("if (conv.relu) out", "if (false) out"),
+    "no_bias": ("L::load(conv.bias + column, span)", "L::fill(0)"),
+    "no_scale": ("conv.scale == nullptr ? L::fill(1)", "true ? L::fill(1)"),
+    "panel_of_another": ("packed + (panel - begin) * panel_values", "packed"),
+    "packed_elsewhere": ("w.packed + (panel - begin)", "w.packed + panel"),
+    "packed_in_the_models_order": ("number % w.taps * w.channels + number / w.taps", "number"),
+    "packed_short": ("count = smaller(kSquare, terms - term)", "count = smaller(kSquare - 1, terms - term)"),
+}  # fmt: skip
+
+
+class Conv(ctypes.Structure):
+    """`DirectConv` of csrc/cpu/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "zeros", "scale", "bias", "residual", "y")),
+        ("relu", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in ("channels", "outputs", "height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64) for name in ("kernel_rows", "kernel_columns")),
+        *((name, ctypes.c_int64 * 2) for name in ("stride", "padding", "dilation")),
+    )
+
+
+class Weight(ctypes.Structure):
+    """`DirectWeight` of csrc/cpu/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "packed")),
+        *((name, ctypes.c_int64) for name in ("outputs", "channels", "taps")),
+        ("channels_last", ctypes.c_bool),
+    )
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    """All copies in one library: most of the time goes into PyTorch's headers."""
+    compiler = host_compiler()
+    if not SOURCE.is_file():
+        pytest.skip("csrc/ is not beside the tests")
+    (tmp_path / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
+    entries = " ".join(f"entry({name})" for name in MUTANTS)
+    defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DDIRECT_NAMES(entry)={entries}"]
+    defines += [f'-DDIRECT_COPIES="{tmp_path / "copies.h"}"']
+    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w"]
+    source, target = ROOT / "tests" / "csrc" / "direct.cpp", tmp_path / "direct.so"
+    subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
+    return ctypes.CDLL(str(target))
+
+
+def copy_of(name: str) -> str:
+    """The source with its mutation, in a namespace `name`, without its includes."""
+    before, after = MUTANTS[name]
+    text = SOURCE.read_text()
+    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
+    lines = [line for line in text.replace(before, after).splitlines() if not line.startswith("#")]
+    opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
+    return "\n".join(lines).replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+
+
+def check(conv) -> None:
+    """Images, channels, outputs, rows and columns, all of them odd, in both orders of a weight."""
+    images, channels, outputs, kernel, geometry = (
+        3,
+        131,
+        135,
+        (3, 2),
+        {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)},
+    )
+    x = guarded(draw((images, channels, 9, 7), torch.float32, "channels_last"))
+    scale, bias = (draw((outputs,), torch.float32) for _ in range(2))
+    for layout in ("nchw", "channels_last"):
+        weight = guarded(draw((outputs, channels, *kernel), torch.float32, layout))
+        plain = F.conv2d(x.double(), weight.double(), **geometry)
+        residual = draw(plain.shape, torch.float32, "channels_last")
+        y = guarded(torch.full_like(residual, float("nan")))
+        tensors = (tensor.data_ptr() for tensor in (scale, bias, residual, y))
+        pairs = ((ctypes.c_int64 * 2)(*pair) for pair in geometry.values())
+        sizes = (channels, outputs, *x.shape[2:], *y.shape[2:], *kernel)
+        packing = Weight(weight.data_ptr(), None, outputs, channels, kernel[0] * kernel[1], layout != "nchw")
+        pixels = ctypes.c_int64(y.numel() // outputs)
+        conv(Conv(x.data_ptr(), None, *tensors, True, *sizes, *pairs), packing, pixels)
+        wide = plain * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
+        close(y, wide.relu())
+
+
+def notices(kernels, name: str) -> bool:
+    try:
+        check(getattr(kernels, f"{name}_conv"))
+    except AssertionError:
+        return True
+    return False
+
+
+def test_each_is_noticed(kernels, native):
+    """In one test, which one worker compiles for."""
+    assert [name for name in MUTANTS if not notices(kernels, name)] == ["original"]
