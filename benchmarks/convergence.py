@@ -124,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="native")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--block", choices=tuple(SIZES), default="bottleneck")
+    parser.add_argument("--block", choices=tuple(SIZES), default="bottleneck", help="what the network is made of")
     parser.add_argument("--steps", type=output.positive, default=50)
     parser.add_argument("--dtypes", nargs="+", choices=tuple(FLOOR), default=tuple(FLOOR))
     parser.add_argument("--name", help="of the files (default: the device)")

@@ -1,5 +1,6 @@
 """A `Section` of a frozen network with its weights packed: programs by image size and number of images."""
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from .program import GROUP, Builder, Built, problem_of
 from .weights import Weights, why_not_conv, why_not_stem
 
 _FULL = 14  # of a group's images: no fewer are worth one
+_SHAPES_REMEMBERED = 256
 KINDS_KEPT = 4
 """Kinds of programs that a network keeps; the one unused longest goes first."""
 
@@ -66,7 +68,9 @@ class AmxNetwork:
             raise ValueError(reason)
         self.section, self.head = section, head
         self._weights = Weights(section, head)
-        self._slower: dict[torch.Size, str | None] = {}  # why not, by x's shape
+        self._why_slower = functools.lru_cache(_SHAPES_REMEMBERED)(
+            lambda shape: why_not_section(problem_of(section, shape))
+        )
         self._idle: OrderedDict[tuple, list[Built]] = OrderedDict()  # programs that nobody runs, by their kind
         self._busy = 0  # threads
         self._turn = threading.Condition()
@@ -76,13 +80,12 @@ class AmxNetwork:
         if x.dim() != 4:
             return f"x has {x.dim()} dimensions, not 4"
         try:
-            if x.shape not in self._slower:
-                self._slower[x.shape] = why_not_section(problem_of(self.section, x.shape))
-            if self._slower[x.shape] is None:
+            reason = self._why_slower(x.shape)
+            if reason is None:
                 self._idle_of(_key(x.shape[1:], _parts(len(x))[0]))
         except ValueError as error:
             return str(error)
-        return self._slower[x.shape]
+        return reason
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

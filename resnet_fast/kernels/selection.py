@@ -70,11 +70,12 @@ def is_forced(problem: Problem) -> bool:
 
 
 _remembered = []
+_REMEMBERED = 4096  # shapes, of a function: images of any size may come, and nothing is to grow without end
 
 
 def remember(function: Callable) -> Callable:
-    """`functools.cache` for what follows from choices; it forgets when they may change."""
-    cached = functools.cache(function)
+    """`functools.lru_cache` for what follows from choices; it forgets when they may change."""
+    cached = functools.lru_cache(_REMEMBERED)(function)
     _remembered.append(cached)
     return cached
 
