@@ -89,6 +89,11 @@ def test_corrupt_extension(bare, content):
     reason, warnings = use(folder)
     assert "does not load" in reason
     assert len(warnings) == 1, warnings
+
+
+def test_info_names_a_corrupt_extension(bare):
+    folder, extension = bare
+    extension.write_bytes(b"")
     info = python(folder, "-m", "resnet_fast", "info", "--json")
     assert info.returncode == 1
     assert any(extension.name in line for line in json.loads(info.stdout)["broken"])
