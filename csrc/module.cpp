@@ -14,7 +14,6 @@
 #include "cpu/activation_pool.h"
 #include "cpu/frozen_network.h"
 #include "cpu/kernels.h"
-#include "cpu/kernels.h"
 #ifdef WITH_AMX
 #include "cpu/amx/amx.h"
 #include "cpu/program/program.h"

@@ -1,6 +1,7 @@
 """The direct convolution in float32, by weights that may change, and where optimized blocks take it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu")
 CONVS = {  # x, weight, stride, padding, dilation
     "1x1": ((2, 64, 14, 14), (256, 64, 1, 1), (1, 1), (0, 0), (1, 1)),
     "parts_of_the_weight": ((1, 1024, 7, 7), (512, 1024, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "uneven_parts_of_the_weight": ((1, 512, 7, 7), (320, 512, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "taps_after_taps": ((5, 512, 7, 7), (70, 512, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "one_tap_after_another": ((1, 1600, 3, 3), (64, 1600, 2, 2), (1, 1), (0, 0), (1, 1)),
+    "one_pixel_of_many_channels": ((1, 2048, 1, 1), (64, 2048, 1, 1), (1, 1), (0, 0), (1, 1)),
     "long_sums": ((1, 512, 14, 14), (64, 512, 3, 3), (2, 2), (1, 1), (1, 1)),
     "downsample": ((3, 64, 13, 9), (128, 64, 1, 1), (2, 2), (0, 0), (1, 1)),
     "strided_3x3": ((2, 64, 15, 12), (64, 64, 3, 3), (2, 2), (1, 1), (1, 1)),
@@ -113,6 +118,8 @@ def test_bad_input_is_an_error_that_says_so():
         r"scale must be float32 and \[64\]": (x, weight, vector[:3]),
         "bias must be float32": (x, weight, None, vector.double()),
         "residual must be float32 and": (x, weight, None, None, torch.zeros(2, 64, 4, 4)),
+        "stride and dilation must be pairs of 1 or more": (x, weight, None, None, None, (0, 1)),
+        "padding one of 0 or more, not .1, 1., .1, 1. and .-1, 0.": (x, weight, None, None, None, (1, 1), (-1, 0)),
     }
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=message):
@@ -165,15 +172,20 @@ def live(conv: Conv) -> ConvProblem:
 def test_what_is_not_measured_follows_a_rule():
     few, many = live(Conv(1, 64, 32, 32, 64)), live(Conv(2, 64, 32, 32, 64))
     assert selection.choose(few, CPU) == selection.Choice(DirectConfig(), "predicted")
+    assert "9 cores; unmeasured" in selection.choose(few, replace(CPU, cores=9)).reason
+    assert (
+        "16384 values; up to 20480 PyTorch convolves without oneDNN"
+        in selection.choose(live(Conv(1, 64, 16, 16, 64)), CPU).reason
+    )
     assert "2048 pixels; unmeasured, direct is taken up to 1024" in selection.choose(many, CPU).reason
     square = {"kernel": (3, 3), "padding": (1, 1)}
     assert selection.choose(live(Conv(1, 64, 20, 20, 64, **square)), CPU).config == DirectConfig()  # of 25 tiles
     assert selection.choose(live(Conv(1, 64, 32, 32, 64, **square)), CPU).config == WinogradConfig()
     assert selection.choose(ConvProblem(few.conv, "float32"), CPU).config is None  # packed once
     for other in (
-        Conv(1, 16, 8, 8, 64),
-        Conv(1, 64, 8, 8, 96),
-        Conv(1, 64, 8, 8, 64, groups=2),
+        Conv(4, 16, 16, 24, 64),
+        Conv(1, 64, 20, 20, 96),
+        Conv(1, 64, 20, 20, 64, groups=2),
         Conv(1, 32, 20, 20, 64, (9, 9)),
     ):
         assert selection.choose(live(other), CPU).config is None
@@ -193,7 +205,7 @@ def test_a_tuned_table_decides(is_direct, unmeasured_cpu):
 
 
 def test_a_cpu_without_vectors_does_not_take_it(monkeypatch):
-    x, weight = torch.empty(1, 64, 8, 8), torch.empty(64, 64, 1, 1)
+    x, weight = torch.empty(1, 64, 20, 20), torch.empty(64, 64, 1, 1)
     arguments = (x, [weight], [1, 1, 0, 0, 1, 1, 1], False)
     assert direct.layers(*arguments) == (0,)
     assert direct.layers(x.double(), *arguments[1:]) == ()

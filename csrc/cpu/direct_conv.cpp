@@ -1,4 +1,5 @@
-// Threads share out pixels within parts of the weight: a part stays in the second cache level while pixels pass by it.
+// Threads share out pixels within parts of the weight, panels of outputs: a part stays in the second cache level while pixels
+// pass by it, where a panel is no more than that.
 // A value's sum has a fixed order, so no bit depends on the number of threads.
 #include "direct_conv.h"
 
@@ -70,6 +71,11 @@ Operands operands(
           weight.size(2) * weight.size(3) <= kDirectTaps,
       "direct_conv: weight must be float32 and (K, ", x.size(1), ", R, S) with R * S of at most ", kDirectTaps, ", not ",
       weight.scalar_type(), " and ", weight.sizes());
+  const auto least = [](at::IntArrayRef pair) { return pair.size() == 2 ? std::min(pair[0], pair[1]) : -1; };
+  TORCH_CHECK(
+      least(stride) > 0 && least(padding) >= 0 && least(dilation) > 0,
+      "direct_conv: stride and dilation must be pairs of 1 or more and padding one of 0 or more, not ", stride, ", ",
+      dilation, " and ", padding);
   Operands out;
   DirectConv& conv = out.conv;
   set_geometry(conv, x, weight, stride, padding, dilation);
@@ -103,7 +109,8 @@ Tensor direct_conv(
   DirectConv& conv = of.conv;
   conv.relu = relu;
   const int64_t panel_values = std::max<int64_t>(1, of.packing.taps * conv.channels * kDirectPanel);
-  const int64_t panels = div_up(conv.outputs, kDirectPanel), most = std::clamp<int64_t>(kPartValues / panel_values, 1, panels);
+  const int64_t panels = div_up(conv.outputs, kDirectPanel);
+  const int64_t most = std::clamp<int64_t>(kPartValues / panel_values, 1, panels);
   const int64_t parts = div_up(panels, most), part = div_up(panels, parts);  // of equal size, as threads get as many
   const int64_t pixels = x.size(0) * conv.out_height * conv.out_width, groups = div_up(pixels, kDirectRows);
   const Tensor packed = at::empty({at::get_num_threads(), part * panel_values}, at::kFloat);
@@ -113,11 +120,10 @@ Tensor direct_conv(
     DirectWeight packing = of.packing;
     packing.packed = mine;
     while (begin < end) {
-      const int64_t first = begin / groups * part, last = std::min(first + part, panels), pixel = begin % groups * kDirectRows;
-      const int64_t stop = std::min(end, (begin / groups + 1) * groups);
+      const int64_t first = begin / groups * part, last = std::min(first + part, panels);
+      const int64_t stop = std::min(end, (begin / groups + 1) * groups), pixel = begin % groups * kDirectRows;
       kernels().direct_pack(packing, first, last);
-      kernels().direct_conv(
-          conv, mine, first, last, pixel, std::min(pixel + (stop - begin) * kDirectRows, pixels));
+      kernels().direct_conv(conv, mine, first, last, pixel, std::min(pixel + (stop - begin) * kDirectRows, pixels));
       begin = stop;
     }
   });

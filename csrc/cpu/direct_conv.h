@@ -1,7 +1,8 @@
 // Dense convolutions in float32 by weights that may change: see csrc/ops.cpp for the schema.
 //
-// oneDNN packs such a weight in every call, and then reads it again. Here each part is packed where it is multiplied, in
-// the second cache level, so that memory is read once.
+// oneDNN packs all of such a weight in every call, and then reads it again. Here each part is packed where it is multiplied, in
+// the cache, so that memory is read once. What is not finite goes where IEEE arithmetic lets it; padding is
+// zeros, which a NaN or Inf in the weight makes NaN.
 #pragma once
 
 #include "bn.h"

@@ -26,8 +26,8 @@ struct ResidualBlock {
   bool downsample;
 };
 
-// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd
-// and direct: the numbers of the layers that these are faster for. unit: what multiplies the block's convolutions in one program, or "".
+// Seven numbers a layer: stride, padding and dilation in pairs, groups. Empty vectors are absent ones. winograd and direct:
+// the numbers of the layers that these are faster for. unit: what multiplies the block's convolutions in one program, or "".
 at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,

@@ -34,8 +34,7 @@ def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], d
 def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
     """conv2d(x (N, C, H, W), conv_weight (K, C, R, S)), float32, in channels_last."""
     stride, padding, dilation, _ = geometry
-    op = torch.ops.resnet_fast_native.direct_conv
-    return op(x, conv_weight, None, None, None, stride, padding, dilation, False)
+    return native.direct_conv(x, conv_weight, None, None, None, stride, padding, dilation, False)
 
 
 @selection.remember

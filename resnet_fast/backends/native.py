@@ -270,6 +270,7 @@ conv_epilogue = _op("conv_epilogue")
 cpu_residual_block = _op("residual_block")
 _cpu_stem = _op("stem")
 autocast_cast = _op("autocast_cast")
+direct_conv = _op("direct_conv")
 _max_pool = _op("max_pool")
 
 

@@ -5,6 +5,7 @@ Wherever they can be, unless the other way was measured to be faster (`kernels.s
 cpu`): oneDNN's convolutions, or Winograd's, one by one.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def takes_training(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) 
     return selection.choose(_training_problem(*shapes, x.dtype, of), cpus.here()).config is not None
 
 
-@selection.remember
+@functools.lru_cache(4096)
 def _training_problem(x_shape, weight_shape, stride, padding, dilation, groups, dtype, of: str) -> TrainingConvProblem:
     conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)
     return TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)

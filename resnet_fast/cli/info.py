@@ -93,7 +93,7 @@ def _extension_faults(native) -> list[str]:
 
 def _tuned() -> list[dict]:
     """How much is measured for each GPU here and for the CPU, and in which files; without any, "auto" leaves GPUs to
-    PyTorch, and 3x3s on the CPU to a rule (kernels/winograd.py)."""
+    PyTorch, and convolutions on the CPU to rules (kernels/winograd.py, kernels/direct.py)."""
     found = [*(gpus.of_device(index) for index in range(torch.cuda.device_count())), cpus.here()]
     return [
         {

@@ -8,11 +8,11 @@ The table is written after every problem, and what is in it is not measured agai
 "rejected", and is never chosen), or one took the GPU down with it (run the command again: it goes on behind that one).
 
 With --device cpu the problems are the 3x3s that Winograd can compute, of frozen networks, of optimized ones and of
-training steps, in float32, and in bfloat16 where AVX-512's dot products multiply it; where the
-extension multiplies bfloat16 itself (AMX, AVX-512), whole frozen networks and the blocks of optimized ones, in its
-dtypes; and with AMX a training step's convolutions. The library's path is oneDNN's, layer by layer, and of a 3x3 in a
-program dot products without Winograd. (Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its
-times mean nothing.)
+training steps, in float32, and in bfloat16 where AVX-512's dot products multiply it; the other convolutions of
+optimized networks in float32, which the direct kernel computes too; where the extension multiplies bfloat16 itself
+(AMX, AVX-512), whole frozen networks and the blocks of optimized ones, in its dtypes; and with AMX a training step's
+convolutions. The library's path is oneDNN's, layer by layer, and of a 3x3 in a program dot products without Winograd.
+(Under TRITON_INTERPRET=1 it rehearses the tuning of a GPU instead, and its times mean nothing.)
 
 With --list nothing is measured: the problems, and how many configurations each has, for the device here or --gpu NAME.
 """
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--output", metavar="FILE", help="default: the table of this device in the user's cache")
     flag("--budget", type=float, metavar="SECONDS", help="start no problem that would end later than this")
     flag("--again", action="store_true", help="measure what is in the table too, and what crashed")
-    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN, Winograd or AMX")
+    flag("--device", default="cuda", help="default: cuda; cpu: oneDNN or our own kernels")
     flag("--list", action="store_true", help="print the problems, measure nothing")
     flag("--gpu", metavar="NAME", help=f"for --list: {', '.join(gpus.KNOWN)}")
 

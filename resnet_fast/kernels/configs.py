@@ -98,7 +98,7 @@ def why_not_unmeasured(config: Config, problem: Problem, cpu: Cpu) -> str | None
     """Why a CPU takes oneDNN where nothing was measured, though `config` can compute `problem`; None where not."""
     if isinstance(config, WinogradConfig):
         return winograd.why_not_unmeasured(problem, cpu)
-    return direct.why_not_unmeasured(problem) if isinstance(config, DirectConfig) else None
+    return direct.why_not_unmeasured(problem, cpu) if isinstance(config, DirectConfig) else None
 
 
 def _why_not_on_cpu(config: Config, problem: Problem) -> str | None:

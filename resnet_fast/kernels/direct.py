@@ -4,18 +4,22 @@ It is for weights that may change (csrc/cpu/direct_conv.h). oneDNN packs such a 
 beside its products where few pixels are multiplied with it; one that is packed once it multiplies as fast.
 """
 
+from ..cpus import Cpu
 from ..problems import ConvProblem
+from .winograd import MIN_ELEMENTS
 
 _MIN_CHANNELS = 32
 """With fewer, as of an image, sums are too short for what surrounds them."""
 
 _PANEL = 64
-"""Outputs whose weights lie together."""
+"""Outputs whose weights lie together (csrc/cpu/direct_sizes.h)."""
 
 _MAX_TAPS = 64
+"""Of a kernel, as there."""
 
-_MOST_PIXELS = 1024
-"""Of the output, unmeasured: with more, oneDNN's packing is a small part of its time (benchmarks/NOTES.md)."""
+_MOST_PIXELS, _MOST_CORES = 1024, 8
+"""Unmeasured. With more pixels of output oneDNN's packing is a small part of its time (benchmarks/NOTES.md), and more
+cores would each pack the same parts."""
 
 
 def why_not(problem: ConvProblem) -> str | None:
@@ -30,11 +34,17 @@ def why_not(problem: ConvProblem) -> str | None:
     if conv.in_channels < _MIN_CHANNELS or conv.out_channels % _PANEL:
         wanted = f"from {_MIN_CHANNELS} channels on, to multiples of {_PANEL}"
         return f"only {wanted}, not {conv.in_channels} -> {conv.out_channels}"
+    if conv.x_elements <= MIN_ELEMENTS:
+        return (
+            f"x has {conv.x_elements} values; up to {MIN_ELEMENTS} PyTorch convolves without oneDNN, and packs nothing"
+        )
     return None
 
 
-def why_not_unmeasured(problem: ConvProblem) -> str | None:
+def why_not_unmeasured(problem: ConvProblem, cpu: Cpu) -> str | None:
     """Why oneDNN is taken where nothing was measured; None where the direct convolution is."""
+    if cpu.cores > _MOST_CORES:
+        return f"{cpu.cores} cores; unmeasured, direct is taken on up to {_MOST_CORES}"
     if problem.conv.pixels > _MOST_PIXELS:
         return f"{problem.conv.pixels} pixels; unmeasured, direct is taken up to {_MOST_PIXELS}"
     return None

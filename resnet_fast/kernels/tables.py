@@ -72,7 +72,7 @@ def lookup(problem: Problem, device: Device) -> tuple[Row, str] | None:
         other = halves[problem.dtype == "bfloat16"]
         same_shape = _by_shape(device).get(shape.replace(f" {problem.dtype}", f" {other}"), ())
     distances = {key: abs(math.log(_batch(key) / size)) for key in same_shape}
-    nearest = min(distances, key=distances.get, default=None)
+    nearest = min(distances, key=lambda key: (distances[key], -_batch(key)), default=None)
     near = nearest is not None and distances[nearest] <= math.log(_FARTHEST)
     return (rows[nearest], nearest) if near else None
 

@@ -14,7 +14,7 @@ NAME_OF_DOTS = "Winograd F(2x2, 3x3)"
 
 _MIN_CHANNELS = 64
 _MIN_SIDE = 7
-_MIN_ELEMENTS = 20480
+MIN_ELEMENTS = 20480
 """Of x. Below, PyTorch computes float32 without oneDNN, and below the other two bounds sums are so short, or so much of
 a tile is padding, that its error is less than half of Winograd's (benchmarks/NOTES.md): the results would be too far
 from PyTorch's. Little time is spent on such layers."""
@@ -50,7 +50,7 @@ def why_not(problem: Problem) -> str | None:
         return None if whole else f"only multiples of {_DOTS_CHANNELS} channels"
     if min(conv.in_channels, conv.out_channels) < _MIN_CHANNELS:
         return f"only {_MIN_CHANNELS} channels and more, not {conv.in_channels} -> {conv.out_channels}"
-    if min(conv.height, conv.width) < _MIN_SIDE or conv.x_elements <= _MIN_ELEMENTS:
+    if min(conv.height, conv.width) < _MIN_SIDE or conv.x_elements <= MIN_ELEMENTS:
         return f"n{conv.batch} {conv.height}x{conv.width} is too small to be as exact as PyTorch"
     if gradient and conv.batch * conv.height < _MIN_ROWS:
         return f"a weight's gradient of fewer than {_MIN_ROWS} rows of pixels is not as exact as PyTorch's"

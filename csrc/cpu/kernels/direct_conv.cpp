@@ -17,8 +17,9 @@ constexpr int kWide = Vec::size() >= 16 ? 4 : 2;  // vectors of outputs that the
 constexpr int64_t kStep = kWide * Vec::size();
 constexpr int64_t kLine = 64 / sizeof(float);
 constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long sums set the error
-constexpr int kAhead = 8;  // no fewer than rows, and each comes up within the channels of a line
+constexpr int kAhead = 8;
 static_assert(kDirectPanel % kStep == 0);
+static_assert(kRows <= kAhead && kAhead <= kLine, "each row's line is fetched within the channels of one");
 
 // Where the channels of each tap of kRows pixels of y are: in x or in the padding.
 using Sources = const float* [kDirectTaps][kRows];
@@ -138,7 +139,7 @@ void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int
   const int64_t panel_values = conv.kernel_rows * conv.kernel_columns * conv.channels * kDirectPanel;
   const auto left = [&](int64_t pixel) { return smaller(kRows, last - pixel); };
   Walk walk(conv, first);
-  Sources sources[2];  // of these pixels and the next
+  Sources sources[2] = {};  // of these pixels and the next, which may be fewer
   walk.find(left(first), sources[0]);
   int here = 0;
   for (int64_t pixel = first; pixel < last; pixel += kRows, here ^= 1) {
@@ -157,10 +158,10 @@ void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int
 
 namespace {
 
-constexpr int64_t kSquare = 16;  // outputs and terms that are turned at once
+constexpr int64_t kSquare = 16;  // outputs and terms that are transposed at once
 
 // The terms [term, term + kSquare) of kSquare outputs, as [term][output].
-void turn(const DirectWeight& w, int64_t output, int64_t term, float* to) {
+void transpose(const DirectWeight& w, int64_t output, int64_t term, float* to) {
   const int64_t terms = w.taps * w.channels;
   const float* from = w.weight + output * terms + term;
   if (output + kSquare <= w.outputs && term + kSquare <= terms) {
@@ -189,7 +190,7 @@ void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
       for (int64_t term = 0; term < terms; term += kSquare) {
         float square[kSquare * kSquare];
         const int64_t count = smaller(kSquare, terms - term);
-        turn(w, output, term, square);
+        transpose(w, output, term, square);
         for (int64_t j = 0; j < count; ++j) {
           const int64_t number = term + j;
           const int64_t place = w.channels_last ? number : number % w.taps * w.channels + number / w.taps;
