@@ -204,6 +204,17 @@ def test_a_tuned_table_decides(is_direct, unmeasured_cpu):
     assert direct.layers(x, weights, geometry, False) == ((0, 1) if is_direct else ())
 
 
+def test_of_two_batches_as_near_the_larger_decides(unmeasured_cpu):
+    """For oneDNN's packing matters less there."""
+    rows = {batch: {"config": config, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+            for batch, config in ((4, {"kernel": "direct"}), (16, None))}  # fmt: skip
+    keys = {live(Conv(batch, 64, 32, 32, 64)).key: row for batch, row in rows.items()}
+    unmeasured_cpu.write_text(tuned_table(keys, cpu=CPU.name))
+    selection.forget()
+    assert selection.choose(live(Conv(8, 64, 32, 32, 64)), CPU).source == "tuned at n16"
+    assert selection.choose(live(Conv(7, 64, 32, 32, 64)), CPU).source == "tuned at n4"
+
+
 def test_a_cpu_without_vectors_does_not_take_it(monkeypatch):
     x, weight = torch.empty(1, 64, 20, 20), torch.empty(64, 64, 1, 1)
     arguments = (x, [weight], [1, 1, 0, 0, 1, 1, 1], False)

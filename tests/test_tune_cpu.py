@@ -104,6 +104,7 @@ def test_tune_writes_the_table_that_freeze_reads(capsys, tuned, unmeasured_cpu):
         ours = ["winograd", "direct"] if key.endswith("bn") else ["winograd"]  # direct: of weights that may change
         assert set(row["times"]) == {"PyTorch", "library onednn", *ours}
         assert row["us"] == min(row["library_us"], *(row["times"][name] for name in ours))
+        assert key.endswith("bn") == (row["times"]["PyTorch"] == row["library_us"])  # the same call
         assert not row["rejected"]
     assert "3 rows in" in capsys.readouterr().out
     assert computed((4, 64, 16, 16)).reason in ("tuned", "measured faster than every kernel of ours")
