@@ -204,6 +204,22 @@ def test_a_tuned_table_decides(is_direct, unmeasured_cpu):
     assert direct.layers(x, weights, geometry, False) == ((0, 1) if is_direct else ())
 
 
+def test_a_row_older_than_the_kernel_does_not_decide_against_it(unmeasured_cpu):
+    few, many = live(Conv(1, 64, 32, 32, 64)), live(Conv(2, 64, 32, 32, 64))
+    times = {"PyTorch": 1.0, "winograd": 2.0, "library onednn": 1.0}
+    row = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
+
+    def chosen(*problems, **more):
+        unmeasured_cpu.write_text(tuned_table({problem.key: row | more for problem in problems}, cpu=CPU.name))
+        selection.forget()
+        return [selection.choose(problem, CPU).config for problem in problems]
+
+    assert chosen(few, many, times=times) == [DirectConfig(), None]  # by the rule
+    assert chosen(few, times=times | {"direct": 2.0}) == [None]
+    assert chosen(few, times=times, rejected={"direct": "wrong: y"}) == [None]
+    assert chosen(few) == [None]
+
+
 def test_of_two_batches_as_near_the_larger_decides(unmeasured_cpu):
     """For oneDNN's packing matters less there."""
     rows = {batch: {"config": config, "us": 1.0, "library_us": 1.0, "variant": "onednn"}

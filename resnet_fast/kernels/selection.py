@@ -114,6 +114,8 @@ def _choose(problem: Problem, device: Device) -> Choice:
         row, key = measured
         source = "tuned" if key == as_measured.key else f"tuned at {tables.batch_of(key)}"
         source += "" if problem.dtype in key.split() else " in the other half type"
+        if row.config is None and (newer := _untimed(row, problem, device)):
+            return Choice(newer, "predicted")
         if row.config is None:
             return Choice(None, source, "measured faster than every kernel of ours", row.variant)
         if why_not(row.config, problem, device) is None:  # a table may be older than the kernels
@@ -124,6 +126,14 @@ def _choose(problem: Problem, device: Device) -> Choice:
     reasons = {config: isinstance(device, Cpu) and why_not_unmeasured(config, problem, device) for config in ranked}
     best = next((config for config, reason in reasons.items() if not reason), None)
     return Choice(best, "predicted", "" if best else "; ".join(reasons.values()))
+
+
+def _untimed(row: tables.Row, problem: Problem, device: Device) -> Config | None:
+    """On a CPU, a kernel that is newer than the row, and is taken where nothing is measured."""
+    if not isinstance(device, Cpu) or not row.timed:
+        return None
+    newer = (config for config in candidates(problem, device) if kernel_name(config) not in row.timed)
+    return next((config for config in newer if why_not_unmeasured(config, problem, device) is None), None)
 
 
 def measured_as(problem: Problem, device: Device) -> Problem:

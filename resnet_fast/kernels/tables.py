@@ -3,7 +3,7 @@
 One JSON file a GPU or CPU model: those under kernels/tuned/ ship with the package, and a user's own, in the cache
 directory, goes first. {"schema": "resnet_fast.tuned/1", "gpu" or "cpu": name, "environment": {...}, "rows": {problem
 key: row}}, with a row {"config": {...} or null for the library's path (cuDNN, oneDNN), "us", "library_us": medians in
-microseconds, "variant": which of the library's paths was its fastest}.
+microseconds, "variant": which of the library's paths was its fastest, "times" and "rejected": all that was tried}.
 """
 
 import functools
@@ -25,12 +25,16 @@ SHIPPED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class Row:
-    """config: the fastest, None for the library's path, its fastest `variant`. us, library_us: medians."""
+    """config: the fastest, None for the library's path, its fastest `variant`. us, library_us: medians.
+
+    timed: the kernels and paths that were timed, by their labels' first words; empty where the table does not say.
+    """
 
     config: Config | None
     us: float
     library_us: float | None
     variant: str = ""
+    timed: frozenset[str] = frozenset()
 
 
 def user_directory() -> Path:
@@ -145,4 +149,5 @@ def is_current(config: dict | None) -> bool:
 def _row(row: dict) -> Row:
     config = None if row["config"] is None else from_dict(row["config"])
     library_us = None if row["library_us"] is None else float(row["library_us"])
-    return Row(config, float(row["us"]), library_us, row.get("variant") or "")
+    timed = frozenset(label.split()[0] for label in (*row.get("times", ()), *row.get("rejected", ())))
+    return Row(config, float(row["us"]), library_us, row.get("variant") or "", timed)
