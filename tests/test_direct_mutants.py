@@ -97,13 +97,8 @@ def copy_of(name: str) -> str:
 
 def check(conv) -> None:
     """Images, channels, outputs, rows and columns, all of them odd, in both orders of a weight."""
-    images, channels, outputs, kernel, geometry = (
-        3,
-        131,
-        135,
-        (3, 2),
-        {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)},
-    )
+    images, channels, outputs, kernel = 2, 131, 135, (3, 2)
+    geometry = {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}
     x = guarded(draw((images, channels, 9, 7), torch.float32, "channels_last"))
     scale, bias = (draw((outputs,), torch.float32) for _ in range(2))
     for layout in ("nchw", "channels_last"):
