@@ -13,6 +13,7 @@
 #include "guards.h"
 #include "integers.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace resnet_fast::cpu {
 
@@ -113,17 +114,17 @@ Tensor direct_conv(
   const int64_t most = std::clamp<int64_t>(kPartValues / panel_values, 1, panels);
   const int64_t parts = div_up(panels, most), part = div_up(panels, parts);  // of equal size, as threads get as many
   const int64_t pixels = x.size(0) * conv.out_height * conv.out_width, groups = div_up(pixels, kDirectRows);
-  const Tensor packed = at::empty({at::get_num_threads(), part * panel_values}, at::kFloat);
+  const Scratch packed(part * panel_values, at::kFloat);
   const int64_t grain = div_up(kGrain, panel_values * part * kDirectRows);
   at::parallel_for(0, parts * groups, grain, [&](int64_t begin, int64_t end) {
-    float* mine = packed.mutable_data_ptr<float>() + at::get_thread_num() * packed.size(1);
     DirectWeight packing = of.packing;
-    packing.packed = mine;
+    packing.packed = static_cast<float*>(packed.mine());
     while (begin < end) {
       const int64_t first = begin / groups * part, last = std::min(first + part, panels);
       const int64_t stop = std::min(end, (begin / groups + 1) * groups), pixel = begin % groups * kDirectRows;
       kernels().direct_pack(packing, first, last);
-      kernels().direct_conv(conv, mine, first, last, pixel, std::min(pixel + (stop - begin) * kDirectRows, pixels));
+      kernels().direct_conv(
+          conv, packing.packed, first, last, pixel, std::min(pixel + (stop - begin) * kDirectRows, pixels));
       begin = stop;
     }
   });

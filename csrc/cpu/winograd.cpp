@@ -16,6 +16,7 @@
 #include "guards.h"
 #include "kernels.h"
 #include "moments.h"
+#include "scratch.h"
 #include "winograd_points.h"
 #include "winograd_shapes.h"
 
@@ -65,9 +66,9 @@ bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
 // Products by a weight that is packed part by part.
 void multiply_packing(const WinogradConv& conv, const WinogradWeight& weight, const WinogradSlab& slab) {
   const Kernels& k = kernels();
-  const Tensor parts = at::empty({at::get_num_threads(), kWinogradElements * kWinogradBlock * kWinogradPanel}, at::kFloat);
+  const Scratch parts(kWinogradElements * kWinogradBlock * kWinogradPanel, at::kFloat);
   at::parallel_for(0, conv.panels, 1, [&](int64_t begin, int64_t end) {
-    float* packed = parts.mutable_data_ptr<float>() + at::get_thread_num() * parts.size(1);
+    auto* packed = static_cast<float*>(parts.mine());
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t channel = 0; channel < conv.channels; channel += kWinogradBlock) {
         WinogradWeight part = weight;

@@ -1,21 +1,21 @@
 // The direct convolution in float32: six pixels by as many outputs as the registers hold, summed up over taps and
 // channels, with scale, bias, residual and ReLU on the way to memory. See kernels.h for what is read and written.
+#include <cstring>
+
 #include "../direct_sizes.h"
-#include "blocks.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
 
 namespace {
 
+using namespace products;
 using L = Lanes<float>;
-using Vec = L::Vec;
 
 constexpr int kRows = kDirectRows;
-constexpr int kWide = Vec::size() >= 16 ? 4 : 2;  // vectors of outputs that the registers hold for each pixel
-constexpr int64_t kStep = kWide * Vec::size();
-constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long sums set the error
 constexpr int kAhead = 8;
 static_assert(kDirectPanel % kStep == 0);
@@ -71,18 +71,9 @@ template <int rows>
 C10_ALWAYS_INLINE void add_products(
     Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, int64_t channels) {
   Vec own[rows][kWide];
-  for (auto& row : own) {
-    for (auto& sum : row) sum = Vec(0);
-  }
-  for (int64_t channel = 0; channel < channels; ++channel, weight += kDirectPanel) {
-    fetch_to_read(ahead[channel % kAhead] + channel / kLine * kLine);
-    Vec values[kWide];
-    for (int i = 0; i < kWide; ++i) values[i] = Vec::loadu(weight + i * Vec::size());
-    for (int row = 0; row < rows; ++row) {
-      const Vec value(from[row][channel]);
-      for (int i = 0; i < kWide; ++i) own[row][i] = at::vec::fmadd(value, values[i], own[row][i]);
-    }
-  }
+  sum_products<kDirectPanel>(
+      own, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
+      [ahead](int64_t channel) RF_INLINE_LAMBDA { fetch_to_read(ahead[channel % kAhead] + channel / kLine * kLine); });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
   }
@@ -175,10 +166,6 @@ void transpose(const DirectWeight& w, int64_t output, int64_t term, float* to) {
   }
 }
 
-void copy(const float* from, float* to) {
-  for (int64_t i = 0; i < kSquare; i += Vec::size()) Vec::loadu(from + i).store(to + i);
-}
-
 }  // namespace
 
 void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
@@ -194,7 +181,7 @@ void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t number = term + j;
           const int64_t place = w.channels_last ? number : number % w.taps * w.channels + number / w.taps;
-          copy(square + j * kSquare, packed + place * kDirectPanel + at);
+          std::memcpy(packed + place * kDirectPanel + at, square + j * kSquare, kSquare * sizeof(float));
         }
       }
     }

@@ -5,21 +5,19 @@
 #include <utility>
 
 #include "../winograd_points.h"
-#include "blocks.h"
 #include "normalize.h"
+#include "products.h"
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
 
 namespace winograd {
 
+using namespace products;
 using L = Lanes<float>;
-using Vec = L::Vec;
 
 constexpr int kIn = kWinogradIn, kOut = kWinogradOut, kTaps = 3;
-// Sums that the registers hold: of kRows rows by kWide vectors of outputs.
-constexpr int kWide = Vec::size() >= 16 ? 4 : 2, kRows = kWinogradRows;
-constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int kRows = kWinogradRows;
 static_assert(kWinogradPanel % (kWide * Vec::size()) == 0 && kWinogradPanel % kWinogradBlock == 0);
 
 // What the rows of G are divided by: the product of a point's distances to the others.
@@ -119,18 +117,9 @@ C10_ALWAYS_INLINE bool is_zero(const Vec& x) {
 template <int rows, int64_t row_step, int64_t term_step>
 void multiply(const float* a, const float* b, float* sums, int64_t terms, bool first, const float* next) {
   Vec registers[rows][kWide];
-  for (auto& row : registers) {
-    for (auto& sum : row) sum = Vec(0);
-  }
-  for (int64_t term = 0; term < terms; ++term) {
-    fetch_to_read(next + term * kLine);
-    Vec values[kWide];
-    for (int i = 0; i < kWide; ++i) values[i] = Vec::loadu(b + term * kWinogradPanel + i * Vec::size());
-    for (int row = 0; row < rows; ++row) {
-      const Vec value(a[row * row_step + term * term_step]);
-      for (int i = 0; i < kWide; ++i) registers[row][i] = at::vec::fmadd(value, values[i], registers[row][i]);
-    }
-  }
+  sum_products<kWinogradPanel>(
+      registers, b, terms, [a](int row, int64_t term) RF_INLINE_LAMBDA { return a[row * row_step + term * term_step]; },
+      [next](int64_t term) RF_INLINE_LAMBDA { fetch_to_read(next + term * kLine); });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) {
       float* sum = sums + row * kWinogradPanel + i * Vec::size();
