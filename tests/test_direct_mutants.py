@@ -1,19 +1,14 @@
 """Mutants of the direct convolution's source: every one must be noticed by what the original gets right."""
 
 import ctypes
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from cases import draw
-from host_compiler import host_compiler
-from test_winograd_mutants import close, guarded
+from kernel_mutants import KERNELS, close, compile_mutants, guarded, notices
 from torch.nn import functional as F
-from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "csrc" / "cpu" / "kernels" / "direct_conv.cpp"
+SOURCES = [KERNELS / name for name in ("products.h", "direct_conv.cpp")]
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
@@ -29,6 +24,7 @@ MUTANTS = {  # name -> (before, after)
     "walk_begins_left": ("column_ = pixel % conv.out_width", "column_ = 0"),
     "dilation_of_the_other_axis": ("r * conv_.dilation[0]", "r * conv_.dilation[1]"),
     "channel_lost": ("smaller(kSummed, conv.channels - channel);", "smaller(kSummed - 1, conv.channels - channel);"),
+    "weights_of_one_term": ("Vec::loadu(b + term * b_step", "Vec::loadu(b"),
     "sum_restarts": ("sums[row][i] = sums[row][i] + own", "sums[row][i] = own"),
     "weight_stays": ("      weight += channels * kDirectPanel;\n", ""),
     "same_channels_again": ("from[row] = x[tap][row] + channel", "from[row] = x[tap][row]"),
@@ -70,29 +66,7 @@ class Weight(ctypes.Structure):
 
 @pytest.fixture
 def kernels(tmp_path):
-    """All copies in one library: most of the time goes into PyTorch's headers."""
-    compiler = host_compiler()
-    if not SOURCE.is_file():
-        pytest.skip("csrc/ is not beside the tests")
-    (tmp_path / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
-    entries = " ".join(f"entry({name})" for name in MUTANTS)
-    defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DDIRECT_NAMES(entry)={entries}"]
-    defines += [f'-DDIRECT_COPIES="{tmp_path / "copies.h"}"']
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w"]
-    source, target = ROOT / "tests" / "csrc" / "direct.cpp", tmp_path / "direct.so"
-    subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
-    return ctypes.CDLL(str(target))
-
-
-def copy_of(name: str) -> str:
-    """The source with its mutation, in a namespace `name`, without its includes."""
-    before, after = MUTANTS[name]
-    text = SOURCE.read_text()
-    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
-    lines = [line for line in text.replace(before, after).splitlines() if not line.startswith("#")]
-    opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
-    return "\n".join(lines).replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+    return compile_mutants(tmp_path, MUTANTS, SOURCES, "direct.cpp")
 
 
 def check(conv) -> None:
@@ -116,14 +90,6 @@ def check(conv) -> None:
         close(y, wide.relu())
 
 
-def notices(kernels, name: str) -> bool:
-    try:
-        check(getattr(kernels, f"{name}_conv"))
-    except AssertionError:
-        return True
-    return False
-
-
 def test_each_is_noticed(kernels, native):
     """In one test, which one worker compiles for."""
-    assert [name for name in MUTANTS if not notices(kernels, name)] == ["original"]
+    assert [name for name in MUTANTS if not notices(check, getattr(kernels, f"{name}_conv"))] == ["original"]

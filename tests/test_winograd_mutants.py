@@ -1,18 +1,14 @@
 """Mutants of the Winograd kernels' source: every one must be noticed by what the original gets right."""
 
 import ctypes
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from cases import draw
-from host_compiler import host_compiler
+from kernel_mutants import KERNELS, close, compile_mutants, guarded, notices
 from torch.nn import functional as F
-from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "csrc" / "cpu" / "kernels" / f"winograd{name}" for name in ("_parts.h", ".cpp", "_gradient.cpp")]
+SOURCES = [KERNELS / name for name in ("products.h", "winograd_parts.h", "winograd.cpp", "winograd_gradient.cpp")]
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
@@ -56,30 +52,11 @@ MUTANTS = {  # name -> (before, after)
 
 @pytest.fixture
 def kernels(tmp_path):
-    """All copies in one library: most of the time goes into PyTorch's headers."""
-    compiler = host_compiler()
-    if not SOURCES[0].is_file():
-        pytest.skip("csrc/ is not beside the tests")
-    (tmp_path / "copies.h").write_text("\n".join(copy_of(name) for name in MUTANTS))
-    entries = " ".join(f"entry({name})" for name in MUTANTS)
-    defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DWINOGRAD_NAMES(entry)={entries}"]
-    defines += [f'-DWINOGRAD_COPIES="{tmp_path / "copies.h"}"']
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w"]
-    source, target = ROOT / "tests" / "csrc" / "winograd.cpp", tmp_path / "winograd.so"
-    subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
-    return ctypes.CDLL(str(target))
-
-
-def copy_of(name: str) -> str:
-    """The sources with their mutation, in a namespace `name`, without their includes."""
-    before, after = MUTANTS[name]
-    text = "\n".join(source.read_text() for source in SOURCES)
-    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
-    lines = [line for line in text.replace(before, after).splitlines() if not line.startswith("#")]
-    opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
-    body = "\n".join(lines)
-    return body.replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+    library = compile_mutants(tmp_path, MUTANTS, SOURCES, "winograd.cpp")
+    for name in MUTANTS:
+        for part in ("conv", "gradient"):
+            getattr(library, f"{name}_{part}").restype = ctypes.c_bool
+    return library
 
 
 class Sizes(ctypes.Structure):
@@ -89,21 +66,8 @@ class Sizes(ctypes.Structure):
     )
 
 
-def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy of x with NaN before and behind it, where mutants may read and write."""
-    around = torch.full((3 * x.numel(),), float("nan"))
-    inside = around[x.numel() : 2 * x.numel()]
-    return inside.as_strided(x.shape, x.stride(), inside.storage_offset()).copy_(x)
-
-
 def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-
-
-def close(y: torch.Tensor, wide: torch.Tensor) -> None:
-    assert int(y._base.isnan().sum()) == 2 * y.numel()
-    scale = float(wide.abs().max())
-    torch.testing.assert_close(y / scale, (wide / scale).float(), rtol=1e-5, atol=1e-5)
 
 
 IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH = 3, 35, 70, 9, 15  # everything odd
@@ -161,17 +125,10 @@ def check(conv, gradient) -> None:
     assert not gradient(*pointers(dy, x, dweight, None), ctypes.byref(sizes))
 
 
-def notices(kernels, name: str) -> bool:
-    runs = [getattr(kernels, f"{name}_{part}") for part in ("conv", "gradient")]
-    for run in runs:
-        run.restype = ctypes.c_bool
-    try:
-        check(*runs)
-    except AssertionError:
-        return True
-    return False
-
-
 def test_each_is_noticed(kernels, native):
     """In one test, which one worker compiles for."""
-    assert [name for name in MUTANTS if not notices(kernels, name)] == ["original"]
+
+    def functions(name: str):
+        return (getattr(kernels, f"{name}_{part}") for part in ("conv", "gradient"))
+
+    assert [name for name in MUTANTS if not notices(check, *functions(name))] == ["original"]

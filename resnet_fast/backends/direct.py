@@ -19,27 +19,26 @@ from .primitives import Geometry
 DTYPE = torch.float32
 
 
-def why_not() -> str | None:
-    """Why this kernel cannot run on this CPU; None where it can."""
-    return native.why_no_vectors()
-
-
 def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
-    """Which of a block's layers, as `ops.residual_block` takes them, it is to compute."""
+    """Which of a block's layers, as `ops.residual_block` takes them, it is to compute; none where it cannot run."""
     if x.dtype != DTYPE:
         return ()
     return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
 
 
 def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
-    """conv2d(x (N, C, H, W), conv_weight (K, C, R, S)), float32, in channels_last."""
+    """conv2d(x (N, C, H, W), conv_weight (K, C, R, S)) -> (N, K, P, Q), float32, in channels_last; without groups.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or more than 64 taps.
+    """
     stride, padding, dilation, _ = geometry
     return native.direct_conv(x, conv_weight, None, None, None, stride, padding, dilation, False)
 
 
 @selection.remember
 def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
-    if why_not() is not None:
+    if native.why_no_vectors() is not None:
         return ()
     convs = BlockShapes.of(x_shape, weight_shapes, geometry, downsample).all_convs
     return tuple(number for number, conv in enumerate(convs) if _is_chosen(ConvProblem(conv, "float32", folded=False)))

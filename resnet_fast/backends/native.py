@@ -313,18 +313,11 @@ def max_pool(x: torch.Tensor) -> torch.Tensor | None:
 
 
 @functools.cache
-def _winograd() -> ModuleType:
-    return importlib.import_module(".winograd", __package__)  # which is made of what is here
+def _sibling(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)  # which is made of what is here
 
 
-@functools.cache
-def _direct() -> ModuleType:
-    return importlib.import_module(".direct", __package__)
-
-
-@functools.cache
-def _programs() -> ModuleType:
-    return importlib.import_module(".programs", __package__)
+_winograd, _direct, _programs = (functools.partial(_sibling, name) for name in ("winograd", "direct", "programs"))
 
 
 residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(

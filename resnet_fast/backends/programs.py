@@ -36,7 +36,7 @@ def takes_training(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) 
     return selection.choose(_training_problem(*shapes, x.dtype, of), cpus.here()).config is not None
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(selection.REMEMBERED)
 def _training_problem(x_shape, weight_shape, stride, padding, dilation, groups, dtype, of: str) -> TrainingConvProblem:
     conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)
     return TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)

@@ -10,7 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from time import perf_counter
 
@@ -81,7 +81,8 @@ def measure(
     Raises:
         DeviceLost. Whatever PyTorch's own ops raise.
     """
-    work = cpu_workload.of(problem) if isinstance(target, Cpu) else workload.of(problem, device)
+    in_turn = isinstance(target, Cpu)
+    work = cpu_workload.of(problem) if in_turn else workload.of(problem, device)
     valid = configs.candidates(problem, target)
     runs: dict[str, tuple[Config | None, str, Run]] = {}
     for config in valid[:top]:
@@ -92,8 +93,8 @@ def measure(
     _compile([run for label, (config, _, run) in runs.items() if config and label not in rejected], device)
     trying(STOCK)
     try:
-        reference, stock = work.reference(), work.stock()
-        timings, right = {STOCK: time(work.stock, device)}, {STOCK: work.stock}
+        reference, stock, right = work.reference(), work.stock(), {STOCK: work.stock}
+        timings = {} if in_turn else {STOCK: time(work.stock, device)}
     except Exception as error:
         if _usable(device):
             raise
@@ -109,18 +110,17 @@ def measure(
             verdict = numerics.worst(numerics.compare_all(found, stock, reference))
             if verdict.match:
                 right[label] = run
-                timings[label] = time(run, device)
+                if not in_turn:
+                    timings[label] = time(run, device)
             else:
                 rejected[label] = f"{WRONG}{verdict.name}: {verdict.reason}"
         except Exception as error:  # a kernel that nobody has run yet fails in any way, and costs itself alone
             rejected[label] = _line(error)
             if not _usable(device):
                 raise DeviceLost(label, rejected[label]) from error
-    if isinstance(target, Cpu):
-        timings = _time_in_turn(right)
-        for label in right:  # as where PyTorch's own op is what there is beside ours
-            if label != STOCK and right[label] is work.stock:
-                timings[label] = timings[STOCK] = min(timings[label], timings[STOCK], key=lambda timing: timing.us)
+    if in_turn:
+        of_run = _time_in_turn(dict.fromkeys(right.values()))  # PyTorch's own op may be the library's path too
+        timings = {label: of_run[run] for label, run in right.items()}
     timings = {label: each.of_one(work.repeats) for label, each in timings.items()}
     return _row(problem, runs, timings, rejected, len(valid))
 
@@ -134,7 +134,7 @@ def label_of(config: Config) -> str:
 def time(run: Run, device: str) -> Timing:
     """How long `run`, which has run before, takes."""
     if torch.device(device).type == "cpu":
-        return _timing(_interpreted_seconds(run) if triton_backend.interpreted() else _cpu_seconds(run, 1))
+        return _timing(_interpreted_seconds(run)) if triton_backend.interpreted() else _time_in_turn([run])[run]
     from triton.testing import do_bench
 
     graph, _outputs = _captured(run)
@@ -152,23 +152,17 @@ def _timing(seconds: Sequence[float]) -> Timing:
     return Timing(*(np.quantile(seconds, (0.5, 0.2, 0.8)) * 1e6).tolist())
 
 
-def _time_in_turn(runs: Mapping[str, Run]) -> dict[str, Timing]:
+def _time_in_turn(runs: Collection[Run]) -> dict[Run, Timing]:
     """Each of `runs` on the CPU, turn by turn: what disturbs one of them for a while then disturbs the others too."""
-    samples: dict[str, list[float]] = {label: [] for label in runs}
+    passing, samples = torch.empty(_CPU_CACHES // 4), {run: [] for run in runs}
     for _ in range(_CPU_TURNS):
-        for label, run in runs.items():
-            samples[label] += _cpu_seconds(run, _CPU_RUNS)
-    return {label: _timing(seconds) for label, seconds in samples.items()}
-
-
-def _cpu_seconds(run: Run, times: int) -> list[float]:
-    passing, samples = torch.empty(_CPU_CACHES // 4), []
-    for _ in range(times):
-        passing.fill_(1.0)
-        start = perf_counter()
-        run()
-        samples.append(perf_counter() - start)
-    return samples
+        for run, seconds in samples.items():
+            for _ in range(_CPU_RUNS):
+                passing.fill_(1.0)
+                start = perf_counter()
+                run()
+                seconds.append(perf_counter() - start)
+    return {run: _timing(seconds) for run, seconds in samples.items()}
 
 
 def launch_time(device: str) -> Timing:

@@ -94,11 +94,11 @@ def of_cpu(problem: Problem) -> tuple[Config, ...]:
     return (kinds.get(type(problem), WinogradConfig)(),)
 
 
-def why_not_unmeasured(config: Config, problem: Problem, cpu: Cpu) -> str | None:
-    """Why a CPU takes oneDNN where nothing was measured, though `config` can compute `problem`; None where not."""
+def why_not_unmeasured(config: Config, problem: Problem, device: Device) -> str | None:
+    """Why the library is taken where nothing was measured, though `config` can compute `problem`; None where not."""
     if isinstance(config, WinogradConfig):
-        return winograd.why_not_unmeasured(problem, cpu)
-    return direct.why_not_unmeasured(problem, cpu) if isinstance(config, DirectConfig) else None
+        return winograd.why_not_unmeasured(problem, device)
+    return direct.why_not_unmeasured(problem, device) if isinstance(config, DirectConfig) else None
 
 
 def _why_not_on_cpu(config: Config, problem: Problem) -> str | None:

@@ -70,12 +70,12 @@ def is_forced(problem: Problem) -> bool:
 
 
 _remembered = []
-_REMEMBERED = 4096  # shapes, of a function: images of any size may come, and nothing is to grow without end
+REMEMBERED = 4096  # shapes, of a function: images of any size may come, and nothing is to grow without end
 
 
 def remember(function: Callable) -> Callable:
     """`functools.lru_cache` for what follows from choices; it forgets when they may change."""
-    cached = functools.lru_cache(_REMEMBERED)(function)
+    cached = functools.lru_cache(REMEMBERED)(function)
     _remembered.append(cached)
     return cached
 
@@ -114,26 +114,31 @@ def _choose(problem: Problem, device: Device) -> Choice:
         row, key = measured
         source = "tuned" if key == as_measured.key else f"tuned at {tables.batch_of(key)}"
         source += "" if problem.dtype in key.split() else " in the other half type"
-        if row.config is None and (newer := _untimed(row, problem, device)):
-            return Choice(newer, "predicted")
         if row.config is None:
+            if newer := _newer(row, problem, device):
+                return Choice(newer, "predicted")
             return Choice(None, source, "measured faster than every kernel of ours", row.variant)
         if why_not(row.config, problem, device) is None:  # a table may be older than the kernels
             return Choice(row.config, source)
     ranked = candidates(problem, device)
     if not ranked:
         return Choice(None, "predicted", why_no_kernel(problem, device))
-    reasons = {config: isinstance(device, Cpu) and why_not_unmeasured(config, problem, device) for config in ranked}
-    best = next((config for config, reason in reasons.items() if not reason), None)
-    return Choice(best, "predicted", "" if best else "; ".join(reasons.values()))
+    best = _taken_unmeasured(ranked, problem, device)
+    if best is None:
+        return Choice(None, "predicted", "; ".join(why_not_unmeasured(config, problem, device) for config in ranked))
+    return Choice(best, "predicted")
 
 
-def _untimed(row: tables.Row, problem: Problem, device: Device) -> Config | None:
+def _newer(row: tables.Row, problem: Problem, device: Device) -> Config | None:
     """On a CPU, a kernel that is newer than the row, and is taken where nothing is measured."""
-    if not isinstance(device, Cpu) or not row.timed:
+    if not isinstance(device, Cpu) or not row.tried:
         return None
-    newer = (config for config in candidates(problem, device) if kernel_name(config) not in row.timed)
-    return next((config for config in newer if why_not_unmeasured(config, problem, device) is None), None)
+    newer = [config for config in candidates(problem, device) if kernel_name(config) not in row.tried]
+    return _taken_unmeasured(newer, problem, device)
+
+
+def _taken_unmeasured(ranked: list[Config], problem: Problem, device: Device) -> Config | None:
+    return next((config for config in ranked if why_not_unmeasured(config, problem, device) is None), None)
 
 
 def measured_as(problem: Problem, device: Device) -> Problem:

@@ -27,14 +27,14 @@ SHIPPED = Path(__file__).parent / "tuned"
 class Row:
     """config: the fastest, None for the library's path, its fastest `variant`. us, library_us: medians.
 
-    timed: the kernels and paths that were timed, by their labels' first words; empty where the table does not say.
+    tried: the kernels and paths that were, by their labels' first words; empty where the table does not say.
     """
 
     config: Config | None
     us: float
     library_us: float | None
     variant: str = ""
-    timed: frozenset[str] = frozenset()
+    tried: frozenset[str] = frozenset()
 
 
 def user_directory() -> Path:
@@ -149,5 +149,5 @@ def is_current(config: dict | None) -> bool:
 def _row(row: dict) -> Row:
     config = None if row["config"] is None else from_dict(row["config"])
     library_us = None if row["library_us"] is None else float(row["library_us"])
-    timed = frozenset(label.split()[0] for label in (*row.get("times", ()), *row.get("rejected", ())))
-    return Row(config, float(row["us"]), library_us, row.get("variant") or "", timed)
+    tried = frozenset(label.split()[0] for label in (*row.get("times", ()), *row.get("rejected", ())))
+    return Row(config, float(row["us"]), library_us, row.get("variant") or "", tried)

@@ -1,12 +1,13 @@
 // The kernel of csrc/cpu/kernels/direct_conv.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
-// writes the copies, each in a namespace of its own, to DIRECT_COPIES, and their names to DIRECT_NAMES(entry).
+// writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "cpu/direct_sizes.h"
 #include "cpu/kernels/blocks.h"
 #include "cpu/kernels/kernels.h"
-#include DIRECT_COPIES
+#include MUTANT_COPIES
 
 using namespace resnet_fast::cpu;
 
@@ -23,4 +24,4 @@ using namespace resnet_fast::cpu;
     DEFAULT::name::direct_pack(weight, 0, 1);                                                                         \
     DEFAULT::name::direct_conv(conv, packed.data(), 0, 1, 0, pixels);                                                 \
   }
-DIRECT_NAMES(ENTRIES)
+MUTANT_NAMES(ENTRIES)

@@ -1,5 +1,5 @@
 // The Winograd kernels of csrc/cpu/kernels/winograd*, original and mutated: compiled by tests/test_winograd_mutants.py,
-// which writes the copies, each in a namespace of its own, to WINOGRAD_COPIES, and their names to WINOGRAD_NAMES(entry).
+// which writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/normalize.h"
 #include "cpu/winograd_points.h"
-#include WINOGRAD_COPIES
+#include MUTANT_COPIES
 
 using namespace resnet_fast::cpu;
 
@@ -93,4 +93,4 @@ void pend(WinogradShape& conv, const float* norm) {
     }                                                                                                                  \
     return DEFAULT::name::winograd_gradient_output(conv, 0, s->channels);                                              \
   }
-WINOGRAD_NAMES(ENTRIES)
+MUTANT_NAMES(ENTRIES)

@@ -1,0 +1,69 @@
+"""Mutants of the vector kernels in csrc/cpu/kernels: copies in namespaces of their own, compiled into one library."""
+
+import ctypes
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from host_compiler import host_compiler
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "cpu" / "kernels"
+
+Mutants = Mapping[str, tuple[str, str]]
+"""Name -> what stands once in the sources, and what instead of it; both empty for the original."""
+
+
+def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], harness: str) -> ctypes.CDLL:
+    """All copies in one library: most of the time goes into PyTorch's headers. Skips where there is nothing to compile.
+
+    harness: a file of tests/csrc, which includes MUTANT_COPIES and makes MUTANT_NAMES(entry) callable.
+    """
+    compiler = host_compiler()
+    if not KERNELS.is_dir():
+        pytest.skip("csrc/ is not beside the tests")
+    text = "\n".join(source.read_text() for source in sources)
+    copies, target = folder / "copies.h", folder / "mutants.so"
+    copies.write_text("\n".join(_copy(name, text, *mutation) for name, mutation in mutants.items()))
+    entries = " ".join(f"entry({name})" for name in mutants)
+    defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DMUTANT_NAMES(entry)={entries}"]
+    defines += [f'-DMUTANT_COPIES="{copies}"']
+    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w"]
+    source = ROOT / "tests" / "csrc" / harness
+    subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
+    return ctypes.CDLL(str(target))
+
+
+def _copy(name: str, text: str, before: str, after: str) -> str:
+    """The text with its mutation, in a namespace `name`, without its includes."""
+    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
+    body = "\n".join(line for line in text.replace(before, after).splitlines() if not line.startswith("#"))
+    opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
+    return body.replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+
+
+def notices(check: Callable[..., None], *functions) -> bool:
+    """Whether `check` fails of what these compute."""
+    try:
+        check(*functions)
+    except AssertionError:
+        return True
+    return False
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x with NaN before and behind it, where mutants may read and write."""
+    around = torch.full((3 * x.numel(),), float("nan"))
+    inside = around[x.numel() : 2 * x.numel()]
+    return inside.as_strided(x.shape, x.stride(), inside.storage_offset()).copy_(x)
+
+
+def close(y: torch.Tensor, wide: torch.Tensor) -> None:
+    """y, which is guarded, beside what it should be, and untouched around it."""
+    assert int(y._base.isnan().sum()) == 2 * y.numel()
+    scale = float(wide.abs().max())
+    torch.testing.assert_close(y / scale, (wide / scale).float(), rtol=1e-5, atol=1e-5)
