@@ -17,9 +17,8 @@ using L = Lanes<float>;
 constexpr int kRows = kDirectRows;
 constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long sums set the error
-constexpr int kAhead = 8;
 static_assert(kDirectPanel % kStep == 0);
-static_assert(kRows <= kAhead && kAhead <= kLine, "each row's line is fetched within the channels of one");
+static_assert(kRows <= kLine, "each row's line is fetched within the channels of one");
 
 // Where the channels of each tap of kRows pixels of y are: in x or in the padding.
 using Sources = const float* [kDirectTaps][kRows];
@@ -66,14 +65,16 @@ class Walk {
   int64_t image_, row_, column_;
 };
 
-// sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
+// sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: pixels whose lines are fetched.
 template <int rows>
 C10_ALWAYS_INLINE void add_products(
     Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, int64_t channels) {
   Vec own[rows][kWide];
-  sum_products<kDirectPanel>(
+  sum_products<kStep>(
       own, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
-      [ahead](int64_t channel) RF_INLINE_LAMBDA { fetch_to_read(ahead[channel % kAhead] + channel / kLine * kLine); });
+      [ahead](int64_t line, int i) RF_INLINE_LAMBDA {
+        if (i < rows) fetch_to_read(ahead[i] + line);
+      });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
   }
@@ -91,11 +92,11 @@ void outputs_of(
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t channel = 0; channel < conv.channels; channel += kSummed) {
       const int64_t channels = smaller(kSummed, conv.channels - channel);
-      const float *from[rows], *ahead[kAhead];
+      const float *from[rows], *ahead[rows];
       for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
-      for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
+      for (int row = 0; row < rows; ++row) ahead[row] = (next == nullptr ? x : *next)[tap][row] + channel;
       add_products<rows>(sums, from, ahead, weight, channels);
-      weight += channels * kDirectPanel;
+      weight += channels * kStep;
     }
   }
   const auto write = [&](const Vec& sum, int row, int64_t column, auto span) RF_INLINE_LAMBDA {
@@ -127,7 +128,7 @@ constexpr OutputsOf kByRows[kRows] = {&outputs_of<1>, &outputs_of<2>, &outputs_o
 }  // namespace
 
 void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  const int64_t panel_values = conv.kernel_rows * conv.kernel_columns * conv.channels * kDirectPanel;
+  const int64_t terms = conv.kernel_rows * conv.kernel_columns * conv.channels;
   const auto left = [&](int64_t pixel) { return smaller(kRows, last - pixel); };
   Walk walk(conv, first);
   Sources sources[2] = {};  // of these pixels and the next, which may be fewer
@@ -138,10 +139,10 @@ void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int
     const bool is_last = pixel + kRows >= last;
     if (!is_last) walk.find(left(pixel + kRows), sources[here ^ 1]);
     for (int64_t panel = begin; panel < end; ++panel) {
-      const float* weight = packed + (panel - begin) * panel_values;
+      const float* weight = packed + (panel - begin) * terms * kDirectPanel;
       for (int64_t at = 0; at < kDirectPanel && panel * kDirectPanel + at < conv.outputs; at += kStep) {
         const Sources* next = panel + 1 == end && at == 0 && !is_last ? &sources[here ^ 1] : nullptr;
-        kByRows[count - 1](conv, sources[here], next, weight + at, pixel, panel * kDirectPanel + at);
+        kByRows[count - 1](conv, sources[here], next, weight + at * terms, pixel, panel * kDirectPanel + at);
       }
     }
   }
@@ -181,7 +182,7 @@ void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t number = term + j;
           const int64_t place = w.channels_last ? number : number % w.taps * w.channels + number / w.taps;
-          std::memcpy(packed + place * kDirectPanel + at, square + j * kSquare, kSquare * sizeof(float));
+          std::memcpy(packed + at / kStep * kStep * terms + place * kStep + at % kStep, square + j * kSquare, kSquare * sizeof(float));
         }
       }
     }

@@ -13,23 +13,31 @@ using Vec = Lanes<float>::Vec;
 constexpr int kWide = Vec::size() >= 16 ? 4 : 2;  // vectors of columns whose sums the registers hold, of up to six rows
 constexpr int64_t kLine = 64 / sizeof(float);
 
-// sums: of value(row, term) * b[term][kWide vectors], over the terms; b's rows are b_step apart. fetch(term): what is
-// prefetched on the way.
+// sums: of value(row, term) * b[term][kWide vectors], over the terms; b's rows are b_step apart. fetch(line, i), called
+// before term line + i, where `line` is the first of kLine terms, prefetches.
+// A line of terms is one run of instructions with nothing between the products: a core that another thread has half of
+// issues too few for more.
 template <int64_t b_step, int rows, typename Value, typename Fetch>
 C10_ALWAYS_INLINE void sum_products(
     Vec (&sums)[rows][kWide], const float* b, int64_t terms, const Value& value, const Fetch& fetch) {
   for (auto& row : sums) {
     for (auto& sum : row) sum = Vec(0);
   }
-  for (int64_t term = 0; term < terms; ++term) {
-    fetch(term);
+  const auto add = [&](int64_t line, int i) RF_INLINE_LAMBDA {
+    fetch(line, i);
     Vec values[kWide];
-    for (int i = 0; i < kWide; ++i) values[i] = Vec::loadu(b + term * b_step + i * Vec::size());
+    for (int j = 0; j < kWide; ++j) values[j] = Vec::loadu(b + (line + i) * b_step + j * Vec::size());
     for (int row = 0; row < rows; ++row) {
-      const Vec factor(value(row, term));
-      for (int i = 0; i < kWide; ++i) sums[row][i] = at::vec::fmadd(factor, values[i], sums[row][i]);
+      const Vec factor(value(row, line + i));
+      for (int j = 0; j < kWide; ++j) sums[row][j] = at::vec::fmadd(factor, values[j], sums[row][j]);
     }
+  };
+  int64_t line = 0;
+  for (; line + kLine <= terms; line += kLine) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLine; ++i) add(line, i);
   }
+  for (int64_t i = 0; i < terms - line; ++i) add(line, static_cast<int>(i));
 }
 
 }  // namespace products
