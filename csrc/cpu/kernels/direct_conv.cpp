@@ -88,6 +88,13 @@ void outputs_of(
   for (auto& row : sums) {
     for (auto& sum : row) sum = Vec(0);
   }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t offset = (pixel + row) * conv.outputs + output;
+    for (int64_t i = 0; i < kStep; i += kLine) {
+      fetch_to_write(conv.y + offset + i);
+      if (conv.residual != nullptr) fetch_to_read(conv.residual + offset + i);
+    }
+  }
   const int64_t taps = conv.kernel_rows * conv.kernel_columns;
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t channel = 0; channel < conv.channels; channel += kSummed) {
@@ -99,23 +106,24 @@ void outputs_of(
       weight += channels * kStep;
     }
   }
-  const auto write = [&](const Vec& sum, int row, int64_t column, auto span) RF_INLINE_LAMBDA {
-    const int64_t offset = (pixel + row) * conv.outputs + column;
+  // Of one vector of outputs.
+  const auto write = [&](int i, int64_t column, auto span) RF_INLINE_LAMBDA {
     const L scale = conv.scale == nullptr ? L::fill(1) : L::load(conv.scale + column, span);
-    L out = fmadd(L{{sum}}, scale, L::load(conv.bias + column, span));
-    if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
-    if (conv.relu) out = relu(out);
-    out.store(conv.y + offset, span);
+    const L bias = L::load(conv.bias + column, span);
+    int64_t offset = pixel * conv.outputs + column;
+    for (int row = 0; row < rows; ++row, offset += conv.outputs) {
+      L out = fmadd(L{{sums[row][i]}}, scale, bias);
+      if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
+      if (conv.relu) out = relu(out);
+      out.store(conv.y + offset, span);
+    }
   };
-  // Indexed by constants only, without which the compiler keeps sums in memory.
   for (int i = 0; i < kWide; ++i) {
     const int64_t column = output + i * Vec::size(), left = conv.outputs - column;
-    for (int row = 0; row < rows; ++row) {
-      if (left >= Vec::size()) {
-        write(sums[row][i], row, column, Full{});
-      } else if (left > 0) {
-        write(sums[row][i], row, column, Part{left});
-      }
+    if (left >= Vec::size()) {
+      write(i, column, Full{});
+    } else if (left > 0) {
+      write(i, column, Part{left});
     }
   }
 }
