@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fast import cpu_network, freeze, planned
 from resnet_fast.backends import winograd
-from resnet_fast.frozen import FrozenConv2d, FrozenStage
+from resnet_fast.frozen import FrozenConv2d, FrozenStage, onednn_runs
 
 pytestmark = pytest.mark.usefixtures("native", "unmeasured_cpu", "without_amx")
 
@@ -62,13 +62,13 @@ def one_by_one(frozen: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_bit_for_bit_what_the_layers_give(name, layout, dtype, ran, monkeypatch):
     monkeypatch.setattr("resnet_fast.twin.bfloat16_is_slow", lambda: False)
     frozen, x = frozen_model(name, dtype), draw((9, 3, 61, 64), torch.float32).to(memory_format=layout)
-    before = x.clone()
+    before, calls = x.clone(), [(9, 3, 61, 64)] if onednn_runs(dtype) else []
     with torch.no_grad():
         y = frozen(x)
-    assert ran == [(9, 3, 61, 64)]
+    assert ran == calls
     assert torch.equal(y, one_by_one(frozen, x))
     assert torch.equal(x, before)
-    assert ran == [(9, 3, 61, 64)]
+    assert ran == calls
 
 
 @torch.no_grad()
