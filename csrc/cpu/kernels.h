@@ -176,7 +176,7 @@ struct DirectConv {
 // Its weight as the model has it, [outputs][terms], and packed. Terms are taps by channels, in either order.
 struct DirectWeight {
   const float* weight = nullptr;
-  float* packed = nullptr;  // [panel of 64 outputs][tap][channel][64]
+  float* packed = nullptr;  // [panel of 64 outputs][64 or 16 of them, as registers hold][tap][channel][of these]
   int64_t outputs = 0, channels = 0, taps = 0;
   bool channels_last = false;  // whether a tap's channels lie together
 };

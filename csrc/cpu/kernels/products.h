@@ -15,8 +15,8 @@ constexpr int64_t kLine = 64 / sizeof(float);
 
 // sums: of value(row, term) * b[term][kWide vectors], over the terms; b's rows are b_step apart. fetch(line, i), called
 // before term line + i, where `line` is the first of kLine terms, prefetches.
-// A line of terms is one run of instructions with nothing between the products: a core that another thread has half of
-// issues too few for more.
+// A line of terms is one run of instructions with hardly anything between the products: where another hardware thread takes
+// half of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone").
 template <int64_t b_step, int rows, typename Value, typename Fetch>
 C10_ALWAYS_INLINE void sum_products(
     Vec (&sums)[rows][kWide], const float* b, int64_t terms, const Value& value, const Fetch& fetch) {
@@ -34,6 +34,7 @@ C10_ALWAYS_INLINE void sum_products(
   };
   int64_t line = 0;
   for (; line + kLine <= terms; line += kLine) {
+    static_assert(kLine == 16, "as the pragma has it");
 #pragma GCC unroll 16
     for (int i = 0; i < kLine; ++i) add(line, i);
   }
