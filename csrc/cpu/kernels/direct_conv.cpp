@@ -17,8 +17,9 @@ using L = Lanes<float>;
 constexpr int kRows = kDirectRows;
 constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long sums set the error
+constexpr int kAhead = 8;
 static_assert(kDirectPanel % kStep == 0);
-static_assert(kRows <= kLine, "each row's line is fetched within the channels of one");
+static_assert(kRows <= kAhead && kAhead <= kLine, "each row's line is fetched within the channels of one");
 
 // Where the channels of each tap of kRows pixels of y are: in x or in the padding.
 using Sources = const float* [kDirectTaps][kRows];
@@ -65,15 +66,15 @@ class Walk {
   int64_t image_, row_, column_;
 };
 
-// sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: pixels whose lines are fetched.
+// sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
 template <int rows>
 C10_ALWAYS_INLINE void add_products(
     Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, int64_t channels) {
   Vec own[rows][kWide];
   sum_products<kStep>(
       own, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
-      [ahead](int64_t line, int i) RF_INLINE_LAMBDA {
-        if (i < rows) fetch_to_read(ahead[i] + line);
+      [ahead](int64_t channel, int i) RF_INLINE_LAMBDA {
+        if (kRun == 1 || i < kAhead) fetch_to_read(ahead[i % kAhead] + (channel - i));
       });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
@@ -99,9 +100,9 @@ void outputs_of(
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t channel = 0; channel < conv.channels; channel += kSummed) {
       const int64_t channels = smaller(kSummed, conv.channels - channel);
-      const float *from[rows], *ahead[rows];
+      const float *from[rows], *ahead[kAhead];
       for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
-      for (int row = 0; row < rows; ++row) ahead[row] = (next == nullptr ? x : *next)[tap][row] + channel;
+      for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
       add_products<rows>(sums, from, ahead, weight, channels);
       weight += channels * kStep;
     }

@@ -119,7 +119,7 @@ void multiply(const float* a, const float* b, float* sums, int64_t terms, bool f
   Vec registers[rows][kWide];
   sum_products<kWinogradPanel>(
       registers, b, terms, [a](int row, int64_t term) RF_INLINE_LAMBDA { return a[row * row_step + term * term_step]; },
-      [next](int64_t line, int i) RF_INLINE_LAMBDA { fetch_to_read(next + (line + i) * kLine); });
+      [next](int64_t term, int) RF_INLINE_LAMBDA { fetch_to_read(next + term * kLine); });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) {
       float* sum = sums + row * kWinogradPanel + i * Vec::size();
