@@ -184,6 +184,7 @@ void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
     float* packed = w.packed + (panel - begin) * terms * kDirectPanel;
     for (int64_t at = 0; at < kDirectPanel; at += kSquare) {
       const int64_t output = panel * kDirectPanel + at;
+      float* to = packed + at / kStep * kStep * terms + at % kStep;
       for (int64_t term = 0; term < terms; term += kSquare) {
         float square[kSquare * kSquare];
         const int64_t count = smaller(kSquare, terms - term);
@@ -191,7 +192,7 @@ void direct_pack(const DirectWeight& w, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t number = term + j;
           const int64_t place = w.channels_last ? number : number % w.taps * w.channels + number / w.taps;
-          std::memcpy(packed + at / kStep * kStep * terms + place * kStep + at % kStep, square + j * kSquare, kSquare * sizeof(float));
+          std::memcpy(to + place * kStep, square + j * kSquare, kSquare * sizeof(float));
         }
       }
     }
