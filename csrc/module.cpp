@@ -102,14 +102,15 @@ void bind_frozen_network(py::module_& m) {
   using Numbers = std::vector<int64_t>;
   using OptionalTensor = std::optional<at::Tensor>;
   const auto conv = [](FrozenNetwork& network, int64_t x, std::optional<int64_t> residual, const at::Tensor& onednn,
-                       const OptionalTensor& winograd, const OptionalTensor& bias, int64_t out_channels, Numbers stride,
-                       Numbers padding, Numbers dilation, int64_t groups, bool relu) {
-    return network.conv(x, residual, {onednn, winograd, bias, out_channels, stride, padding, dilation, groups, relu});
+                       const OptionalTensor& winograd, const OptionalTensor& direct, const OptionalTensor& bias,
+                       int64_t out_channels, Numbers stride, Numbers padding, Numbers dilation, int64_t groups, bool relu) {
+    return network.conv(
+        x, residual, {onednn, winograd, direct, bias, out_channels, stride, padding, dilation, groups, relu});
   };
   py::class_<FrozenNetwork>(m, "FrozenNetwork", "A frozen network on any CPU: see csrc/cpu/frozen_network.h.")
       .def(py::init<>())
-      .def("conv", conv, py::arg("x"), py::arg("residual"), py::arg("onednn"), py::arg("winograd"), py::arg("bias"),
-           py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+      .def("conv", conv, py::arg("x"), py::arg("residual"), py::arg("onednn"), py::arg("winograd"), py::arg("direct"),
+           py::arg("bias"), py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
            py::arg("relu"))
       .def("max_pool", &FrozenNetwork::max_pool, py::arg("x"))
       .def("run", &FrozenNetwork::run, py::arg("x"), py::call_guard<py::gil_scoped_release>());

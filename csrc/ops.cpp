@@ -78,9 +78,13 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   // Winograd's of bfloat16, on CPUs with its dot products in AVX-512
   m.def("winograd_dots_conv(Tensor x, Tensor weight, Tensor? add, bool turned) -> (Tensor y, bool finite)");
   m.def("winograd_dots_weight_gradient(Tensor dy, Tensor x, Tensor weight) -> (Tensor dweight, bool finite)");
-  // CPU only, float32: a dense convolution by a weight that may change
+  // CPU only, float32: a dense convolution by a weight that may change, or by one that is packed once
   m.def(
       "direct_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def("direct_pack(Tensor weight) -> Tensor");
+  m.def(
+      "direct_conv_packed(Tensor x, Tensor packed, int out_channels, Tensor? bias, Tensor? residual, int[2] stride, "
       "int[2] padding, int[2] dilation, bool relu) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
@@ -130,6 +134,18 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeImplicitAutograd, m) {
   m.impl("autocast_cast", &resnet_fast::autocast_cast);
 }
 
+namespace {
+
+at::Tensor direct_conv_packed(
+    const at::Tensor& x, const at::Tensor& packed, int64_t out_channels, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    bool relu) {
+  return resnet_fast::cpu::direct_conv_packed(
+      x, packed, out_channels, bias, residual, stride, padding, dilation, relu, /*onto=*/false);
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("bn_act", &resnet_fast::cpu::bn_act);
   m.impl("bn_act_train", &resnet_fast::cpu::bn_act_train);
@@ -140,6 +156,8 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
   m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("direct_conv", &resnet_fast::cpu::direct_conv);
+  m.impl("direct_pack", &resnet_fast::cpu::direct_pack);
+  m.impl("direct_conv_packed", &direct_conv_packed);
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);

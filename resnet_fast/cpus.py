@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from .gpus import Gpu, slug_of
 
 
 @dataclass(frozen=True)
 class Cpu:
     """model: the CPU's, as the system names it. cores: all of the machine's, whatever a process may use of them.
+    isa: the vector instructions that PyTorch's kernels and ours use, as PyTorch names them.
 
     Which kernel is chosen depends on nothing else, so that a network's results do not depend on the threads in use.
     """
@@ -22,6 +25,7 @@ class Cpu:
 
     model: str
     cores: int
+    isa: str = "AVX512"
 
     @property
     def name(self) -> str:
@@ -42,7 +46,7 @@ Device = Gpu | Cpu
 def here() -> Cpu:
     """This machine's. Clouds rename CPUs, so family and model numbers stand beside the name."""
     family = f", family {info('cpu family')} model {info('model')}" if info("cpu family") else ""
-    return Cpu(f"{model_name()}{family}", os.cpu_count() or 1)
+    return Cpu(f"{model_name()}{family}", os.cpu_count() or 1, torch.backends.cpu.get_cpu_capability())
 
 
 def model_name() -> str:

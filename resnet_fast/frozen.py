@@ -1,8 +1,8 @@
 """The modules a frozen model is made of: batch norm folded, activation and residual inside the convolution.
 
 Inference only. On the CPU the convolutions are PyTorch's own oneDNN ones (torch.ops.mkldnn), with weights packed into
-the layout that oneDNN picks for the input's shape, or the extension's Winograd kernels for float32 3x3s that they are
-faster for (kernels/selection.py, `resnet-fast tune`). Where those cannot run (CUDA, float64, torch.compile) the same
+the layout that oneDNN picks for the input's shape, or in float32 the extension's Winograd and direct kernels where they
+are faster (kernels/selection.py, `resnet-fast tune`). Where those cannot run (CUDA, float64, torch.compile) the same
 folded weights go through conv2d, or on CUDA through the native backend if it was asked for by name (cuDNN's fused
 convolutions); what runs as one, on a GPU or by AMX, is in `planned.py`. NaN is not everywhere what it is in PyTorch:
 oneDNN's and cuDNN's fused ReLU may turn it into 0; AMX and GPU kernels multiply by the zeros that groups packed
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from . import cpus, dispatch
-from .backends import native, winograd
+from .backends import direct, native, winograd
 from .kernels import selection
+from .kernels.config_types import Config, DirectConfig, WinogradConfig
+from .kernels.direct import NAME as DIRECT
 from .kernels.selection import Choice
 from .kernels.winograd import NAME as WINOGRAD
 from .layers import conv_of
@@ -24,6 +26,7 @@ from .memory import pooled
 from .problems import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
+_NAMES = {WinogradConfig: WINOGRAD, DirectConfig: DIRECT, type(None): "oneDNN"}
 
 
 def raise_for_gradient(x: Tensor) -> None:
@@ -75,7 +78,8 @@ class FrozenConv2d(Frozen):
                 return self._conv_native(x, residual)
             if not self.runs_onednn():
                 return self._conv2d(x, residual)
-            y = self.by_winograd(x, residual) if self._takes_winograd(x.shape, residual is not None) else None
+            config = self._config(x.shape, residual is not None)
+            y = None if config is None else self.by_kernel(config, x, residual)
             return self.by_onednn(x, residual, overwrite_residual) if y is None else y
 
     def _conv2d(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -100,17 +104,22 @@ class FrozenConv2d(Frozen):
         y = residual if overwrite_residual else residual.clone(memory_format=torch.channels_last)
         return _mkldnn._convolution_pointwise_.binary(y, x, *conv, "add", 1.0, act, [], "")
 
-    def by_winograd(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The same by Winograd's kernels, for what `kernels.winograd` allows; None where a NaN or Inf arose."""
-        return winograd.conv_packed(x, self._transform(), self.bias, self.weight.shape[0], residual, self.relu)
+    def by_kernel(self, config: Config, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The same by a kernel that `choice` may choose; None where Winograd met a NaN or Inf."""
+        layer = self._packed_for(config), self.bias, self.weight.shape[0], residual
+        if isinstance(config, DirectConfig):
+            geometry = (self.stride, self.padding, self.dilation)
+            return direct.conv_packed(x, *layer, geometry, self.relu)
+        return winograd.conv_packed(x, *layer, self.relu)
 
     def prepared(self, shape: torch.Size, residual: bool) -> dict:
         """What `resnet_fast._C.FrozenNetwork.conv` takes of this convolution for inputs of `shape` on the CPU."""
-        transformed = self._transform() if self._takes_winograd(shape, residual) else None
+        config = self._config(shape, residual)
         return {
             # where Winograd's kernels have to give up, which is rare, oneDNN packs it there and then
-            "onednn": self._reordered(shape) if transformed is None else self.weight,
-            "winograd": transformed,
+            "onednn": self._reordered(shape) if config is None else self.weight,
+            "winograd": self._packed_for(config) if isinstance(config, WinogradConfig) else None,
+            "direct": self._packed_for(config) if isinstance(config, DirectConfig) else None,
             "bias": self.bias,
             "out_channels": self.weight.shape[0],
             "stride": self.stride,
@@ -120,29 +129,30 @@ class FrozenConv2d(Frozen):
             "relu": self.relu,
         }
 
-    def _transform(self) -> Tensor:
-        transformed = self._transformed  # one read, as in `_pack`
-        if transformed is None:
-            transformed = self._transformed = winograd.pack(self.weight)
-        return transformed
+    def _packed_for(self, config: Config) -> Tensor:
+        packed = self._of_kernel  # one read, as in `_pack`
+        if packed is None or packed[0] != config:
+            pack = direct.pack if isinstance(config, DirectConfig) else winograd.pack
+            packed = self._of_kernel = config, pack(self.weight)
+        return packed[1]
 
-    def _takes_winograd(self, shape: torch.Size, residual: bool) -> bool:
+    def _config(self, shape: torch.Size, residual: bool) -> Config | None:
         if dispatch.requested(self.backend) == "reference":
-            return False
+            return None
         if len(shape) != 4 or shape[1] != self.weight.shape[1] * self.groups:  # oneDNN says what is wrong with it
-            return False
+            return None
         asked, chosen = (shape, residual), self._chosen
         if chosen is None or chosen[0] != asked:
             chosen = self._chosen = asked, self.choice(shape, residual)
-        return chosen[1].config is not None
+        return chosen[1].config
 
     def choice(self, shape: torch.Size, residual: bool) -> Choice:
-        """oneDNN's path or Winograd's for inputs of this shape on this CPU, and why."""
+        """oneDNN's path or a kernel's for inputs of this shape on this CPU, and why."""
         reason = winograd.why_not()
         if reason is not None:
             return Choice(None, "library", reason)
         if self.weight.dtype != winograd.DTYPE:
-            return Choice(None, "library", f"only {winograd.DTYPE} has Winograd's kernels outside of programs")
+            return Choice(None, "library", f"only {winograd.DTYPE} has kernels outside of programs")
         problem = ConvProblem(conv_of(self, shape), "float32", residual=residual, relu=self.relu)
         return selection.choose(problem, cpus.here())
 
@@ -151,14 +161,17 @@ class FrozenConv2d(Frozen):
         """What computed the last input on the CPU: for reports."""
         if not self.runs_onednn():
             return "PyTorch conv2d"
-        return "oneDNN" if self._chosen is None or self._chosen[1].config is None else WINOGRAD
+        return _NAMES[type(None if self._chosen is None else self._chosen[1].config)]
 
     @property
     def reason(self) -> str:
-        """Why `kernel` did: of a 3x3, why not Winograd, or how that was found to be faster; else ""."""
-        if self._chosen is None or tuple(self.weight.shape[2:]) != (3, 3):
+        """Why `kernel` did: how a kernel of ours was found to be faster; of a 3x3, why none was; else ""."""
+        if self._chosen is None:
             return ""
-        return self._chosen[1].reason or self._chosen[1].source
+        choice = self._chosen[1]
+        if choice.config is None and tuple(self.weight.shape[2:]) != (3, 3):
+            return ""
+        return choice.reason or choice.source
 
     def _pack(self, shape: torch.Size) -> Tensor:
         """The weight in oneDNN's layout for inputs of this shape and threads, kept until another of them comes.
@@ -185,9 +198,9 @@ class FrozenConv2d(Frozen):
 
     # what is made of the weight, and for which inputs
     _packed: tuple[tuple[torch.Size, int], Tensor] | None
-    _transformed: Tensor | None
+    _of_kernel: tuple[Config, Tensor] | None
     _chosen: tuple[tuple[torch.Size, bool], Choice] | None
-    _MADE = dict.fromkeys(("_packed", "_transformed", "_chosen"))
+    _MADE = dict.fromkeys(("_packed", "_of_kernel", "_chosen"))
 
     def _forget_packed(self) -> None:
         self.__dict__ |= self._MADE

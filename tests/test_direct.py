@@ -1,4 +1,4 @@
-"""The direct convolution in float32, by weights that may change, and where optimized blocks take it."""
+"""The direct convolution in float32, where optimized blocks take it for weights that may change, and frozen ones."""
 
 import copy
 from dataclasses import replace
@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
-from resnet_fast import optimize
+from resnet_fast import cpu_network, cpus, freeze, optimize
 from resnet_fast.backends import direct
 from resnet_fast.backends import native as native_backend
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import DirectConfig, WinogradConfig
+from resnet_fast.planner import Section
 from resnet_fast.problems import ConvProblem
 from resnet_fast.shapes import Conv
 
@@ -46,6 +47,11 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 def op(x, weight, scale=None, bias=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
     geometry = (list(stride), list(padding), list(dilation))
     return torch.ops.resnet_fast_native.direct_conv(x, weight, scale, bias, residual, *geometry, relu)
+
+
+def packed_op(x, weight, bias=None, residual=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), relu=False):
+    geometry = (stride, padding, dilation)
+    return direct.conv_packed(x, direct.pack(weight), bias, len(weight), residual, geometry, relu)
 
 
 def operands(name: str, layout: str = "channels_last"):
@@ -78,18 +84,40 @@ def test_as_near_to_float64_as_pytorch(name, layout):
     assert_matches("sum", op(x, weight, scale, bias, residual, *geometry, True), stock_sum, exact_sum)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("layout", [*LAYOUTS, "strided"])
+@pytest.mark.parametrize("name", CONVS)
+def test_a_weight_packed_once(name, layout):
+    x, weight, geometry = operands(name, layout)
+    bias = draw((len(weight),), torch.float32)
+    stock = F.conv2d(x, weight, bias, *geometry)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    residual = draw(stock.shape, torch.float32, layout if layout in LAYOUTS else "nchw")
+    y = packed_op(x, weight, bias, None, *geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_matches("y", y, stock, exact)
+    kept = residual.clone()
+    y = packed_op(x, weight, bias, residual, *geometry, True)
+    assert_matches("sum", y, (stock + residual).relu(), (exact + residual).relu())
+    assert torch.equal(residual, kept)
+
+
 @pytest.mark.parametrize("name", CONVS)
 def test_neither_threads_nor_layouts_change_a_bit(name):
     x, weight, geometry = operands(name)
-    first = op(x, weight, None, None, None, *geometry)
+    first, packed_first = op(x, weight, None, None, None, *geometry), packed_op(x, weight, None, None, *geometry)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         assert torch.equal(op(x.contiguous(), weight.contiguous(), None, None, None, *geometry), first)
+        assert torch.equal(packed_op(x.contiguous(), weight.contiguous(), None, None, *geometry), packed_first)
 
 
 def test_an_image_is_the_same_in_any_batch():
     x, weight, geometry = operands("strided_3x3")
     assert torch.equal(op(x, weight, None, None, None, *geometry)[1:], op(x[1:], weight, None, None, None, *geometry))
+    x, weight, geometry = operands("wide_3x3")
+    whole = packed_op(x, weight, None, None, *geometry)
+    assert torch.equal(whole[1:], packed_op(x[1:], weight, None, None, *geometry))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -98,13 +126,15 @@ def test_what_is_not_finite_goes_where_pytorch_lets_it_go(value):
     x[1, 2, 3, 4] = value
     y, expected = op(x, weight, None, None, None, *geometry, True), F.conv2d(x, weight, None, *geometry).relu()
     assert expected.isnan().any() or expected.isinf().any()
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isinf(), expected.isinf())
+    for each in (y, packed_op(x, weight, None, None, *geometry, True)):
+        assert torch.equal(each.isnan(), expected.isnan())
+        assert torch.equal(each.isinf(), expected.isinf())
 
 
 def test_no_images():
     x, weight, geometry = operands("3x3")
     assert op(x[:0], weight, None, None, None, *geometry).shape == (0, 64, 9, 11)
+    assert packed_op(x[:0], weight, None, None, *geometry).shape == (0, 64, 9, 11)
 
 
 def test_bad_input_is_an_error_that_says_so():
@@ -124,6 +154,12 @@ def test_bad_input_is_an_error_that_says_so():
     for message, arguments in bad.items():
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+    with pytest.raises(RuntimeError, match=r"direct_pack: weight must be float32 .* not Double"):
+        direct.pack(weight.double())
+    geometry = ((1, 1), (0, 0), (1, 1))
+    for outputs, packed in ((65, direct.pack(weight)), (64, direct.pack(weight[:, :16])), (64, weight)):
+        with pytest.raises(RuntimeError, match=rf"what direct_pack made of a weight \({outputs}, 32, R, S\), not"):
+            direct.conv_packed(x, packed, None, outputs, None, geometry, False)
 
 
 def bottleneck(stride: int) -> Bottleneck:
@@ -181,7 +217,15 @@ def test_what_is_not_measured_follows_a_rule():
     square = {"kernel": (3, 3), "padding": (1, 1)}
     assert selection.choose(live(Conv(1, 64, 20, 20, 64, **square)), CPU).config == DirectConfig()  # of 25 tiles
     assert selection.choose(live(Conv(1, 64, 32, 32, 64, **square)), CPU).config == WinogradConfig()
-    assert selection.choose(ConvProblem(few.conv, "float32"), CPU).config is None  # packed once
+    for conv, taken in (
+        (few.conv, True),
+        (many.conv, True),
+        (Conv(1, 64, 16, 16, 64), True),
+        (Conv(1, 64, 20, 20, 96), False),
+    ):
+        packed_once = ConvProblem(conv, "float32")
+        assert (selection.choose(packed_once, replace(CPU, isa="AVX2")).config == DirectConfig()) == taken
+        assert selection.choose(packed_once, CPU).config is None
     for other in (
         Conv(4, 16, 16, 24, 64),
         Conv(1, 64, 20, 20, 96),
@@ -229,6 +273,28 @@ def test_of_two_batches_as_near_the_larger_decides(unmeasured_cpu):
     selection.forget()
     assert selection.choose(live(Conv(8, 64, 32, 32, 64)), CPU).source == "tuned at n16"
     assert selection.choose(live(Conv(7, 64, 32, 32, 64)), CPU).source == "tuned at n4"
+
+
+@pytest.mark.parametrize("in_one_call", [True, False])
+@pytest.mark.parametrize(("isa", "kernel"), [("AVX2", "direct"), ("AVX512", "oneDNN")])
+def test_a_frozen_block(isa, kernel, in_one_call, monkeypatch):
+    """As a network computes it and as a module; the second's residual is its input, which nobody may write to."""
+    monkeypatch.setattr(cpus, "here", lambda: replace(CPU, isa=isa))
+    selection.forget()
+    stock = nn.Sequential(bottleneck(2), lively(Bottleneck(512, 128))).to(memory_format=torch.channels_last).eval()
+    blocks, value = freeze(copy.deepcopy(stock)), draw((1, 256, 28, 28), torch.float32, "channels_last")
+    for number, (block, plain) in enumerate(zip(blocks, stock, strict=True)):
+        with torch.no_grad():
+            x, expected, exact = value.clone(), plain(value), copy.deepcopy(plain).double()(value.double())
+            if in_one_call:
+                value = cpu_network.build(Section(None, False, [("block", block)]), x.shape).run(x)
+            else:
+                value = block(x)
+        assert_matches(f"y{number}", value, expected, exact)
+        *_, last = block.convs
+        assert last.kernel == block.convs[0].kernel == kernel
+    assert blocks[0].downsample.kernel == kernel
+    assert blocks[1].convs[2].reason == ("predicted" if kernel == "direct" else "")
 
 
 def test_a_cpu_without_vectors_does_not_take_it(monkeypatch):

@@ -1,4 +1,4 @@
-"""Mutants of the direct convolution's source: every one must be noticed by what the original gets right."""
+"""Mutants of the direct convolutions' sources: every one must be noticed by what the original gets right."""
 
 import ctypes
 
@@ -8,7 +8,10 @@ from cases import draw
 from kernel_mutants import KERNELS, close, compile_mutants, guarded, notices
 from torch.nn import functional as F
 
-SOURCES = [KERNELS / name for name in ("products.h", "direct_conv.cpp")]
+SOURCES = [
+    KERNELS / name
+    for name in ("products.h", "direct_parts.h", "direct_pack.cpp", "direct_conv.cpp", "direct_conv_copied.cpp")
+]
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
@@ -43,6 +46,21 @@ MUTANTS = {  # name -> (before, after)
     "packed_elsewhere": ("w.packed + (panel - begin)", "w.packed + panel"),
     "packed_in_the_models_order": ("number % w.taps * w.channels + number / w.taps", "number"),
     "packed_short": ("count = smaller(kSquare, terms - term)", "count = smaller(kSquare - 1, terms - term)"),
+    "copied_beyond_a_chunk": ("count = smaller(left, room)", "count = left"),
+    "copied_to_the_same_chunk": ("to += (kBlock - 1) * kChunk, room", "to -= kChunk, room"),
+    "copied_in_whole_vectors": ("for (; i < count; ++i) to[i]", "for (; i < 0; ++i) to[i]"),
+    "copied_pixel_stays": ("copies + pixel * kChunk;", "copies;"),
+    "taps_side_by_side": ("x[next][pixel] == from + left", "true"),
+    "chunks_forgotten": ("if (!tile.is_first)", "if (false)"),
+    "chunks_of_before": ("tile.is_first = term == 0;", "tile.is_first = false;"),
+    "chunks_not_kept": ("if (!tile.is_last) sums", "if (false) sums"),
+    "tile_of_the_first_chunk": ("copies + term * kBlock + row * kChunk", "copies + row * kChunk"),
+    "tile_of_the_first_pixels": ("term * kBlock + row * kChunk", "term * kBlock"),
+    "tile_written_to_the_first": ("tile.pixel = pixel + row;", "tile.pixel = pixel;"),
+    "sums_shared": ("tile.sums = sums + row * kStep;", "tile.sums = sums;"),
+    "weights_of_the_chunk_before": ("weight += tile.terms * kStep;", "weight += kChunk * kStep;"),
+    "block_of_the_pixels_before": ("copy(conv, sources[here], count", "copy(conv, sources[0], count"),
+    "block_too_short": ("kMultiply[smaller(kRows, pixels - row) - 1]", "kMultiply[0]"),
 }  # fmt: skip
 
 
@@ -73,7 +91,7 @@ def kernels(tmp_path):
     return compile_mutants(tmp_path, MUTANTS, SOURCES, "direct.cpp")
 
 
-def check(conv) -> None:
+def check(*convs) -> None:
     """Images, channels, outputs, rows and columns, all of them odd, in both orders of a weight."""
     images, channels, outputs, kernel = 2, 131, 135, (3, 2)
     geometry = {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}
@@ -83,17 +101,22 @@ def check(conv) -> None:
         weight = guarded(draw((outputs, channels, *kernel), torch.float32, layout))
         plain = F.conv2d(x.double(), weight.double(), **geometry)
         residual = draw(plain.shape, torch.float32, "channels_last")
-        y = guarded(torch.full_like(residual, float("nan")))
-        tensors = (tensor.data_ptr() for tensor in (scale, bias, residual, y))
-        pairs = ((ctypes.c_int64 * 2)(*pair) for pair in geometry.values())
-        sizes = (channels, outputs, *x.shape[2:], *y.shape[2:], *kernel)
+        pairs = [(ctypes.c_int64 * 2)(*pair) for pair in geometry.values()]
+        sizes = (channels, outputs, *x.shape[2:], *plain.shape[2:], *kernel)
         packing = Weight(weight.data_ptr(), None, outputs, channels, kernel[0] * kernel[1], layout != "nchw")
-        pixels = ctypes.c_int64(y.numel() // outputs)
-        conv(Conv(x.data_ptr(), None, *tensors, True, *sizes, *pairs), packing, pixels)
         wide = plain * scale.double()[:, None, None] + bias.double()[:, None, None] + residual.double()
-        close(y, wide.relu())
+        for conv in convs:
+            y = guarded(torch.full_like(residual, float("nan")))
+            tensors = (tensor.data_ptr() for tensor in (scale, bias, residual, y))
+            pixels = ctypes.c_int64(y.numel() // outputs)
+            conv(Conv(x.data_ptr(), None, *tensors, True, *sizes, *pairs), packing, pixels)
+            close(y, wide.relu())
 
 
 def test_each_is_noticed(kernels, native):
     """In one test, which one worker compiles for."""
-    assert [name for name in MUTANTS if not notices(check, getattr(kernels, f"{name}_conv"))] == ["original"]
+
+    def is_noticed(name: str) -> bool:
+        return notices(check, *(getattr(kernels, f"{name}_{entry}") for entry in ("conv", "conv_copied")))
+
+    assert [name for name in MUTANTS if not is_noticed(name)] == ["original"]

@@ -70,7 +70,7 @@ def test_as_near_to_float64_as_pytorch(name, with_residual, relu):
     residual = image((shape[0], outputs, *shape[2:]), False) if with_residual else None
     before = x.clone(), None if residual is None else residual.clone()
     with torch.no_grad():
-        y = conv.by_winograd(x, residual)
+        y = conv.by_kernel(WinogradConfig(), x, residual)
         stock = plain(conv, x, residual)
         assert_matches(name, y, stock, plain(conv, x, residual, torch.float64))
     assert y.stride() == stock.stride()
@@ -85,14 +85,14 @@ def test_thread_count_changes_no_bit(name):
     conv, x, results = layer(shape[1], outputs), image(shape), []
     for threads in (1, 2, 8):
         torch.set_num_threads(threads)
-        results.append(conv.by_winograd(x, None))
+        results.append(conv.by_kernel(WinogradConfig(), x, None))
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
 def test_batch_size_changes_no_bit():
     conv, x = layer(64, 64), image((7, 64, 13, 14))
-    whole = conv.by_winograd(x, None)
-    assert torch.equal(conv.by_winograd(x[2:3], None), whole[2:3])
+    whole = conv.by_kernel(WinogradConfig(), x, None)
+    assert torch.equal(conv.by_kernel(WinogradConfig(), x[2:3], None), whole[2:3])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -102,7 +102,7 @@ def test_what_is_not_finite_is_computed_by_onednn(place, value):
     conv, x = layer(64, 64), image((2, 64, 28, 26))
     x[place] = value
     with torch.no_grad():
-        assert conv.by_winograd(x, None) is None
+        assert conv.by_kernel(WinogradConfig(), x, None) is None
         assert torch.equal(conv(x).nan_to_num(7.0), conv.by_onednn(x, None).nan_to_num(7.0))
 
 
@@ -143,7 +143,7 @@ def test_weights_are_packed_again_when_they_change():
 def test_simultaneous_calls_share_nothing():
     conv, images = layer(64, 64), [image((4, 64, 28, 28)) for _ in range(4)]
     with torch.no_grad():
-        expected = [conv.by_winograd(x, None) for x in images]
+        expected = [conv.by_kernel(WinogradConfig(), x, None) for x in images]
     fresh = copy.deepcopy(conv)
 
     def call(x):
@@ -222,7 +222,7 @@ def test_the_report_says_what_computed_each_layer():
         pytest.skip("AMX computes the network")
     rows = {row.name: row.kernel for row in frozen.resnet_fast_report}
     assert rows["layer1.0"].startswith("convs.0 Winograd F(4x4, 3x3) (predicted), convs.1 Winograd")
-    assert "convs.0 oneDNN (winograd: only a dense 3x3" in rows["layer2.0"]
+    assert "convs.0 oneDNN (packed once, oneDNN's weights are multiplied as fast)" in rows["layer2.0"]
     assert rows["layer2.0"].endswith("downsample oneDNN")
 
 

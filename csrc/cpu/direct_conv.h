@@ -1,7 +1,7 @@
-// Dense convolutions in float32 by weights that may change: see csrc/ops.cpp for the schema.
+// Dense convolutions in float32 without transforms: see csrc/ops.cpp for the schemas.
 //
-// oneDNN packs all of such a weight in every call, and then reads it again. Here each part is packed where it is multiplied, in
-// the cache, so that memory is read once. What is not finite goes where IEEE arithmetic lets it; padding is
+// By weights that may change, all of which oneDNN packs in every call, and then reads again: here each part is packed where it
+// is multiplied, in the cache, so that memory is read once. And by weights that are packed once. What is not finite goes where IEEE arithmetic lets it; padding is
 // zeros, which a NaN or Inf in the weight makes NaN.
 #pragma once
 
@@ -14,5 +14,13 @@ namespace resnet_fast::cpu {
 Tensor direct_conv(
     const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& bias,
     const OptionalTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu);
+
+// (K, C, R, S) -> [panel of 64 outputs][R][S][C][64], within a panel in the order of this CPU's kernel.
+Tensor direct_pack(const Tensor& weight);
+
+// act(conv2d(x, weight) + bias + residual) by a packed weight. onto: into the residual, if it is in channels_last.
+Tensor direct_conv_packed(
+    const Tensor& x, const Tensor& packed, int64_t out_channels, const OptionalTensor& bias, const OptionalTensor& residual,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, bool onto);
 
 }  // namespace resnet_fast::cpu

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/max_pool2d.h>
 
+#include "direct_conv.h"
 #include "guards.h"
 #include "max_pool.h"
 #include "winograd.h"
@@ -69,14 +70,18 @@ at::Tensor FrozenNetwork::compute(int64_t number, const std::vector<at::Tensor>&
   }
   const Conv& conv = *layer.conv;
   const at::Tensor residual = layer.residual.has_value() ? values[*layer.residual] : at::Tensor();
+  const auto added = residual.defined() ? std::optional(residual) : std::nullopt;
+  const bool ours = residual.defined() && last_read(*layer.residual, number) && *layer.residual != layer.x;
+  if (conv.direct.has_value()) {
+    return direct_conv_packed(
+        x, *conv.direct, conv.out_channels, conv.bias, added, conv.stride, conv.padding, conv.dilation, conv.relu, ours);
+  }
   if (conv.winograd.has_value()) {
-    const auto added = residual.defined() ? std::optional(residual) : std::nullopt;
     auto [y, finite] = winograd_conv_packed(x, *conv.winograd, conv.bias, conv.out_channels, added, conv.relu);
     if (finite) return y;
   }
   if (!residual.defined()) return by_onednn(conv, x, {});
   // oneDNN's accumulating sum is faster than its out-of-place binary add, even with a copy before it
-  const bool ours = last_read(*layer.residual, number) && *layer.residual != layer.x;
   return by_onednn(conv, x, ours ? residual : residual.clone(at::MemoryFormat::ChannelsLast));
 }
 

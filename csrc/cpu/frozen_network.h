@@ -1,4 +1,4 @@
-// A frozen network on a CPU without AMX as one call: oneDNN's convolutions, Winograd's, and a stem's max-pool.
+// A frozen network on a CPU without AMX as one call: oneDNN's convolutions, Winograd's and direct ones, and a stem's max-pool.
 //
 // Built layer by layer from Python (resnet_fast/cpu_network.py) for inputs of one shape, whose weights are packed. Running
 // it changes nothing in it, so threads may run it side by side. Activations are in the pool's memory from the layer that
@@ -16,10 +16,11 @@ namespace resnet_fast::cpu {
 
 class FrozenNetwork {
  public:
-  // onednn: the weight as oneDNN takes it, packed or not; winograd: as its kernels do, which then go first.
+  // onednn: the weight as oneDNN takes it, packed or not; winograd: as its kernels do, which then go first; direct: as the
+  // direct kernel does, which then is the only one.
   struct Conv {
     at::Tensor onednn;
-    std::optional<at::Tensor> winograd, bias;
+    std::optional<at::Tensor> winograd, direct, bias;
     int64_t out_channels;
     std::vector<int64_t> stride, padding, dilation;
     int64_t groups;

@@ -1,6 +1,7 @@
-"""Convolutions by the extension's direct kernel, of float32 and by weights that may change: csrc/cpu/direct_conv.h.
+"""Convolutions by the extension's direct kernel, of float32: csrc/cpu/direct_conv.h.
 
-Those of optimized blocks in eval mode, where that is faster than oneDNN and Winograd (`kernels.selection`).
+Those of optimized blocks in eval mode, by weights that may change, and those of frozen models, where that is faster
+than oneDNN and Winograd (`kernels.selection`).
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,29 @@ def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
     """
     stride, padding, dilation, _ = geometry
     return native.direct_conv(x, conv_weight, None, None, None, stride, padding, dilation, False)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight (K, C, R, S) of at most 64 taps, as `conv_packed` takes it on this CPU."""
+    return torch.ops.resnet_fast_native.direct_pack(weight)
+
+
+def conv_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    residual: Tensor | None,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    relu: bool,
+) -> Tensor:
+    """act(conv2d(x) + bias + residual), float32 and in channels_last; geometry: stride, padding and dilation in pairs.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+    """
+    op = torch.ops.resnet_fast_native.direct_conv_packed
+    return op(x, packed, out_channels, bias, residual, *geometry, relu)
 
 
 @selection.remember

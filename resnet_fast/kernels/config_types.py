@@ -72,7 +72,7 @@ class WinogradConfig:
 
 @dataclass(frozen=True)
 class DirectConfig:
-    """direct, on CPUs: without transforms, its weight packed in every call."""
+    """direct, on CPUs: without transforms; a weight that may change is packed in every call."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def why_not(config: Config, problem: Problem, device: Device) -> str | None:
 
 def of_cpu(problem: Problem) -> tuple[Config, ...]:
     """Those there are on CPUs for problems like this, the one with the fewest products first."""
-    if isinstance(problem, ConvProblem) and not problem.folded:
+    if isinstance(problem, ConvProblem):
         return WinogradConfig(), DirectConfig()
     kinds = {SectionProblem: ProgramConfig, TrainingConvProblem: TileConfig}
     return (kinds.get(type(problem), WinogradConfig)(),)

@@ -1,12 +1,14 @@
 """The direct convolution on CPUs, float32: what it can compute, and what it is taken for unmeasured.
 
-It is for weights that may change (csrc/cpu/direct_conv.h). oneDNN packs such a weight in every call, which takes long
-beside its products where few pixels are multiplied with it; one that is packed once it multiplies as fast.
+csrc/cpu/direct_conv.h. A weight that may change oneDNN packs in every call, which takes long beside its products where
+few pixels are multiplied with it. One that is packed once it multiplies as fast in AVX-512; in AVX2 not.
 """
 
 from ..cpus import Cpu
 from ..problems import ConvProblem
 from .winograd import MIN_ELEMENTS
+
+NAME = "direct"
 
 _MIN_CHANNELS = 32
 """With fewer, as of an image, sums are too short for what surrounds them."""
@@ -23,7 +25,7 @@ cores would each pack the same parts."""
 
 
 def why_not(problem: ConvProblem) -> str | None:
-    """Why the direct convolution cannot compute `problem`, whose weight may change; None where it can."""
+    """Why the direct convolution does not compute `problem`; None where it does."""
     if problem.shortcut is not None:
         return "only one convolution"
     if problem.dtype != "float32":
@@ -34,7 +36,7 @@ def why_not(problem: ConvProblem) -> str | None:
     if conv.in_channels < _MIN_CHANNELS or conv.out_channels % _PANEL:
         wanted = f"from {_MIN_CHANNELS} channels on, to multiples of {_PANEL}"
         return f"only {wanted}, not {conv.in_channels} -> {conv.out_channels}"
-    if conv.x_elements <= MIN_ELEMENTS:
+    if conv.x_elements <= MIN_ELEMENTS and not problem.folded:
         return (
             f"x has {conv.x_elements} values; up to {MIN_ELEMENTS} PyTorch convolves without oneDNN, and packs nothing"
         )
@@ -43,6 +45,8 @@ def why_not(problem: ConvProblem) -> str | None:
 
 def why_not_unmeasured(problem: ConvProblem, cpu: Cpu) -> str | None:
     """Why oneDNN is taken where nothing was measured; None where the direct convolution is."""
+    if problem.folded:
+        return None if cpu.isa == "AVX2" else "packed once, oneDNN's weights are multiplied as fast"
     if cpu.cores > _MOST_CORES:
         return f"{cpu.cores} cores; unmeasured, direct is taken on up to {_MOST_CORES}"
     if problem.conv.pixels > _MOST_PIXELS:

@@ -1,4 +1,4 @@
-// The kernel of csrc/cpu/kernels/direct_conv.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
+// The kernels of csrc/cpu/kernels/direct_conv*.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
 // writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
 #include <cstdint>
 #include <cstring>
@@ -13,15 +13,26 @@ using namespace resnet_fast::cpu;
 
 // All panels but the first in two ranges of pixels, then the first: each weight is packed for its own.
 #define ENTRIES(name)                                                                                                 \
-  extern "C" void name##_conv(DirectConv conv, DirectWeight weight, int64_t pixels) {                                 \
+  template <typename F>                                                                                               \
+  void name##_convolve(DirectConv conv, DirectWeight weight, int64_t pixels, const F& convolve) {                     \
     const int64_t panels = (conv.outputs + kDirectPanel - 1) / kDirectPanel, middle = pixels / 2 - 2;                 \
     std::vector<float> zeros(conv.channels), packed(panels * kDirectPanel * weight.taps * conv.channels);             \
     conv.zeros = zeros.data();                                                                                        \
     weight.packed = packed.data();                                                                                    \
     DEFAULT::name::direct_pack(weight, 1, panels);                                                                    \
-    DEFAULT::name::direct_conv(conv, packed.data(), 1, panels, 0, middle);                                            \
-    DEFAULT::name::direct_conv(conv, packed.data(), 1, panels, middle, pixels);                                       \
+    convolve(conv, packed.data(), 1, panels, 0, middle);                                                              \
+    convolve(conv, packed.data(), 1, panels, middle, pixels);                                                         \
     DEFAULT::name::direct_pack(weight, 0, 1);                                                                         \
-    DEFAULT::name::direct_conv(conv, packed.data(), 0, 1, 0, pixels);                                                 \
+    convolve(conv, packed.data(), 0, 1, 0, pixels);                                                                   \
+  }                                                                                                                   \
+  extern "C" void name##_conv(DirectConv conv, DirectWeight weight, int64_t pixels) {                                 \
+    name##_convolve(conv, weight, pixels, &DEFAULT::name::direct_conv);                                               \
+  }                                                                                                                   \
+  extern "C" void name##_conv_copied(DirectConv conv, DirectWeight weight, int64_t pixels) {                          \
+    const int64_t terms = weight.taps * conv.channels + kDirectChunk;                                                 \
+    std::vector<float> copies(kDirectCopied * terms);                                                                 \
+    name##_convolve(conv, weight, pixels, [&](auto&&... range) {                                                      \
+      DEFAULT::name::direct_conv_copied(range..., copies.data());                                                     \
+    });                                                                                                               \
   }
 MUTANT_NAMES(ENTRIES)

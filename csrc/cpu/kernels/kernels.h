@@ -32,6 +32,8 @@ void winograd_gradient_input(const WinogradGradient& conv, const WinogradSlab& s
 void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end);
 bool winograd_gradient_output(const WinogradGradient& conv, int64_t begin, int64_t end);
 void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last);
+void direct_conv_copied(
+    const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies);
 void direct_pack(const DirectWeight& weight, int64_t begin, int64_t end);
 
 }  // namespace CPU_CAPABILITY

@@ -2,6 +2,7 @@
 #include <c10/util/Half.h>
 
 #include "kernels.h"
+#include "products.h"
 
 #define RF_STRINGIFY_(x) #x
 #define RF_STRINGIFY(x) RF_STRINGIFY_(x)
@@ -9,6 +10,12 @@
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
+
+namespace {
+
+constexpr bool kCopies = products::kWide == 2;
+
+}  // namespace
 
 const Kernels& table() {
   // constexpr: filled in by the linker, so that no code of this instruction set runs before it is chosen.
@@ -30,6 +37,7 @@ const Kernels& table() {
       &winograd_gradient_product,
       &winograd_gradient_output,
       &direct_conv,
+      kCopies ? &direct_conv_copied : nullptr,
       &direct_pack,
   };
   return kernels;

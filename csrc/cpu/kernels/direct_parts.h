@@ -1,0 +1,108 @@
+// What the two ways of the direct convolution share: where pixels of y read x, and the writing of y.
+#pragma once
+
+#include "../direct_sizes.h"
+#include "kernels.h"
+#include "products.h"
+
+namespace resnet_fast::cpu {
+namespace CPU_CAPABILITY {
+
+namespace direct {
+
+using namespace products;
+using L = Lanes<float>;
+
+constexpr int kRows = kDirectRows;
+constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
+static_assert(kDirectPanel % kStep == 0);
+
+// Where the channels of each tap of consecutive pixels of y are: in x or in the padding.
+template <int64_t pixels>
+using Sources = const float* [kDirectTaps][pixels];
+
+// Consecutive pixels of y.
+class Walk {
+ public:
+  Walk(const DirectConv& conv, int64_t pixel) : conv_(conv) {
+    column_ = pixel % conv.out_width;
+    row_ = pixel / conv.out_width % conv.out_height;
+    image_ = pixel / conv.out_width / conv.out_height;
+  }
+
+  // Of the next `count` pixels, which may be none.
+  template <int64_t pixels>
+  void find(int64_t count, Sources<pixels>& sources) {
+    for (int64_t i = 0; i < count; ++i) {
+      find_one<pixels>(&sources[0][i]);
+      step();
+    }
+  }
+
+ private:
+  template <int64_t pixels>
+  void find_one(const float** at) const {
+    const int64_t top = row_ * conv_.stride[0] - conv_.padding[0], left = column_ * conv_.stride[1] - conv_.padding[1];
+    for (int64_t r = 0; r < conv_.kernel_rows; ++r) {
+      const int64_t row = top + r * conv_.dilation[0];
+      for (int64_t s = 0; s < conv_.kernel_columns; ++s, at += pixels) {
+        const int64_t column = left + s * conv_.dilation[1];
+        const bool inside = row >= 0 && row < conv_.height && column >= 0 && column < conv_.width;
+        const int64_t source = (image_ * conv_.height + row) * conv_.width + column;
+        *at = inside ? conv_.x + source * conv_.channels : conv_.zeros;
+      }
+    }
+  }
+  void step() {
+    if (++column_ < conv_.out_width) return;
+    column_ = 0;
+    if (++row_ < conv_.out_height) return;
+    row_ = 0;
+    ++image_;
+  }
+
+  const DirectConv& conv_;
+  int64_t image_, row_, column_;
+};
+
+// Fetches what write_outputs() writes and adds to.
+C10_ALWAYS_INLINE void fetch_outputs(const DirectConv& conv, int64_t pixel, int64_t count, int64_t output) {
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t offset = (pixel + row) * conv.outputs + output;
+    for (int64_t i = 0; i < kStep; i += kLine) {
+      fetch_to_write(conv.y + offset + i);
+      if (conv.residual != nullptr) fetch_to_read(conv.residual + offset + i);
+    }
+  }
+}
+
+// y of `rows` pixels and kStep outputs, from their sums.
+template <int rows>
+C10_ALWAYS_INLINE void write_outputs(
+    const DirectConv& conv, const Vec (&sums)[rows][kWide], int64_t pixel, int64_t output) {
+  // Of one vector of outputs.
+  const auto write = [&](int i, int64_t column, auto span) RF_INLINE_LAMBDA {
+    const L scale = conv.scale == nullptr ? L::fill(1) : L::load(conv.scale + column, span);
+    const L bias = L::load(conv.bias + column, span);
+    int64_t offset = pixel * conv.outputs + column;
+    for (int row = 0; row < rows; ++row, offset += conv.outputs) {
+      L out = fmadd(L{{sums[row][i]}}, scale, bias);
+      if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
+      if (conv.relu) out = relu(out);
+      out.store(conv.y + offset, span);
+    }
+  };
+  for (int i = 0; i < kWide; ++i) {
+    const int64_t column = output + i * Vec::size(), left = conv.outputs - column;
+    if (left >= Vec::size()) {
+      write(i, column, Full{});
+    } else if (left > 0) {
+      write(i, column, Part{left});
+    }
+  }
+}
+
+}  // namespace direct
+
+}  // namespace CPU_CAPABILITY
+}  // namespace resnet_fast::cpu
