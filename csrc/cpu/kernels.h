@@ -218,8 +218,8 @@ struct Kernels {
   bool (*winograd_gradient_output)(const WinogradGradient&, int64_t begin, int64_t end);
   // x -> y, of the panels of 64 outputs [begin, end), whose weights start at `packed`, and pixels [first, last)
   void (*direct_conv)(const DirectConv&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last);
-  // The same for weights beyond the second cache level; null where registers hold so many sums that it is of no use. copies:
-  // room for kDirectCopied pixels of x, with their terms rounded up to kDirectChunk
+  // The same for weights beyond the second cache level; null in AVX-512, where it was not measured. copies: room for
+  // kDirectCopied pixels of x, with their terms rounded up to kDirectChunk
   void (*direct_conv_copied)(
       const DirectConv&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies);
   // weight -> packed, of the panels [begin, end), the first at `packed`

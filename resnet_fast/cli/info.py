@@ -122,7 +122,8 @@ def _frozen_cpu_by(dtype: torch.dtype) -> str:
     if (reason := winograd.why_not()) is not None:
         return f"{text}; no {name}: {reason}"
     measured = tables.count(cpus.here(), str(dtype).removeprefix("torch.")) > 0
-    return f"{text}; 3x3s by {name} where {'measured' if measured else 'predicted'} to be faster"
+    others = ", others directly," if dtype == torch.float32 and cpus.here().isa == "AVX2" else ""
+    return f"{text}; 3x3s by {name}{others} where {'measured' if measured else 'predicted'} to be faster"
 
 
 def _backends() -> list[dict]:

@@ -13,7 +13,7 @@ namespace CPU_CAPABILITY {
 
 namespace {
 
-constexpr bool kCopies = products::kWide == 2;
+constexpr bool kCopies = products::kWide == 2;  // NOTES.md, "AVX2 alone"
 
 }  // namespace
 
