@@ -132,7 +132,7 @@ int64_t part_of(const DirectConv& conv, int64_t parts) {
   return div_up(panels_of(conv), std::clamp<int64_t>(parts, 1, panels_of(conv)));
 }
 
-// With `parts` of the weight, a thread fetches a part of the weight and of the pixels what its share of the part's takes.
+// Of p parts, each thread of t fetches one, and p / t of the pixels: weight / p + x * p / t is least at p = sqrt(t weight / x).
 int64_t part_fetching_least(const Operands& of) {
   const double weight = static_cast<double>(terms_of(of.conv)) * of.conv.outputs, x = of.x.numel();
   const int threads = at::get_num_threads();
@@ -174,8 +174,8 @@ Tensor direct_pack(const Tensor& weight) {
       "direct_pack: weight must be float32 and (K, C, R, S) with R * S of at most ", kDirectTaps, ", not ",
       weight.scalar_type(), " and ", weight.sizes());
   const int64_t panels = div_up(weight.size(0), kDirectPanel);
-  Tensor packed =
-      at::empty({panels, weight.size(2), weight.size(3), weight.size(1), kDirectPanel}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t shape[] = {panels, weight.size(2), weight.size(3), weight.size(1), kDirectPanel};
+  Tensor packed = at::empty(shape, weight.options());
   const Tensor laid_out = weight.is_contiguous(kRowsLayout) ? weight : weight.contiguous();
   const DirectWeight packing = packing_of(laid_out, packed.mutable_data_ptr<float>());
   kernels().direct_pack(packing, 0, panels);
@@ -196,8 +196,7 @@ Tensor direct_conv_packed(
   const Operands of = operands(x, geometry, std::nullopt, bias, residual, relu, onto);
   if (of.y.numel() == 0) return of.y;
   const float* const weight = packed.const_data_ptr<float>();
-  const int64_t panel_values = terms_of(of.conv) * kDirectPanel;
-  const int64_t terms = terms_of(of.conv), part = part_fetching_least(of);
+  const int64_t terms = terms_of(of.conv), panel_values = terms * kDirectPanel, part = part_fetching_least(of);
   if (kernels().direct_conv_copied == nullptr || terms < kLongSum || packed.numel() <= kPartValues) {
     share_out(of, part, kDirectRows, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       kernels().direct_conv(of.conv, weight + begin * panel_values, begin, end, first, last);

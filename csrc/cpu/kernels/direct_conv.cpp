@@ -13,7 +13,24 @@ constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long
 constexpr int kAhead = 8;
 static_assert(kRows <= kAhead && kAhead <= kLine, "each row's line is fetched within the channels of one");
 
-using Places = Sources<kRows>;
+// Where the channels of each tap of consecutive pixels are: in x or in the padding.
+using Places = const float* [kDirectTaps][kRows];
+
+void find_one(const DirectConv& conv, const Pixel& pixel, const float** at) {
+  for (int64_t r = 0; r < conv.kernel_rows; ++r) {
+    const int64_t row = pixel.top() + r * conv.dilation[0];
+    for (int64_t s = 0; s < conv.kernel_columns; ++s, at += kRows) {
+      const int64_t column = pixel.left() + s * conv.dilation[1];
+      const bool inside = row >= 0 && row < conv.height && column >= 0 && column < conv.width;
+      *at = inside ? pixel.x(row, column) : conv.zeros;
+    }
+  }
+}
+
+// Of `count` pixels, which may be none; `pixel` is behind them then.
+void find(const DirectConv& conv, Pixel& pixel, int64_t count, Places& places) {
+  for (int64_t i = 0; i < count; ++i, pixel.step()) find_one(conv, pixel, &places[0][i]);
+}
 
 // sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
 template <int rows>
@@ -63,19 +80,19 @@ constexpr OutputsOf kByRows[kRows] = {&outputs_of<1>, &outputs_of<2>, &outputs_o
 void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const int64_t terms = conv.kernel_rows * conv.kernel_columns * conv.channels;
   const auto left = [&](int64_t pixel) { return smaller(kRows, last - pixel); };
-  Walk walk(conv, first);
+  Pixel at(conv, first);
   Places sources[2] = {};  // of these pixels and the next, which may be fewer
-  walk.find<kRows>(left(first), sources[0]);
+  find(conv, at, left(first), sources[0]);
   int here = 0;
   for (int64_t pixel = first; pixel < last; pixel += kRows, here ^= 1) {
     const int64_t count = left(pixel);
     const bool is_last = pixel + kRows >= last;
-    if (!is_last) walk.find<kRows>(left(pixel + kRows), sources[here ^ 1]);
+    if (!is_last) find(conv, at, left(pixel + kRows), sources[here ^ 1]);
     for (int64_t panel = begin; panel < end; ++panel) {
       const float* weight = packed + (panel - begin) * terms * kDirectPanel;
-      for (int64_t at = 0; at < kDirectPanel && panel * kDirectPanel + at < conv.outputs; at += kStep) {
-        const Places* next = panel + 1 == end && at == 0 && !is_last ? &sources[here ^ 1] : nullptr;
-        kByRows[count - 1](conv, sources[here], next, weight + at * terms, pixel, panel * kDirectPanel + at);
+      for (int64_t step = 0; step < kDirectPanel && panel * kDirectPanel + step < conv.outputs; step += kStep) {
+        const Places* next = panel + 1 == end && step == 0 && !is_last ? &sources[here ^ 1] : nullptr;
+        kByRows[count - 1](conv, sources[here], next, weight + step * terms, pixel, panel * kDirectPanel + step);
       }
     }
   }

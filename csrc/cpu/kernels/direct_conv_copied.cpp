@@ -1,5 +1,7 @@
 // The direct convolution by weights that do not stay in the second cache level: pixels are copied, all terms of each together,
 // and more of them at a time multiplied by weights that stay in the first. See kernels.h for what is read and written.
+#include <cstring>
+
 #include "direct_parts.h"
 
 namespace resnet_fast::cpu {
@@ -50,49 +52,88 @@ using Multiply = void (*)(const DirectConv&, const Tile&);
 constexpr Multiply kMultiply[kRows] = {&multiply<1>, &multiply<2>, &multiply<3>,
                                        &multiply<4>, &multiply<5>, &multiply<6>};
 
+int64_t bounded(int64_t value, int64_t most) { return value < 0 ? 0 : smaller(value, most); }
+
 void copy_values(const float* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + Vec::size() <= count; i += Vec::size()) Vec::loadu(from + i).store(to + i);
+  if (i == count) return;
+  if (count >= Vec::size()) {  // the last ones, some of them twice
+    Vec::loadu(from + count - Vec::size()).store(to + count - Vec::size());
+    return;
+  }
   for (; i < count; ++i) to[i] = from[i];
 }
 
-// All terms of pixels, as [chunk][pixel][kChunk].
-void copy(const DirectConv& conv, const Sources<kBlock>& x, int64_t pixels, float* copies) {
-  const int64_t taps = conv.kernel_rows * conv.kernel_columns;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    float* to = copies + pixel * kChunk;
-    int64_t room = kChunk;  // of the chunk
-    for (int64_t tap = 0, next; tap < taps; tap = next) {
-      const float* from = x[tap][pixel];
-      int64_t left = conv.channels;  // of taps that lie one behind the other
-      for (next = tap + 1; next < taps && x[next][pixel] == from + left; ++next) left += conv.channels;
-      while (left > 0) {
-        const int64_t count = smaller(left, room);
-        copy_values(from, count, to);
-        from += count, left -= count;
-        to += count, room -= count;
-        if (room == 0) to += (kBlock - 1) * kChunk, room = kChunk;
+// The terms of one pixel, one behind the other, to where [chunk][pixel][kChunk] has them.
+class Row {
+ public:
+  explicit Row(float* to) : to_(to) {}
+
+  void zeros(int64_t count) {
+    place(count, [](int64_t, int64_t some, float* to) RF_INLINE_LAMBDA { std::memset(to, 0, some * sizeof(float)); });
+  }
+  void values(const float* from, int64_t count) {
+    place(count, [from](int64_t done, int64_t some, float* to) RF_INLINE_LAMBDA { copy_values(from + done, some, to); });
+  }
+
+ private:
+  template <typename F>
+  void place(int64_t count, const F& put) {
+    for (int64_t done = 0; done < count;) {
+      const int64_t some = smaller(count - done, room_);
+      put(done, some, to_);
+      done += some;
+      to_ += some, room_ -= some;
+      if (room_ == 0) to_ += (kBlock - 1) * kChunk, room_ = kChunk;
+    }
+  }
+
+  float* to_;
+  int64_t room_ = kChunk;  // of the chunk
+};
+
+// Copies all terms of `pixels` pixels, `at` which is behind them then.
+void copy(const DirectConv& conv, Pixel& at, int64_t pixels, float* copies) {
+  // Taps of a row of the kernel lie one behind the other, unless they are dilated.
+  const int64_t together = conv.dilation[1] == 1 ? conv.kernel_columns : 1;
+  for (int64_t i = 0; i < pixels; ++i, at.step()) {
+    Row to(copies + i * kChunk);
+    for (int64_t r = 0; r < conv.kernel_rows; ++r) {
+      const int64_t row = at.top() + r * conv.dilation[0];
+      for (int64_t s = 0; s < conv.kernel_columns; s += together) {
+        const int64_t column = at.left() + s * conv.dilation[1];
+        const bool inside = row >= 0 && row < conv.height;
+        const int64_t before = inside ? bounded(-column, together) : together;
+        const int64_t behind = inside ? bounded(column + together - conv.width, together - before) : 0;
+        if (before > 0) to.zeros(before * conv.channels);
+        const int64_t count = together - before - behind;
+        if (count > 0) to.values(at.x(row, column + before), count * conv.channels);
+        if (behind > 0) to.zeros(behind * conv.channels);
       }
     }
   }
 }
 
-// Lines of the first tap of the pixels that come next, one behind the other.
+// The pixels that come next, of which a tap is fetched, one line behind the other.
 class Ahead {
  public:
-  Ahead(const DirectConv& conv, const Sources<kBlock>& next, int64_t pixels)
-      : pixel_(next[0]), last_(next[0] + pixels - 1), channels_(conv.channels) {}
+  Ahead(const DirectConv& conv, Pixel at, int64_t pixels) : count_(pixels), channels_(conv.channels) {
+    for (auto& pixel : pixels_) {
+      pixel = at.x(bounded(at.top(), conv.height), bounded(at.left(), conv.width));
+      at.step();
+    }
+  }
 
-  const float* here() const { return *pixel_ + channel_; }
+  const float* here() const { return pixels_[number_] + channel_; }
   void pass(int64_t lines) {
     channel_ += lines * kLine;
-    for (; channel_ >= channels_ && pixel_ < last_; ++pixel_) channel_ -= channels_;
+    for (; channel_ >= channels_ && number_ + 1 < count_; ++number_) channel_ -= channels_;
   }
 
  private:
-  const float* const* pixel_;
-  const float* const* last_;
-  int64_t channels_, channel_ = 0;
+  const float* pixels_[kBlock];
+  int64_t count_, channels_, number_ = 0, channel_ = 0;
 };
 
 // y of the pixels that were copied.
@@ -100,6 +141,7 @@ void multiply_block(
     const DirectConv& conv, const float* copies, const float* weight, Ahead ahead, int64_t pixel, int64_t pixels,
     int64_t outputs_begin, int64_t outputs_end) {
   const int64_t terms = conv.kernel_rows * conv.kernel_columns * conv.channels;
+  const int64_t tiles = (pixels + kRows - 1) / kRows;  // about as large as each other: products of few pixels wait for sums
   float sums[kBlock * kStep];
   Tile tile;
   for (tile.output = outputs_begin; tile.output < outputs_end; tile.output += kStep) {
@@ -110,14 +152,16 @@ void multiply_block(
       tile.is_first = term == 0;
       tile.is_last = term + kChunk >= terms;
       weight += tile.terms * kStep;
-      for (int64_t row = 0; row < pixels; row += kRows) {
+      for (int64_t number = 0, row = 0; number < tiles; ++number) {
+        const int64_t rows = (pixels - row + tiles - number - 1) / (tiles - number);
         tile.x = copies + term * kBlock + row * kChunk;
-        tile.next_weight = weight + row / kRows * (tile.terms / kTiles) * kStep;
+        tile.next_weight = weight + number * (tile.terms / kTiles) * kStep;
         tile.next_x = ahead.here();
         tile.sums = sums + row * kStep;
         tile.pixel = pixel + row;
-        kMultiply[smaller(kRows, pixels - row) - 1](conv, tile);
+        kMultiply[rows - 1](conv, tile);
         ahead.pass(tile.terms / kTermsALine);
+        row += rows;
       }
     }
   }
@@ -128,18 +172,12 @@ void multiply_block(
 void direct_conv_copied(
     const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies) {
   const int64_t outputs_begin = begin * kDirectPanel, outputs_end = smaller(end * kDirectPanel, conv.outputs);
-  Walk walk(conv, first);
-  Sources<kBlock> sources[2] = {};  // of these pixels and the next
-  int64_t count = smaller(kBlock, last - first);
-  walk.find<kBlock>(count, sources[0]);
-  int here = 0;
-  for (int64_t pixel = first; pixel < last; pixel += kBlock, here ^= 1) {
-    const int64_t next = smaller(kBlock, last - pixel - count);
-    copy(conv, sources[here], count, copies);
-    if (next > 0) walk.find<kBlock>(next, sources[here ^ 1]);
-    const Ahead ahead(conv, sources[next > 0 ? here ^ 1 : here], next > 0 ? next : 1);
-    multiply_block(conv, copies, packed, ahead, pixel, count, outputs_begin, outputs_end);
-    count = next;
+  Pixel at(conv, first);
+  for (int64_t left = (last - first + kBlock - 1) / kBlock; left > 0; --left) {
+    const int64_t pixels = (last - first + left - 1) / left;
+    copy(conv, at, pixels, copies);
+    multiply_block(conv, copies, packed, Ahead(conv, at, pixels), first, pixels, outputs_begin, outputs_end);
+    first += pixels;
   }
 }
 

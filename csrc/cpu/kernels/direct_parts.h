@@ -1,4 +1,4 @@
-// What the two ways of the direct convolution share: where pixels of y read x, and the writing of y.
+// What the two ways of the direct convolution share: pixels of y, where they read x, and their writing.
 #pragma once
 
 #include "../direct_sizes.h"
@@ -17,41 +17,19 @@ constexpr int kRows = kDirectRows;
 constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 static_assert(kDirectPanel % kStep == 0);
 
-// Where the channels of each tap of consecutive pixels of y are: in x or in the padding.
-template <int64_t pixels>
-using Sources = const float* [kDirectTaps][pixels];
-
-// Consecutive pixels of y.
-class Walk {
+// A pixel of y, and where it reads x.
+class Pixel {
  public:
-  Walk(const DirectConv& conv, int64_t pixel) : conv_(conv) {
-    column_ = pixel % conv.out_width;
-    row_ = pixel / conv.out_width % conv.out_height;
-    image_ = pixel / conv.out_width / conv.out_height;
-  }
+  Pixel(const DirectConv& conv, int64_t pixel)
+      : conv_(conv),
+        image_(pixel / conv.out_width / conv.out_height),
+        row_(pixel / conv.out_width % conv.out_height),
+        column_(pixel % conv.out_width) {}
 
-  // Of the next `count` pixels, which may be none.
-  template <int64_t pixels>
-  void find(int64_t count, Sources<pixels>& sources) {
-    for (int64_t i = 0; i < count; ++i) {
-      find_one<pixels>(&sources[0][i]);
-      step();
-    }
-  }
-
- private:
-  template <int64_t pixels>
-  void find_one(const float** at) const {
-    const int64_t top = row_ * conv_.stride[0] - conv_.padding[0], left = column_ * conv_.stride[1] - conv_.padding[1];
-    for (int64_t r = 0; r < conv_.kernel_rows; ++r) {
-      const int64_t row = top + r * conv_.dilation[0];
-      for (int64_t s = 0; s < conv_.kernel_columns; ++s, at += pixels) {
-        const int64_t column = left + s * conv_.dilation[1];
-        const bool inside = row >= 0 && row < conv_.height && column >= 0 && column < conv_.width;
-        const int64_t source = (image_ * conv_.height + row) * conv_.width + column;
-        *at = inside ? conv_.x + source * conv_.channels : conv_.zeros;
-      }
-    }
+  int64_t top() const { return row_ * conv_.stride[0] - conv_.padding[0]; }
+  int64_t left() const { return column_ * conv_.stride[1] - conv_.padding[1]; }
+  const float* x(int64_t row, int64_t column) const {
+    return conv_.x + ((image_ * conv_.height + row) * conv_.width + column) * conv_.channels;
   }
   void step() {
     if (++column_ < conv_.out_width) return;
@@ -61,6 +39,7 @@ class Walk {
     ++image_;
   }
 
+ private:
   const DirectConv& conv_;
   int64_t image_, row_, column_;
 };
