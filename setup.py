@@ -36,10 +36,10 @@ CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fvisibility-inli
 CXX_FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CXX_FLAGS += ["-Wno-stringop-overflow"]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Every csrc/cpu/kernels/*.cpp is compiled once per row; ops.cpp picks one at run time (at::get_cpu_capability).
 # DEFAULT comes first, in compiling and in linking: where an inline function of the standard library is emitted in
 # several of them, the linker keeps the first, so code that any CPU may reach never holds AVX instructions.
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "DEFAULT": ["-O2"] if IS_X86 else [],  # where -O3 takes twice as long to unroll what hardly a CPU runs
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -240,8 +240,6 @@ def native_extension(cuda: bool):
 
 def native_commands(plan: Plan) -> dict:
     """build_ext for resnet_fast._C; a function because its base class comes from torch."""
-    from distutils.ccompiler import gen_preprocess_options
-
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
@@ -291,7 +289,7 @@ def native_commands(plan: Plan) -> dict:
             if "Free Software Foundation" not in version:
                 return []
             command += [*self.compiler.compiler_so[1:], *ext.extra_compile_args["cxx"], "-std=c++17"]
-            command += gen_preprocess_options(ext.define_macros, ext.include_dirs + self.compiler.include_dirs)
+            command += [f"-I{folder}" for folder in ext.include_dirs + self.compiler.include_dirs]
             digest = hashlib.sha256(repr((command, version)).encode()).hexdigest()[:12]
             header = Path(self.build_temp) / f"common-{digest}.h"
             precompiled, staged = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}.tmp")

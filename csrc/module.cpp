@@ -110,8 +110,8 @@ void bind_frozen_network(py::module_& m) {
   py::class_<FrozenNetwork>(m, "FrozenNetwork", "A frozen network on any CPU: see csrc/cpu/frozen_network.h.")
       .def(py::init<>())
       .def("conv", conv, py::arg("x"), py::arg("residual"), py::arg("onednn"), py::arg("winograd"), py::arg("direct"),
-           py::arg("bias"), py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
-           py::arg("relu"))
+           py::arg("bias"), py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+           py::arg("groups"), py::arg("relu"))
       .def("max_pool", &FrozenNetwork::max_pool, py::arg("x"))
       .def("run", &FrozenNetwork::run, py::arg("x"), py::call_guard<py::gil_scoped_release>());
 }

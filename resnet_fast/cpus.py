@@ -25,7 +25,7 @@ class Cpu:
 
     model: str
     cores: int
-    isa: str = "AVX512"
+    isa: str
 
     @property
     def name(self) -> str:

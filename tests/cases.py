@@ -11,7 +11,7 @@ from resnet_fast.kernels import tables
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-CPU = Cpu("some CPU", 2)
+CPU = Cpu("some CPU", 2, "AVX512")
 """One that nothing is measured on."""
 ONEDNN = {"config": None, "us": 1.0, "library_us": 1.0, "variant": "onednn"}
 """A row of a tuned table."""

@@ -199,7 +199,7 @@ def test_as_many_run_at_a_time_as_there_are_cores_for(cores, threads, most, monk
     _, frozen = small_resnet(torch.bfloat16)
     inputs = [torch.randn(1, 3, size, size) for size in (64, 40)]
     x, network = inputs[0], frozen.amx_network(inputs[0])
-    monkeypatch.setattr(amx.cpus, "here", lambda: amx.cpus.Cpu("of this test", cores))
+    monkeypatch.setattr(amx.cpus, "here", lambda: amx.cpus.Cpu("of this test", cores, "AVX512"))
     torch.set_num_threads(threads)
     callers = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads,))
     with contextlib.ExitStack() as stack:

@@ -285,11 +285,13 @@ def test_a_frozen_block(isa, kernel, in_one_call, monkeypatch):
     blocks, value = freeze(copy.deepcopy(stock)), draw((1, 256, 28, 28), torch.float32, "channels_last")
     for number, (block, plain) in enumerate(zip(blocks, stock, strict=True)):
         with torch.no_grad():
-            x, expected, exact = value.clone(), plain(value), copy.deepcopy(plain).double()(value.double())
+            x, kept = value, value.clone()
+            expected, exact = plain(x), copy.deepcopy(plain).double()(x.double())
             if in_one_call:
                 value = cpu_network.build(Section(None, False, [("block", block)]), x.shape).run(x)
             else:
                 value = block(x)
+        assert torch.equal(x, kept)
         assert_matches(f"y{number}", value, expected, exact)
         *_, last = block.convs
         assert last.kernel == block.convs[0].kernel == kernel

@@ -193,7 +193,7 @@ def test_what_does_not_fit_takes_onednn(name):
 
 
 def test_without_a_measurement_few_tiles_take_onednn():
-    many = cpus.Cpu("some CPU", 64)
+    many = cpus.Cpu("some CPU", 64, "AVX512")
     assert selection.choose(PROBLEM, CPU).source == "predicted"
     assert selection.choose(PROBLEM, many).config is None
     assert "392 tiles" in selection.choose(PROBLEM, many).reason
@@ -254,7 +254,7 @@ from resnet_fast.backends.primitives import Geometry
 from resnet_fast.frozen import FrozenConv2d
 reason = winograd.why_not()
 torch.manual_seed(0)
-cpus.here = lambda: cpus.Cpu("some CPU", 2)
+cpus.here = lambda: cpus.Cpu("some CPU", 2, "AVX512")
 conv = FrozenConv2d(torch.nn.Conv2d(67, 70, 3, padding=1), None, True, None)
 x = torch.randn(8, 67, 23, 30)
 with torch.no_grad():

@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from .. import _log, cpus, dispatch, gpus, memory, numerics, training
-from ..backends import native, winograd
+from ..backends import direct, native, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from ..kernels.winograd import NAME_OF_DOTS
@@ -122,7 +122,7 @@ def _frozen_cpu_by(dtype: torch.dtype) -> str:
     if (reason := winograd.why_not()) is not None:
         return f"{text}; no {name}: {reason}"
     measured = tables.count(cpus.here(), str(dtype).removeprefix("torch.")) > 0
-    others = ", others directly," if dtype == torch.float32 and cpus.here().isa == "AVX2" else ""
+    others = ", others directly," if dtype == direct.DTYPE else ""
     return f"{text}; 3x3s by {name}{others} where {'measured' if measured else 'predicted'} to be faster"
 
 

@@ -141,7 +141,7 @@ void multiply_block(
     const DirectConv& conv, const float* copies, const float* weight, Ahead ahead, int64_t pixel, int64_t pixels,
     int64_t outputs_begin, int64_t outputs_end) {
   const int64_t terms = conv.kernel_rows * conv.kernel_columns * conv.channels;
-  const int64_t tiles = (pixels + kRows - 1) / kRows;  // about as large as each other: products of few pixels wait for sums
+  const int64_t tiles = div_up(pixels, kRows);  // about as large as each other: products of few pixels wait for sums
   float sums[kBlock * kStep];
   Tile tile;
   for (tile.output = outputs_begin; tile.output < outputs_end; tile.output += kStep) {
@@ -153,7 +153,7 @@ void multiply_block(
       tile.is_last = term + kChunk >= terms;
       weight += tile.terms * kStep;
       for (int64_t number = 0, row = 0; number < tiles; ++number) {
-        const int64_t rows = (pixels - row + tiles - number - 1) / (tiles - number);
+        const int64_t rows = div_up(pixels - row, tiles - number);
         tile.x = copies + term * kBlock + row * kChunk;
         tile.next_weight = weight + number * (tile.terms / kTiles) * kStep;
         tile.next_x = ahead.here();
@@ -173,8 +173,8 @@ void direct_conv_copied(
     const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies) {
   const int64_t outputs_begin = begin * kDirectPanel, outputs_end = smaller(end * kDirectPanel, conv.outputs);
   Pixel at(conv, first);
-  for (int64_t left = (last - first + kBlock - 1) / kBlock; left > 0; --left) {
-    const int64_t pixels = (last - first + left - 1) / left;
+  for (int64_t left = div_up(last - first, kBlock); left > 0; --left) {
+    const int64_t pixels = div_up(last - first, left);
     copy(conv, at, pixels, copies);
     multiply_block(conv, copies, packed, Ahead(conv, at, pixels), first, pixels, outputs_begin, outputs_end);
     first += pixels;

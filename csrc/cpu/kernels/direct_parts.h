@@ -17,6 +17,9 @@ constexpr int kRows = kDirectRows;
 constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 static_assert(kDirectPanel % kStep == 0);
 
+// Rounded up; integers.h has the same, but what is inline there has no instruction set of its own.
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A pixel of y, and where it reads x.
 class Pixel {
  public:
