@@ -105,7 +105,7 @@ class FrozenConv2d(Frozen):
         return _mkldnn._convolution_pointwise_.binary(y, x, *conv, "add", 1.0, act, [], "")
 
     def by_kernel(self, config: Config, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The same by a kernel that `choice` may choose; None where Winograd met a NaN or Inf."""
+        """The same in float32 by a kernel that `choice` may choose; None where Winograd met a NaN or Inf."""
         layer = self._packed_for(config), self.bias, self.weight.shape[0], residual
         if isinstance(config, DirectConfig):
             geometry = (self.stride, self.padding, self.dilation)

@@ -38,7 +38,11 @@ def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weight (K, C, R, S) of at most 64 taps, as `conv_packed` takes it on this CPU."""
+    """A weight (K, C, R, S), float32, -> (panels of 64 outputs, R, S, C, 64), ordered for this CPU's `conv_packed`.
+
+    Raises:
+        RuntimeError: no such weight, or more than 64 taps.
+    """
     return torch.ops.resnet_fast_native.direct_pack(weight)
 
 
@@ -51,7 +55,9 @@ def conv_packed(
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
     relu: bool,
 ) -> Tensor:
-    """act(conv2d(x) + bias + residual), float32 and in channels_last; geometry: stride, padding and dilation in pairs.
+    """act(conv2d(x (N, C, H, W)) + bias (K,) + residual (N, K, P, Q)) -> (N, K, P, Q), float32, in channels_last.
+
+    packed: by `pack`. out_channels: K. geometry: stride, padding and dilation in pairs.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit.
