@@ -59,7 +59,7 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "int[] direct, str unit) -> Tensor");
   m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "SymInt[] geometry, float eps, str unit) -> Tensor");
+      "SymInt[] geometry, float eps, bool direct, str unit) -> Tensor");
   // CPU only, float32: a 3x3 convolution with stride and padding 1, by its weight packed once or not, and the weight's
   // gradient; false where NaN or Inf arose
   m.def("winograd_pack(Tensor weight) -> Tensor");
@@ -86,6 +86,9 @@ TORCH_LIBRARY(resnet_fast_native, m) {
   m.def(
       "direct_conv_packed(Tensor x, Tensor packed, int out_channels, Tensor? bias, Tensor? residual, int[2] stride, "
       "int[2] padding, int[2] dilation, bool relu) -> Tensor");
+  m.def(
+      "direct_conv_max_pool(Tensor x, Tensor packed, int out_channels, Tensor? scale, Tensor? bias, int[2] stride, "
+      "int[2] padding, int[2] dilation) -> Tensor");
 
   m.def("bn_statistics(Tensor conv_out) -> (Tensor mean, Tensor var)");
   m.def(
@@ -158,6 +161,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("direct_conv", &resnet_fast::cpu::direct_conv);
   m.impl("direct_pack", &resnet_fast::cpu::direct_pack);
   m.impl("direct_conv_packed", &direct_conv_packed);
+  m.impl("direct_conv_max_pool", &resnet_fast::cpu::direct_conv_max_pool);
   m.impl("winograd_pack", &resnet_fast::cpu::winograd_pack);
   m.impl("winograd_conv_packed", &resnet_fast::cpu::winograd_conv_packed);
   m.impl("winograd_conv", &resnet_fast::cpu::winograd_conv);

@@ -13,8 +13,10 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cpu" / "kernels"
 
+ORIGINAL = "original"
+
 Mutants = Mapping[str, tuple[str, str]]
-"""Name -> what stands once in the sources, and what instead of it; both empty for the original."""
+"""Name -> what stands once in the sources, and what instead of it; both empty for ORIGINAL, the first."""
 
 
 def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], harness: str) -> ctypes.CDLL:
@@ -25,9 +27,8 @@ def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], har
     compiler = host_compiler()
     if not KERNELS.is_dir():
         pytest.skip("csrc/ is not beside the tests")
-    text = "\n".join(source.read_text() for source in sources)
     copies, target = folder / "copies.h", folder / "mutants.so"
-    copies.write_text("\n".join(_copy(name, text, *mutation) for name, mutation in mutants.items()))
+    copies.write_text("\n".join(_copy(name, sources, *mutation) for name, mutation in mutants.items()))
     entries = " ".join(f"entry({name})" for name in mutants)
     defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DMUTANT_NAMES(entry)={entries}"]
     defines += [f'-DMUTANT_COPIES="{copies}"']
@@ -38,12 +39,23 @@ def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], har
     return ctypes.CDLL(str(target))
 
 
-def _copy(name: str, text: str, before: str, after: str) -> str:
-    """The text with its mutation, in a namespace `name`, without its includes."""
-    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
-    body = "\n".join(line for line in text.replace(before, after).splitlines() if not line.startswith("#"))
+def _copy(name: str, sources: Sequence[Path], before: str, after: str) -> str:
+    """The sources with their mutation, in a namespace `name`, without includes.
+
+    Of a mutation that no header sees only its own source is copied: the others are the original's, which is first.
+    """
+    texts = {source: source.read_text() for source in sources}
+    scope = f"namespace {name} {{"
+    if before:
+        assert "\n".join(texts.values()).count(before) == 1, f"the mutant {name} is out of date"
+        [mutated] = [source for source, text in texts.items() if before in text]
+        if mutated.suffix != ".h":
+            texts, scope = {mutated: texts[mutated]}, f"{scope} using namespace {ORIGINAL};"
+        texts[mutated] = texts[mutated].replace(before, after)
+    body = "\n".join(line for line in "\n".join(texts.values()).splitlines() if not line.startswith("#"))
+    body = body.replace("C10_ALWAYS_INLINE", "inline").replace("RF_INLINE_LAMBDA", "")  # which takes time without -O
     opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
-    return body.replace(opening, f"{opening} namespace {name} {{").replace(closing, f"}} {closing}")
+    return body.replace(opening, f"{opening} {scope}").replace(closing, f"}} {closing}")
 
 
 def notices(check: Callable[..., None], *functions) -> bool:

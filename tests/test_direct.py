@@ -36,7 +36,13 @@ CONVS = {  # x, weight, stride, padding, dilation
     "3x3": ((2, 33, 9, 11), (64, 33, 3, 3), (1, 1), (1, 1), (1, 1)),
     "dilated": ((2, 32, 15, 16), (64, 32, 3, 3), (1, 1), (2, 2), (2, 2)),
     "no_square": ((2, 32, 16, 9), (65, 32, 5, 3), (3, 1), (2, 0), (1, 2)),
-    "few_of_everything": ((1, 3, 5, 4), (7, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "few_of_everything": ((1, 5, 5, 4), (7, 5, 3, 3), (1, 1), (1, 1), (1, 1)),
+    "an_image": ((2, 3, 37, 45), (64, 3, 7, 7), (2, 2), (3, 3), (1, 1)),
+    "a_gray_image": ((1, 1, 20, 17), (80, 1, 5, 5), (1, 1), (2, 2), (1, 1)),
+    "no_square_image": ((2, 4, 19, 26), (65, 4, 5, 3), (3, 1), (1, 2), (1, 1)),
+    "steps_over_an_image": ((2, 3, 15, 14), (64, 3, 2, 2), (4, 5), (0, 1), (1, 1)),
+    "a_dilated_image": ((1, 3, 15, 16), (64, 3, 3, 3), (1, 1), (2, 2), (2, 2)),
+    "more_padding_than_a_gray_image": ((2, 1, 1, 2), (64, 1, 3, 2), (1, 3), (4, 5), (1, 1)),
     "one_pixel": ((1, 64, 3, 3), (64, 64, 3, 3), (1, 1), (0, 0), (1, 1)),
     "more_padding_than_image": ((2, 16, 2, 1), (80, 16, 7, 7), (1, 1), (3, 3), (1, 1)),
     "most_taps": ((1, 32, 9, 9), (64, 32, 8, 8), (1, 1), (4, 4), (1, 1)),
@@ -73,7 +79,7 @@ def test_as_near_to_float64_as_pytorch(name, layout):
     residual = draw(F.conv2d(x, weight, None, *geometry).shape, torch.float32, layout if layout in LAYOUTS else "nchw")
 
     def plain(dtype):
-        y = F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
+        y = F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry).contiguous(memory_format=torch.channels_last)
         y = y * scale.to(dtype)[:, None, None] + bias.to(dtype)[:, None, None]
         return y, (y + residual.to(dtype)).relu()
 
@@ -90,8 +96,11 @@ def test_as_near_to_float64_as_pytorch(name, layout):
 def test_a_weight_packed_once(name, layout):
     x, weight, geometry = operands(name, layout)
     bias = draw((len(weight),), torch.float32)
-    stock = F.conv2d(x, weight, bias, *geometry)
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    tensors = x, weight, bias
+    stock, exact = (
+        F.conv2d(*(each.to(dtype) for each in tensors), *geometry).contiguous(memory_format=torch.channels_last)
+        for dtype in (torch.float32, torch.float64)
+    )
     residual = draw(stock.shape, torch.float32, layout if layout in LAYOUTS else "nchw")
     y = packed_op(x, weight, bias, None, *geometry)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -205,6 +214,9 @@ def live(conv: Conv) -> ConvProblem:
     return ConvProblem(conv, "float32", relu=False, folded=False)
 
 
+IMAGE = Conv(16, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))
+
+
 def test_what_is_not_measured_follows_a_rule():
     few, many = live(Conv(1, 64, 32, 32, 64)), live(Conv(2, 64, 32, 32, 64))
     assert selection.choose(few, CPU) == selection.Choice(DirectConfig(), "predicted")
@@ -222,6 +234,9 @@ def test_what_is_not_measured_follows_a_rule():
         (many.conv, True),
         (Conv(1, 64, 16, 16, 64), True),
         (Conv(1, 64, 20, 20, 96), False),
+        (IMAGE, True),
+        (replace(IMAGE, in_channels=5), False),
+        (replace(IMAGE, dilation=(2, 2)), False),
     ):
         packed_once = ConvProblem(conv, "float32")
         assert (selection.choose(packed_once, replace(CPU, isa="AVX2")).config == DirectConfig()) == taken
@@ -233,6 +248,8 @@ def test_what_is_not_measured_follows_a_rule():
         Conv(1, 32, 20, 20, 64, (9, 9)),
     ):
         assert selection.choose(live(other), CPU).config is None
+    assert selection.choose(live(IMAGE), replace(CPU, isa="AVX2")).config == DirectConfig()  # of any size
+    assert "unmeasured, images are oneDNN's but with AVX2" in selection.choose(live(IMAGE), CPU).reason
     for dtype in ("bfloat16", "float64"):
         assert selection.choose(ConvProblem(few.conv, dtype, folded=False), CPU).config is None
 

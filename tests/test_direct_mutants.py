@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 SOURCES = [
     KERNELS / name
-    for name in ("products.h", "direct_parts.h", "direct_pack.cpp", "direct_conv.cpp", "direct_conv_copied.cpp")
+    for name in (
+        *("products.h", "direct_parts.h", "direct_pack.cpp"),
+        *("direct_conv.cpp", "direct_conv_copied.cpp", "direct_conv_image.cpp"),
+    )
 ]
 
 MUTANTS = {  # name -> (before, after)
@@ -37,7 +40,7 @@ MUTANTS = {  # name -> (before, after)
     "one_pixel_of_six": ("kByRows[count - 1]", "kByRows[0]"),
     "outputs_beyond": ("left >= Vec::size()", "left > 0"),
     "outputs_of_the_first_vector": ("pixel * conv.outputs + column;", "pixel * conv.outputs;"),
-    "pixel_of_the_first": ("++row, offset += conv.outputs", "++row"),
+    "pixel_of_the_first": ("      offset += conv.outputs;\n", ""),
     "no_residual": ("if (conv.residual != nullptr) out", "if (false) out"),
     "no_relu": ("if (conv.relu) out", "if (false) out"),
     "no_bias": ("L::load(conv.bias + column, span)", "L::fill(0)"),
@@ -67,6 +70,24 @@ MUTANTS = {  # name -> (before, after)
     "sums_shared": ("tile.sums = sums + row * kStep;", "tile.sums = sums;"),
     "weights_of_the_chunk_before": ("weight += tile.terms * kStep;", "weight += kChunk * kStep;"),
     "copied_pixels_stay": ("++i, at.step()) {", "++i) {"),
+    "image_of_another": ("(image * conv.height + row) * row_step", "row * row_step"),
+    "image_row_of_the_first": ("first * conv.stride[0] - conv.padding[0]", "-conv.padding[0]"),
+    "image_padding_of_the_other_axis": ("conv.padding[1] * conv.channels,", "conv.padding[0] * conv.channels,"),
+    "image_padding_above": ("if (row < 0 || row >= conv.height) {", "if (row >= conv.height) {"),
+    "image_padding_below": ("if (row < 0 || row >= conv.height) {", "if (row < 0) {"),
+    "image_padding_left": ("    zero(to, before);\n", ""),
+    "image_padding_right": ("zero(to + before + inside, behind)", "zero(to + before + inside, 0)"),
+    "image_row_too_long": ("smaller(row_step, values - before)", "values - before"),
+    "image_rows_too_few": ("* conv.stride[0] + conv.kernel_rows", "* conv.stride[0] + conv.kernel_rows - 1"),
+    "image_pixels_side_by_side": ("pixel_step = conv.stride[1] * conv.channels,", "pixel_step = conv.channels,"),
+    "image_taps_of_the_row_before": ("    window += row_step;\n", ""),
+    "image_weight_stays": ("    weight += run * kStep;\n", ""),
+    "image_rows_stay": ("rows += conv.stride[0] * row_step", "rows += 0"),
+    "image_pixels_stay": ("pixel += conv.out_width, rows", "pixel += 0, rows"),
+    "image_tile_of_the_first": ("rows + column * conv.stride[1] * conv.channels", "rows"),
+    "image_tile_written_to_the_first": ("output * terms, pixel + column,", "output * terms, pixel,"),
+    "image_weight_of_the_first": ("row_step, packed + output * terms,", "row_step, packed,"),
+    "image_tile_too_short": ("kOfWindows[count - 1](conv, window", "kOfWindows[0](conv, window"),
     "block_too_short": ("kMultiply[rows - 1]", "kMultiply[0]"),
 }  # fmt: skip
 
@@ -98,11 +119,15 @@ def kernels(tmp_path):
     return compile_mutants(tmp_path, MUTANTS, SOURCES, "direct.cpp")
 
 
-def check(*convs) -> None:
-    """Images, channels, outputs, rows and columns, all of them odd, in both orders of a weight."""
-    images, channels, outputs, kernel = 2, 131, 135, (3, 2)
-    geometry = {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}
-    x = guarded(draw((images, channels, 9, 7), torch.float32, "channels_last"))
+# images, channels, outputs, rows and columns, all of them odd
+USUAL = ((2, 131, 9, 7), 135, (3, 2), {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)})
+IMAGE = ((2, 3, 9, 27), 135, (5, 3), {"stride": (2, 2), "padding": (2, 1), "dilation": (1, 1)})
+
+
+def check(shape, outputs, kernel, geometry, *convs) -> None:
+    """In both orders of a weight."""
+    x = guarded(draw(shape, torch.float32, "channels_last"))
+    channels = shape[1]
     scale, bias = (draw((outputs,), torch.float32) for _ in range(2))
     for layout in ("nchw", "channels_last"):
         weight = guarded(draw((outputs, channels, *kernel), torch.float32, layout))
@@ -123,7 +148,8 @@ def check(*convs) -> None:
 def test_each_is_noticed(kernels, native):
     """In one test, which one worker compiles for."""
 
-    def is_noticed(name: str) -> bool:
-        return notices(check, *(getattr(kernels, f"{name}_{entry}") for entry in ("conv", "conv_copied")))
+    def check_all(name: str) -> None:
+        check(*IMAGE, getattr(kernels, f"{name}_conv_image"))
+        check(*USUAL, *(getattr(kernels, f"{name}_{entry}") for entry in ("conv", "conv_copied")))
 
-    assert [name for name in MUTANTS if not is_noticed(name)] == ["original"]
+    assert [name for name in MUTANTS if not notices(check_all, name)] == ["original"]

@@ -12,10 +12,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "direct_image.h"
 #include "direct_sizes.h"
 #include "guards.h"
 #include "integers.h"
 #include "kernels.h"
+#include "max_pool.h"
 #include "scratch.h"
 
 namespace resnet_fast::cpu {
@@ -83,17 +85,13 @@ DirectWeight packing_of(const Tensor& weight, float* packed) {
           weight.is_contiguous(kRowsLayout)};
 }
 
-// onto: whether the residual's memory, where it is in channels_last, becomes y's.
-Operands operands(
-    const Tensor& x, const Geometry& geometry, const OptionalTensor& scale, const OptionalTensor& bias,
-    const OptionalTensor& residual, bool relu, bool onto) {
+// All but y and the residual.
+Operands inputs(
+    const Tensor& x, const Geometry& geometry, const OptionalTensor& scale, const OptionalTensor& bias, bool relu) {
   Operands out;
   DirectConv& conv = out.conv;
   set_geometry(conv, x, geometry);
-  const int64_t shape[] = {x.size(0), conv.outputs, conv.out_height, conv.out_width};
   out.x = x.contiguous(kRowsLayout);
-  out.residual = float_or_none(residual, shape, "residual");
-  out.y = onto && out.residual.defined() ? out.residual : at::empty(shape, x.options().memory_format(kRowsLayout));
   out.scale = float_or_none(scale, {conv.outputs}, "scale");
   out.bias = bias.has_value() ? float_or_none(bias, {conv.outputs}, "bias") : at::zeros({conv.outputs}, x.options());
   if (conv.padding[0] > 0 || conv.padding[1] > 0) out.zeros = at::zeros({conv.channels}, x.options());
@@ -101,10 +99,18 @@ Operands operands(
   conv.zeros = data_or_null(out.zeros);
   conv.scale = data_or_null(out.scale);
   conv.bias = data_or_null(out.bias);
-  conv.residual = data_or_null(out.residual);
-  conv.y = out.y.mutable_data_ptr<float>();
   conv.relu = relu;
   return out;
+}
+
+// onto: whether the residual's memory, where it is in channels_last, becomes y's.
+void add_outputs(Operands& to, const OptionalTensor& residual, bool onto) {
+  DirectConv& conv = to.conv;
+  const int64_t shape[] = {to.x.size(0), conv.outputs, conv.out_height, conv.out_width};
+  to.residual = float_or_none(residual, shape, "residual");
+  to.y = onto && to.residual.defined() ? to.residual : at::empty(shape, to.x.options().memory_format(kRowsLayout));
+  conv.residual = data_or_null(to.residual);
+  conv.y = to.y.mutable_data_ptr<float>();
 }
 
 int64_t terms_of(const DirectConv& conv) { return conv.kernel_rows * conv.kernel_columns * conv.channels; }
@@ -139,6 +145,35 @@ int64_t part_fetching_least(const Operands& of) {
   return part_of(of.conv, std::lround(std::min<double>(threads, std::sqrt(threads * weight / x))));
 }
 
+void check_packed(const Tensor& packed, int64_t out_channels, const Tensor& x) {
+  TORCH_CHECK(
+      packed.dim() == 5 && packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.size(3) == x.size(1) &&
+          packed.size(4) == kDirectPanel && packed.size(0) == div_up(out_channels, kDirectPanel),
+      "direct_conv: packed must be what direct_pack made of a weight (", out_channels, ", ", x.size(1), ", R, S), not ",
+      packed.scalar_type(), " and ", packed.sizes());
+}
+
+// y, which is not empty, by a weight that is packed.
+void multiply_packed(const Operands& of, const Tensor& packed) {
+  const float* const weight = packed.const_data_ptr<float>();
+  if (is_of_image(of.conv)) {
+    image_conv(of.conv, of.x.size(0), weight);
+    return;
+  }
+  const int64_t terms = terms_of(of.conv), panel_values = terms * kDirectPanel, part = part_fetching_least(of);
+  if (kernels().direct_conv_copied == nullptr || terms < kLongSum || packed.numel() <= kPartValues) {
+    share_out(of, part, kDirectRows, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      kernels().direct_conv(of.conv, weight + begin * panel_values, begin, end, first, last);
+    });
+    return;
+  }
+  const Scratch copies(kDirectCopied * round_up(terms, kDirectChunk), at::kFloat);
+  share_out(of, part, kDirectCopied, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const float* weights = weight + begin * panel_values;
+    kernels().direct_conv_copied(of.conv, weights, begin, end, first, last, static_cast<float*>(copies.mine()));
+  });
+}
+
 }  // namespace
 
 Tensor direct_conv(
@@ -152,8 +187,13 @@ Tensor direct_conv(
       "direct_conv: weight must be float32 and (K, ", x.size(1), ", R, S) with R * S of at most ", kDirectTaps, ", not ",
       weight.scalar_type(), " and ", weight.sizes());
   const Geometry geometry{weight.size(0), weight.size(2), weight.size(3), stride, padding, dilation};
-  const Operands of = operands(x, geometry, scale, bias, residual, relu, /*onto=*/false);
+  Operands of = inputs(x, geometry, scale, bias, relu);
+  add_outputs(of, residual, /*onto=*/false);
   if (of.y.numel() == 0) return of.y;
+  if (is_of_image(of.conv)) {
+    image_conv(of.conv, x.size(0), direct_pack(weight).const_data_ptr<float>());
+    return of.y;
+  }
   const int64_t panel_values = std::max<int64_t>(1, terms_of(of.conv) * kDirectPanel);
   const int64_t most = std::max<int64_t>(1, kPartValues / panel_values);
   const int64_t part = part_of(of.conv, div_up(panels_of(of.conv), most));
@@ -187,28 +227,34 @@ Tensor direct_conv_packed(
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, bool onto) {
   const OpGuard guard;
   check_x(x);
-  TORCH_CHECK(
-      packed.dim() == 5 && packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.size(3) == x.size(1) &&
-          packed.size(4) == kDirectPanel && packed.size(0) == div_up(out_channels, kDirectPanel),
-      "direct_conv: packed must be what direct_pack made of a weight (", out_channels, ", ", x.size(1), ", R, S), not ",
-      packed.scalar_type(), " and ", packed.sizes());
+  check_packed(packed, out_channels, x);
   const Geometry geometry{out_channels, packed.size(1), packed.size(2), stride, padding, dilation};
-  const Operands of = operands(x, geometry, std::nullopt, bias, residual, relu, onto);
-  if (of.y.numel() == 0) return of.y;
-  const float* const weight = packed.const_data_ptr<float>();
-  const int64_t terms = terms_of(of.conv), panel_values = terms * kDirectPanel, part = part_fetching_least(of);
-  if (kernels().direct_conv_copied == nullptr || terms < kLongSum || packed.numel() <= kPartValues) {
-    share_out(of, part, kDirectRows, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-      kernels().direct_conv(of.conv, weight + begin * panel_values, begin, end, first, last);
-    });
-    return of.y;
-  }
-  const Scratch copies(kDirectCopied * round_up(terms, kDirectChunk), at::kFloat);
-  share_out(of, part, kDirectCopied, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    const float* weights = weight + begin * panel_values;
-    kernels().direct_conv_copied(of.conv, weights, begin, end, first, last, static_cast<float*>(copies.mine()));
-  });
+  Operands of = inputs(x, geometry, std::nullopt, bias, relu);
+  add_outputs(of, residual, onto);
+  if (of.y.numel() > 0) multiply_packed(of, packed);
   return of.y;
+}
+
+Tensor direct_conv_max_pool(
+    const Tensor& x, const Tensor& packed, int64_t out_channels, const OptionalTensor& scale, const OptionalTensor& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const OpGuard guard;
+  check_x(x);
+  check_packed(packed, out_channels, x);
+  const Geometry geometry{out_channels, packed.size(1), packed.size(2), stride, padding, dilation};
+  Operands of = inputs(x, geometry, scale, bias, /*relu=*/true);
+  const auto pooled = [](int64_t size) { return (size - 1) / 2 + 1; };
+  const DirectConv& conv = of.conv;
+  const Tensor y = at::empty(
+      {x.size(0), conv.outputs, pooled(conv.out_height), pooled(conv.out_width)}, x.options().memory_format(kRowsLayout));
+  if (y.numel() == 0) return y;
+  if (is_of_image(conv)) {
+    image_conv_max_pool(conv, x.size(0), packed.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+    return y;
+  }
+  add_outputs(of, std::nullopt, /*onto=*/false);
+  multiply_packed(of, packed);
+  return max_pool(of.y);
 }
 
 }  // namespace resnet_fast::cpu

@@ -23,4 +23,10 @@ Tensor direct_conv_packed(
     const Tensor& x, const Tensor& packed, int64_t out_channels, const OptionalTensor& bias, const OptionalTensor& residual,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu, bool onto);
 
+// max_pool2d(relu(conv2d(x, weight) * scale + bias), 3, stride 2, padding 1) by a packed weight; with few channels and no
+// dilation in one pass.
+Tensor direct_conv_max_pool(
+    const Tensor& x, const Tensor& packed, int64_t out_channels, const OptionalTensor& scale, const OptionalTensor& bias,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
+
 }  // namespace resnet_fast::cpu

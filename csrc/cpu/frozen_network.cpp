@@ -61,6 +61,14 @@ int64_t FrozenNetwork::conv(int64_t x, std::optional<int64_t> residual, Conv con
 
 int64_t FrozenNetwork::max_pool(int64_t x) { return add({x, std::nullopt, std::nullopt}); }
 
+bool FrozenNetwork::pools(int64_t number) const {
+  const auto behind = static_cast<size_t>(number) + 1;
+  if (behind == layers_.size() || layers_[behind].conv.has_value() || layers_[behind].x != number + 1) return false;
+  const Layer& layer = layers_[number];
+  const bool alone = last_read(number + 1, number + 1) && !layer.residual.has_value();
+  return alone && layer.conv.has_value() && layer.conv->direct.has_value() && layer.conv->relu;
+}
+
 at::Tensor FrozenNetwork::compute(int64_t number, const std::vector<at::Tensor>& values) const {
   const Layer& layer = layers_[number];
   const at::Tensor& x = values[layer.x];
@@ -72,6 +80,10 @@ at::Tensor FrozenNetwork::compute(int64_t number, const std::vector<at::Tensor>&
   const at::Tensor residual = layer.residual.has_value() ? values[*layer.residual] : at::Tensor();
   const auto added = residual.defined() ? std::optional(residual) : std::nullopt;
   const bool ours = residual.defined() && last_read(*layer.residual, number) && *layer.residual != layer.x;
+  if (pools(number)) {
+    return direct_conv_max_pool(
+        x, *conv.direct, conv.out_channels, std::nullopt, conv.bias, conv.stride, conv.padding, conv.dilation);
+  }
   if (conv.direct.has_value()) {
     return direct_conv_packed(
         x, *conv.direct, conv.out_channels, conv.bias, added, conv.stride, conv.padding, conv.dilation, conv.relu, ours);
@@ -91,10 +103,12 @@ at::Tensor FrozenNetwork::run(const at::Tensor& x) const {
   std::vector<at::Tensor> values(count + 1);
   values[0] = x;
   for (int64_t i = 0; i < count; ++i) {
-    values[i + 1] = compute(i, values);
     const Layer& layer = layers_[i];
+    const int64_t end = pools(i) ? i + 1 : i;  // the last layer that is computed here
+    values[end + 1] = compute(i, values);
     if (last_read(layer.x, i)) values[layer.x].reset();
     if (layer.residual.has_value() && last_read(*layer.residual, i)) values[*layer.residual].reset();
+    i = end;
   }
   return values[count];
 }

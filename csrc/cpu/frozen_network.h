@@ -43,6 +43,8 @@ class FrozenNetwork {
 
   int64_t add(Layer layer);
   bool last_read(int64_t value, int64_t layer) const { return value > 0 && last_reader_[value] == layer; }
+  // Whether a direct convolution computes the max-pool behind it as well.
+  bool pools(int64_t number) const;
   at::Tensor compute(int64_t number, const std::vector<at::Tensor>& values) const;
 
   std::vector<Layer> layers_;  // layer i writes value i + 1

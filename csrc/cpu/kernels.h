@@ -5,6 +5,8 @@
 // so the partial sums, and with them every result, are bitwise the same at any number of threads.
 #pragma once
 
+#include <c10/macros/Macros.h>
+
 #include <cstdint>
 
 namespace resnet_fast::cpu {
@@ -173,6 +175,11 @@ struct DirectConv {
   int64_t stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
 };
 
+// Values that a row of y reads of a row of x, with padding.
+C10_ALWAYS_INLINE int64_t direct_image_row(const DirectConv& conv) {
+  return ((conv.out_width - 1) * conv.stride[1] + conv.kernel_columns) * conv.channels;
+}
+
 // Its weight as the model has it, [outputs][terms], and packed. Terms are taps by channels, in either order.
 struct DirectWeight {
   const float* weight = nullptr;
@@ -222,6 +229,10 @@ struct Kernels {
   // kDirectCopied pixels of x, with their terms rounded up to kDirectChunk
   void (*direct_conv_copied)(
       const DirectConv&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies);
+  // The same of few channels without dilation: rows [first, last) of an image of y, which begin with its `pixel`. rows: room
+  // for what these rows read of x, (last - 1 - first) * stride + kernel_rows of direct_image_row() values
+  void (*direct_conv_image)(
+      const DirectConv&, const float* packed, int64_t image, int64_t first, int64_t last, int64_t pixel, float* rows);
   // weight -> packed, of the panels [begin, end), the first at `packed`
   void (*direct_pack)(const DirectWeight&, int64_t begin, int64_t end);
 };

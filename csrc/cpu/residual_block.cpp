@@ -22,13 +22,19 @@ at::Tensor or_undefined(const at::Tensor& t) { return t.numel() == 0 ? at::Tenso
 
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
 
-// The layer by kernels that have batch norm inside; none where a NaN or Inf arose, which Winograd's spread.
-std::optional<at::Tensor> by_own_kernel(
-    const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
+// Batch norm as what a convolution's output is multiplied with and what is added then.
+std::pair<at::Tensor, at::Tensor> scale_and_shift(const BlockLayer& layer) {
   at::Tensor scale = at::rsqrt(layer.var.to(at::kFloat) + layer.eps);
   if (layer.weight.defined()) scale = scale * layer.weight.to(at::kFloat);
   at::Tensor shift = -layer.mean.to(at::kFloat) * scale;
   if (layer.bias.defined()) shift = shift + layer.bias.to(at::kFloat);
+  return {scale, shift};
+}
+
+// The layer by kernels that have batch norm inside; none where a NaN or Inf arose, which Winograd's spread.
+std::optional<at::Tensor> by_own_kernel(
+    const BlockLayer& layer, const at::Tensor& x, const at::Tensor& residual, bool relu) {
+  const auto [scale, shift] = scale_and_shift(layer);
   if (!layer.winograd) {
     return direct_conv(
         x, layer.conv_weight, scale, shift, optional(residual), layer.stride, layer.padding, layer.dilation, relu);
@@ -88,7 +94,7 @@ at::Tensor residual_block(
 at::Tensor stem(
     const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
-    double eps, std::string_view unit) {
+    double eps, bool direct, std::string_view unit) {
   const OpGuard guard;
   const at::Tensor none;
   const BlockLayer layer =
@@ -96,15 +102,22 @@ at::Tensor stem(
 #ifdef WITH_AMX
   if (auto y = amx_stem(x, layer, unit_named(unit))) return *y;
 #endif
-  const at::Tensor input = x.to(conv_weight.scalar_type());
-  if (!input.is_contiguous(at::MemoryFormat::ChannelsLast) || input.numel() == 0) {
-    return at::max_pool2d(apply(layer, input, {}, true), {3, 3}, {2, 2}, {1, 1});
+  const at::MemoryFormat rows = at::MemoryFormat::ChannelsLast;
+  at::Tensor input = x.to(conv_weight.scalar_type());
+  // as PyTorch has the convolution's output
+  const bool in_rows = input.suggest_memory_format() == rows || conv_weight.suggest_memory_format() == rows;
+  if (!in_rows || input.numel() == 0) return at::max_pool2d(apply(layer, input, {}, true), {3, 3}, {2, 2}, {1, 1});
+  input = input.contiguous(rows);
+  if (direct) {
+    const auto [scale, shift] = scale_and_shift(layer);
+    return direct_conv_max_pool(
+        input, direct_pack(conv_weight), conv_weight.size(0), scale, shift, layer.stride, layer.padding, layer.dilation);
   }
   const at::Tensor conv_out = at::convolution(
       input, conv_weight, std::nullopt, layer.stride, layer.padding, layer.dilation, /*transposed=*/false,
       /*output_padding=*/{0, 0}, layer.groups);
   const NormTensors norm({mean, var, weight, bias});
-  return std::get<0>(bn_max_pool(conv_out.contiguous(at::MemoryFormat::ChannelsLast), norm, eps, /*wants_index=*/false));
+  return std::get<0>(bn_max_pool(conv_out.contiguous(rows), norm, eps, /*wants_index=*/false));
 }
 
 }  // namespace resnet_fast::cpu

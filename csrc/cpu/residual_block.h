@@ -34,11 +34,11 @@ at::Tensor residual_block(
     at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, at::IntArrayRef direct,
     std::string_view unit);
 
-// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to. unit:
-// as above.
+// max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to. direct:
+// whether that is faster for the convolution; unit: as above.
 at::Tensor stem(
     const at::Tensor& x, const at::Tensor& conv_weight, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, at::IntArrayRef geometry,
-    double eps, std::string_view unit);
+    double eps, bool direct, std::string_view unit);
 
 }  // namespace resnet_fast::cpu

@@ -27,6 +27,13 @@ def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], d
     return _layers(x.shape, tuple(weight.shape for weight in conv_weights), tuple(geometry), downsample)
 
 
+def computes_stem(x: Tensor, conv_weight: Tensor, geometry: Sequence[int]) -> bool:
+    """Whether it is to compute a stem's convolution, with which the max-pool behind it is one pass, as `ops.stem`."""
+    if x.dtype != DTYPE or conv_weight.dtype != DTYPE:
+        return False
+    return _layers(x.shape, (conv_weight.shape,), tuple(geometry), False) == (0,)
+
+
 def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
     """conv2d(x (N, C, H, W), conv_weight (K, C, R, S)) -> (N, K, P, Q), float32, in channels_last; without groups.
 

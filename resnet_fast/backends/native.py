@@ -302,8 +302,9 @@ def stem(x: torch.Tensor, *args) -> torch.Tensor:
     """`ops.stem`, as `residual_block`."""
     if x.device.type != "cpu":
         return _by_layer_stem(x, *args)
-    conv_weight, *_ = args
-    return _cpu_stem(x, *args, unit(conv_weight.dtype))
+    conv_weight, *_, geometry, _ = args
+    by_direct = _direct().computes_stem(x, conv_weight, geometry)
+    return _cpu_stem(x, *args, by_direct, unit(conv_weight.dtype))
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor | None:

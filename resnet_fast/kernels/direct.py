@@ -6,12 +6,16 @@ few pixels are multiplied with it. By one that is packed once it multiplies as f
 
 from ..cpus import Cpu
 from ..problems import ConvProblem
+from ..shapes import Conv
 from .winograd import MIN_ELEMENTS
 
 NAME = "direct"
 
 _MIN_CHANNELS = 32
-"""With fewer, as of an image, sums are too short for what surrounds them."""
+"""With fewer, sums are too short for what surrounds them, unless they are few enough to copy rows of an image."""
+
+_FEW_CHANNELS = 4
+"""At most, of an image, whose kernel takes a row of taps at once (csrc/cpu/direct_image.h); without dilation."""
 
 _PANEL = 64
 """Outputs whose weights lie together (csrc/cpu/direct_sizes.h)."""
@@ -33,9 +37,9 @@ def why_not(problem: ConvProblem) -> str | None:
     conv = problem.conv
     if conv.groups > 1 or conv.kernel[0] * conv.kernel[1] > _MAX_TAPS:
         return f"only dense convolutions of at most {_MAX_TAPS} taps"
-    if conv.in_channels < _MIN_CHANNELS or conv.out_channels % _PANEL:
-        wanted = f"from {_MIN_CHANNELS} channels on, to multiples of {_PANEL}"
-        return f"only {wanted}, not {conv.in_channels} -> {conv.out_channels}"
+    if not (_is_of_image(conv) or conv.in_channels >= _MIN_CHANNELS) or conv.out_channels % _PANEL:
+        channels = f"from {_MIN_CHANNELS} channels on, or up to {_FEW_CHANNELS} without dilation"
+        return f"only {channels}, to multiples of {_PANEL}, not {conv.in_channels} -> {conv.out_channels}"
     if conv.x_elements <= MIN_ELEMENTS and not problem.folded:
         return (
             f"x has {conv.x_elements} values; up to {MIN_ELEMENTS} PyTorch convolves without oneDNN, and packs nothing"
@@ -47,8 +51,14 @@ def why_not_unmeasured(problem: ConvProblem, cpu: Cpu) -> str | None:
     """Why oneDNN is taken where nothing was measured; None where the direct convolution is."""
     if problem.folded:
         return None if cpu.isa == "AVX2" else "packed once, oneDNN's weights are multiplied as fast"
+    if _is_of_image(problem.conv):  # so small a weight is packed in no time
+        return None if cpu.isa == "AVX2" else "unmeasured, images are oneDNN's but with AVX2"
     if cpu.cores > _MOST_CORES:
         return f"{cpu.cores} cores; unmeasured, direct is taken on up to {_MOST_CORES}"
     if problem.conv.pixels > _MOST_PIXELS:
         return f"{problem.conv.pixels} pixels; unmeasured, direct is taken up to {_MOST_PIXELS}"
     return None
+
+
+def _is_of_image(conv: Conv) -> bool:
+    return conv.in_channels <= _FEW_CHANNELS and conv.dilation == (1, 1)

@@ -1,5 +1,6 @@
 // The kernels of csrc/cpu/kernels/direct_conv*.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
 // writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -34,5 +35,19 @@ using namespace resnet_fast::cpu;
     name##_convolve(conv, weight, pixels, [&](auto&&... range) {                                                      \
       DEFAULT::name::direct_conv_copied(range..., copies.data());                                                     \
     });                                                                                                               \
+  }                                                                                                                   \
+  /* Each image in two bands of rows. */                                                                              \
+  extern "C" void name##_conv_image(DirectConv conv, DirectWeight weight, int64_t pixels) {                           \
+    const int64_t panels = (conv.outputs + kDirectPanel - 1) / kDirectPanel, image = conv.out_height * conv.out_width; \
+    const int64_t middle = conv.out_height / 2, room = (conv.out_height + 1) * conv.stride[0] + conv.kernel_rows;     \
+    std::vector<float> packed(panels * kDirectPanel * weight.taps * conv.channels);                                   \
+    std::vector<float> rows(room * direct_image_row(conv), std::nanf(""));                                            \
+    weight.packed = packed.data();                                                                                    \
+    DEFAULT::name::direct_pack(weight, 0, panels);                                                                    \
+    for (int64_t i = 0; i < pixels / image; ++i) {                                                                    \
+      const int64_t first = i * image, second = first + middle * conv.out_width;                                      \
+      DEFAULT::name::direct_conv_image(conv, packed.data(), i, 0, middle, first, rows.data());                        \
+      DEFAULT::name::direct_conv_image(conv, packed.data(), i, middle, conv.out_height, second, rows.data());         \
+    }                                                                                                                 \
   }
 MUTANT_NAMES(ENTRIES)

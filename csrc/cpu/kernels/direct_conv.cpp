@@ -34,7 +34,7 @@ void find(const DirectConv& conv, Pixel& pixel, int64_t count, Places& places) {
 
 // sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
 template <int rows>
-C10_ALWAYS_INLINE void add_products(
+C10_ALWAYS_INLINE void add_channels(
     Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, int64_t channels) {
   Vec own[rows][kWide];
   sum_products<kStep>(
@@ -52,9 +52,7 @@ template <int rows>
 void outputs_of(
     const DirectConv& conv, const Places& x, const Places* next, const float* weight, int64_t pixel, int64_t output) {
   Vec sums[rows][kWide];
-  for (auto& row : sums) {
-    for (auto& sum : row) sum = Vec(0);
-  }
+  set_to_zero(sums);
   fetch_outputs(conv, pixel, rows, output);
   const int64_t taps = conv.kernel_rows * conv.kernel_columns;
   for (int64_t tap = 0; tap < taps; ++tap) {
@@ -63,7 +61,7 @@ void outputs_of(
       const float *from[rows], *ahead[kAhead];
       for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
       for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
-      add_products<rows>(sums, from, ahead, weight, channels);
+      add_channels<rows>(sums, from, ahead, weight, channels);
       weight += channels * kStep;
     }
   }

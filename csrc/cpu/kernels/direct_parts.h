@@ -63,25 +63,26 @@ template <int rows>
 C10_ALWAYS_INLINE void write_outputs(
     const DirectConv& conv, const Vec (&sums)[rows][kWide], int64_t pixel, int64_t output) {
   // Of one vector of outputs.
-  const auto write = [&](int i, int64_t column, auto span) RF_INLINE_LAMBDA {
+  const auto write = [&](auto i, int64_t column, auto span) RF_INLINE_LAMBDA {
     const L scale = conv.scale == nullptr ? L::fill(1) : L::load(conv.scale + column, span);
     const L bias = L::load(conv.bias + column, span);
     int64_t offset = pixel * conv.outputs + column;
-    for (int row = 0; row < rows; ++row, offset += conv.outputs) {
+    each<rows>([&](auto row) RF_INLINE_LAMBDA {
       L out = fmadd(L{{sums[row][i]}}, scale, bias);
       if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
       if (conv.relu) out = relu(out);
       out.store(conv.y + offset, span);
-    }
+      offset += conv.outputs;
+    });
   };
-  for (int i = 0; i < kWide; ++i) {
+  each<kWide>([&](auto i) RF_INLINE_LAMBDA {
     const int64_t column = output + i * Vec::size(), left = conv.outputs - column;
     if (left >= Vec::size()) {
       write(i, column, Full{});
     } else if (left > 0) {
       write(i, column, Part{left});
     }
-  }
+  });
 }
 
 }  // namespace direct

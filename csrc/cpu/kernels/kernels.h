@@ -34,6 +34,8 @@ bool winograd_gradient_output(const WinogradGradient& conv, int64_t begin, int64
 void direct_conv(const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last);
 void direct_conv_copied(
     const DirectConv& conv, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last, float* copies);
+void direct_conv_image(
+    const DirectConv& conv, const float* packed, int64_t image, int64_t first, int64_t last, int64_t pixel, float* rows);
 void direct_pack(const DirectWeight& weight, int64_t begin, int64_t end);
 
 }  // namespace CPU_CAPABILITY

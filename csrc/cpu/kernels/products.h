@@ -1,6 +1,9 @@
 // The product that Winograd's convolutions and the direct one are made of, in float32.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "blocks.h"
 
 namespace resnet_fast::cpu {
@@ -18,22 +21,35 @@ constexpr int64_t kLine = 64 / sizeof(float);
 constexpr int kRun = kWide > 2 ? 1 : 16;
 static_assert(kRun == 1 || kRun == kLine);
 
-// sums: of value(row, term) * b[term][kWide vectors], over the terms; b's rows are b_step apart. fetch(term, i), where i
+template <typename F, int... i>
+C10_ALWAYS_INLINE void each_of(const F& f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, i>()), ...);
+}
+// f(0) to f(count - 1), all constants: what they index stays in registers from one loop to the next, where that of a loop
+// which is unrolled is stored in between.
+template <int count, typename F>
+C10_ALWAYS_INLINE void each(const F& f) {
+  each_of(f, std::make_integer_sequence<int, count>());
+}
+
+template <int rows>
+C10_ALWAYS_INLINE void set_to_zero(Vec (&sums)[rows][kWide]) {
+  each<rows>([&](auto row) RF_INLINE_LAMBDA { each<kWide>([&](auto j) RF_INLINE_LAMBDA { sums[row][j] = Vec(0); }); });
+}
+
+// sums += value(row, term) * b[term][kWide vectors], over the terms; b's rows are b_step apart. fetch(term, i), where i
 // is the term's place among kLine of them, is what is prefetched on the way.
 template <int64_t b_step, int rows, typename Value, typename Fetch>
-C10_ALWAYS_INLINE void sum_products(
+C10_ALWAYS_INLINE void add_products(
     Vec (&sums)[rows][kWide], const float* b, int64_t terms, const Value& value, const Fetch& fetch) {
-  for (auto& row : sums) {
-    for (auto& sum : row) sum = Vec(0);
-  }
   const auto add = [&](int64_t term, int i) RF_INLINE_LAMBDA {
     fetch(term, i);
     Vec values[kWide];
-    for (int j = 0; j < kWide; ++j) values[j] = Vec::loadu(b + term * b_step + j * Vec::size());
-    for (int row = 0; row < rows; ++row) {
+    each<kWide>([&](auto j) RF_INLINE_LAMBDA { values[j] = Vec::loadu(b + term * b_step + j * Vec::size()); });
+    each<rows>([&](auto row) RF_INLINE_LAMBDA {
       const Vec factor(value(row, term));
-      for (int j = 0; j < kWide; ++j) sums[row][j] = at::vec::fmadd(factor, values[j], sums[row][j]);
-    }
+      each<kWide>([&](auto j) RF_INLINE_LAMBDA { sums[row][j] = at::vec::fmadd(factor, values[j], sums[row][j]); });
+    });
   };
   int64_t term = 0;
   if constexpr (kRun > 1) {
@@ -43,6 +59,14 @@ C10_ALWAYS_INLINE void sum_products(
     }
   }
   for (; term < terms; ++term) add(term, static_cast<int>(term % kLine));
+}
+
+// The same from zero on.
+template <int64_t b_step, int rows, typename Value, typename Fetch>
+C10_ALWAYS_INLINE void sum_products(
+    Vec (&sums)[rows][kWide], const float* b, int64_t terms, const Value& value, const Fetch& fetch) {
+  set_to_zero(sums);
+  add_products<b_step>(sums, b, terms, value, fetch);
 }
 
 }  // namespace products

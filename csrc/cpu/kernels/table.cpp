@@ -38,6 +38,7 @@ const Kernels& table() {
       &winograd_gradient_output,
       &direct_conv,
       kCopies ? &direct_conv_copied : nullptr,
+      &direct_conv_image,
       &direct_pack,
   };
   return kernels;
