@@ -42,7 +42,7 @@ C10_ALWAYS_INLINE void add_channels(
       [ahead](int64_t channel, int i) RF_INLINE_LAMBDA {
         if (kRun == 1 || i < kAhead) fetch_to_read(ahead[i % kAhead] + (channel - i));
       });
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < rows; ++row) {  // not each(): the registers do not hold both
     for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
   }
 }
