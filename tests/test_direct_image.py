@@ -160,7 +160,7 @@ def test_an_optimized_network_in_eval_mode(layout, x_layout, monkeypatch):
         for each in (fast, model):
             each.conv1.weight.data.mul_(2)
     assert calls == [True, True]
-    fast, model = optimize(copy.deepcopy(model), backend="reference"), model
+    fast = optimize(copy.deepcopy(model), backend="reference")
     assert_matches("reference", run(fast, x), run(model, x), run(copy.deepcopy(model).double(), x.double()))
     assert calls == [True, True]
 

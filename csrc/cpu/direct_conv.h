@@ -1,8 +1,9 @@
 // Dense convolutions in float32 without transforms: see csrc/ops.cpp for the schemas.
 //
-// By weights that may change, all of which oneDNN packs in every call, and then reads again: here each part is packed where it
-// is multiplied, in the cache, so that memory is read once. And by weights that are packed once. What is not finite goes where IEEE arithmetic lets it; padding is
-// zeros, which a NaN or Inf in the weight makes NaN.
+// By weights that may change, all of which oneDNN packs in every call, and then reads again: here each part is packed where
+// it is multiplied, in the cache, so that memory is read once. And by weights that are packed once. Few channels without
+// dilation are an image's (direct_image.h). What is not finite goes where IEEE arithmetic lets it; padding is zeros, which a
+// NaN or Inf in the weight makes NaN.
 #pragma once
 
 #include "bn.h"
