@@ -2,7 +2,7 @@
 
 csrc/cpu/direct_conv.h. A weight that may change oneDNN packs in every call, which takes long beside its products where
 few pixels are multiplied with it. By one that is packed once it multiplies as fast in AVX-512, and slower in AVX2, where
-images, whose weights are small, are slower too.
+images are slower, too.
 """
 
 from ..cpus import Cpu
