@@ -1,8 +1,8 @@
 """The direct convolution on CPUs, float32: what it can compute, and what it is taken for unmeasured.
 
 csrc/cpu/direct_conv.h. A weight that may change oneDNN packs in every call, which takes long beside its products where
-few pixels are multiplied with it. By one that is packed once it multiplies as fast in AVX-512, and slower in AVX2; so it
-does an image.
+few pixels are multiplied with it. By one that is packed once it multiplies as fast in AVX-512, and slower in AVX2; so
+it does an image.
 """
 
 from ..cpus import Cpu
