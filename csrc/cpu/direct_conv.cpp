@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bands.h"
 #include "direct_image.h"
 #include "direct_sizes.h"
 #include "guards.h"
@@ -243,10 +244,10 @@ Tensor direct_conv_max_pool(
   check_packed(packed, out_channels, x);
   const Geometry geometry{out_channels, packed.size(1), packed.size(2), stride, padding, dilation};
   Operands of = inputs(x, geometry, scale, bias, /*relu=*/true);
-  const auto pooled = [](int64_t size) { return (size - 1) / 2 + 1; };
   const DirectConv& conv = of.conv;
   const Tensor y = at::empty(
-      {x.size(0), conv.outputs, pooled(conv.out_height), pooled(conv.out_width)}, x.options().memory_format(kRowsLayout));
+      {x.size(0), conv.outputs, pooled_size(conv.out_height), pooled_size(conv.out_width)},
+      x.options().memory_format(kRowsLayout));
   if (y.numel() == 0) return y;
   if (is_of_image(conv)) {
     image_conv_max_pool(conv, x.size(0), packed.const_data_ptr<float>(), y.mutable_data_ptr<float>());

@@ -9,8 +9,8 @@
 
 #include <vector>
 
+#include "bands.h"
 #include "guards.h"
-#include "integers.h"
 #include "scratch.h"
 
 namespace resnet_fast::cpu {
@@ -19,24 +19,8 @@ namespace {
 
 constexpr int64_t kBandBytes = 256 * 1024;  // of activations, or of their gradients
 
-int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }
-
-// Rows of the pooled images, or of the pixels, `step` at a time.
-struct Bands {
-  int64_t rows, step, in_image;
-
-  Bands(int64_t rows, int64_t most) : rows(rows), step(std::min(std::max<int64_t>(most, 2), rows)), in_image(div_up(rows, step)) {}
-
-  template <typename F>
-  void each(int64_t images, const F& f) const {
-    at::parallel_for(0, images * in_image, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % in_image * step;
-        f(i, i / in_image, first, std::min(first + step, rows));
-      }
-    });
-  }
-};
+// Of the pooled images' rows, or of the pixels', `most` at a time but for small images.
+Bands bands_of(int64_t rows, int64_t most) { return {rows, std::min(std::max<int64_t>(most, 2), rows)}; }
 
 struct Images {
   Tensor x;
@@ -59,11 +43,12 @@ struct Images {
   Plan plan(int64_t rows) const { return make_plan(1, channels, rows * width, true); }
 
   Tensor like_pooled(at::ScalarType dtype) const {
-    return at::empty({count, channels, pooled(height), pooled(width)}, x.options().dtype(dtype), at::MemoryFormat::ChannelsLast);
+    return at::empty(
+        {count, channels, pooled_size(height), pooled_size(width)}, x.options().dtype(dtype), at::MemoryFormat::ChannelsLast);
   }
   // The kernels' arguments for an image's pooled pixels
   MaxPoolArgs args(const Tensor& y, const Tensor& index, int64_t image) const {
-    MaxPoolArgs out{channels, height, width, pooled(height), pooled(width)};
+    MaxPoolArgs out{channels, height, width, pooled_size(height), pooled_size(width)};
     const int64_t first = image * out.pooled_height * out.pooled_width * channels;
     out.y = static_cast<char*>(y.data_ptr()) + first * static_cast<int64_t>(y.element_size());
     out.index = index.numel() == 0 ? nullptr : index.data_ptr<uint8_t>() + first;
@@ -82,7 +67,7 @@ class Backward {
       const Tensor& dy, const Tensor& index, const Tensor& conv_out, const NormTensors& norm, double eps,
       const OptionalTensor& mean_dz = std::nullopt, const OptionalTensor& mean_dzx = std::nullopt)
       : images(conv_out),
-        bands(images.height, images.rows_in_band() / 2 * 2),  // windows begin at every second row
+        bands(bands_of(images.height, images.rows_in_band() / 2 * 2)),  // windows begin at every second row
         dy_(dy.to(conv_out.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast)),
         index_(index.contiguous(at::MemoryFormat::ChannelsLast)),
         columns_(images.plan(bands.step), kBackwardColumns, images.acc) {
@@ -99,15 +84,16 @@ class Backward {
   template <typename F>
   void each(const F& f) const {
     const Scratch scratch(bands.step * images.width * images.channels, images.x.scalar_type());
-    bands.each(images.count, [&](int64_t number, int64_t image, int64_t begin, int64_t end) {
-      MaxPoolArgs pool = images.args(dy_, index_, image);
+    bands.each(images.count, [&](const Band& band) {
+      MaxPoolArgs pool = images.args(dy_, index_, band.image);
       pool.x = scratch.mine();
-      pool.first_row = begin;
-      kernels().max_unpool[images.dtype](pool, begin, end);
+      pool.first_row = band.first;
+      kernels().max_unpool[images.dtype](pool, band.first, band.last);
       BackwardArgs args = args_;
       args.dy = pool.x;
-      args.x = at_byte(images.x, images.offset(image, begin));
-      f(number, images.plan(end - begin), images.offset(image, begin), args);
+      const int64_t offset = images.offset(band.image, band.first);
+      args.x = at_byte(images.x, offset);
+      f(band.number, images.plan(band.last - band.first), offset, args);
     });
   }
 
@@ -126,10 +112,10 @@ Tensor max_pool(const Tensor& x) {
   const OpGuard guard;
   const Images images(x);
   const Tensor y = images.like_pooled(x.scalar_type()), index = no_index(x);
-  Bands(y.size(2), images.rows_in_band()).each(images.count, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
-    MaxPoolArgs args = images.args(y, index, image);
-    args.x = const_cast<void*>(at_byte(x, images.offset(image, 0)));
-    kernels().max_pool[images.dtype](args, begin, end);
+  bands_of(y.size(2), images.rows_in_band()).each(images.count, [&](const Band& band) {
+    MaxPoolArgs args = images.args(y, index, band.image);
+    args.x = const_cast<void*>(at_byte(x, images.offset(band.image, 0)));
+    kernels().max_pool[images.dtype](args, band.first, band.last);
   });
   return y;
 }
@@ -139,24 +125,24 @@ std::tuple<Tensor, Tensor> bn_max_pool(const Tensor& conv_out, const NormTensors
   const Images images(conv_out);
   const Tensor y = images.like_pooled(conv_out.scalar_type());
   const Tensor index = wants_index ? images.like_pooled(at::kByte) : no_index(conv_out);
-  const Bands bands(y.size(2), (images.rows_in_band() - 1) / 2);
+  const Bands bands = bands_of(y.size(2), (images.rows_in_band() - 1) / 2);
   const int64_t most = std::min(2 * bands.step + 1, images.height);
   Columns columns(images.plan(most), Norm::kColumns, images.acc);
   const ColumnParams params = required_norm(images.channels, images.acc, norm, eps).columns(columns);
   const Scratch scratch(most * images.width * images.channels, conv_out.scalar_type());
-  bands.each(images.count, [&](int64_t, int64_t image, int64_t begin, int64_t end) {
-    const int64_t first = std::max<int64_t>(2 * begin - 1, 0), last = std::min(2 * end, images.height);
+  bands.each(images.count, [&](const Band& band) {
+    const int64_t first = std::max<int64_t>(2 * band.first - 1, 0), last = std::min(2 * band.last, images.height);
     const Plan plan = images.plan(last - first);
     ApplyArgs args;
-    args.x = at_byte(conv_out, images.offset(image, first));
+    args.x = at_byte(conv_out, images.offset(band.image, first));
     args.y = scratch.mine();
     args.params = params;
     args.relu = true;
     kernels().apply[images.dtype](plan, args, 0, plan.items);
-    MaxPoolArgs pool = images.args(y, index, image);
+    MaxPoolArgs pool = images.args(y, index, band.image);
     pool.x = args.y;
     pool.first_row = first;
-    kernels().max_pool[images.dtype](pool, begin, end);
+    kernels().max_pool[images.dtype](pool, band.first, band.last);
   });
   return {y, index};
 }

@@ -28,7 +28,10 @@ def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], d
 
 
 def computes_stem(x: Tensor, conv_weight: Tensor, geometry: Sequence[int]) -> bool:
-    """Whether it is to compute a stem's convolution, with which the max-pool behind it is one pass, as `ops.stem`."""
+    """Whether it is to compute a stem's convolution, with which the max-pool behind it is one pass.
+
+    x (N, C, H, W), conv_weight (K, C, R, S), geometry: seven numbers, as `ops.stem`'s.
+    """
     if x.dtype != DTYPE or conv_weight.dtype != DTYPE:
         return False
     return _layers(x.shape, (conv_weight.shape,), tuple(geometry), False) == (0,)
