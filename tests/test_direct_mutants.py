@@ -30,12 +30,15 @@ MUTANTS = {  # name -> (before, after)
     "range_begins_above": ("row_(pixel / conv.out_width % conv.out_height)", "row_(0)"),
     "range_begins_left": ("column_(pixel % conv.out_width)", "column_(0)"),
     "pixels_stay": ("++i, pixel.step())", "++i)"),
-    "channel_lost": ("smaller(kSummed, conv.channels - channel);", "smaller(kSummed - 1, conv.channels - channel);"),
+    "channel_lost": ("with_count(smaller(kSummed, conv", "with_count(smaller(kSummed - 1, conv"),
     "weights_of_one_term": ("Vec::loadu(b + term * b_step", "Vec::loadu(b"),
     "no_terms_behind_runs": ("; term < terms; ++term", "; term < 0; ++term"),
     "run_lost": ("term += kRun", "term += 2 * kRun"),
     "sum_restarts": ("sums[row][i] = sums[row][i] + own", "sums[row][i] = own"),
-    "weight_stays": ("      weight += channels * kStep;\n", ""),
+    "weight_stays": ("    weight += channels * kStep;\n", ""),
+    "taps_lost": ("taps == 1 && conv.channels", "conv.channels"),
+    "half_of_the_channels": ("int64_t, kSummed / 2>()", "int64_t, 1>()"),
+    "nothing_written": ("      write_outputs<rows>(conv, sums, pixel, output);\n    });", "    });"),
     "same_channels_again": ("from[row] = x[tap][row] + channel", "from[row] = x[tap][row]"),
     "one_pixel_of_six": ("kByRows[count - 1]", "kByRows[0]"),
     "outputs_beyond": ("left >= Vec::size()", "left > 0"),
@@ -121,6 +124,10 @@ def kernels(tmp_path):
 
 # images, channels, outputs, rows and columns, all of them odd
 USUAL = ((2, 131, 9, 7), 135, (3, 2), {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)})
+SHORT = [
+    ((1, 64, 3, 5), 23, kernel, {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)})
+    for kernel in ((1, 1), (1, 2))
+]
 IMAGE = ((2, 3, 9, 27), 135, (5, 3), {"stride": (2, 2), "padding": (2, 1), "dilation": (1, 1)})
 
 
@@ -150,6 +157,8 @@ def test_each_is_noticed(kernels, native):
 
     def check_all(name: str) -> None:
         check(*IMAGE, getattr(kernels, f"{name}_conv_image"))
+        for short in SHORT:
+            check(*short, getattr(kernels, f"{name}_conv"))
         check(*USUAL, *(getattr(kernels, f"{name}_{entry}") for entry in ("conv", "conv_copied")))
 
     assert [name for name in MUTANTS if not notices(check_all, name)] == ["original"]

@@ -1,5 +1,7 @@
 // The direct convolution in float32: six pixels by as many outputs as the registers hold, summed up over taps and
 // channels, with scale, bias, residual and ReLU on the way to memory. See kernels.h for what is read and written.
+#include <type_traits>
+
 #include "direct_parts.h"
 
 namespace resnet_fast::cpu {
@@ -11,6 +13,7 @@ using namespace direct;
 
 constexpr int64_t kSummed = 128;  // channels that are summed up in one go: long sums set the error
 constexpr int kAhead = 8;
+constexpr int64_t kFetched = kRun > 1 ? kStep : 0;  // how far ahead outputs are fetched to be written
 static_assert(kRows <= kAhead && kAhead <= kLine, "each row's line is fetched within the channels of one");
 
 // Where the channels of each tap of consecutive pixels are: in x or in the padding.
@@ -32,37 +35,58 @@ void find(const DirectConv& conv, Pixel& pixel, int64_t count, Places& places) {
   for (int64_t i = 0; i < count; ++i, pixel.step()) find_one(conv, pixel, &places[0][i]);
 }
 
-// sums += what `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
-template <int rows>
-C10_ALWAYS_INLINE void add_channels(
-    Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, int64_t channels) {
-  Vec own[rows][kWide];
+// f(channels), a constant where it is a usual number: loops with AVX2's long runs then end without being counted.
+template <typename F>
+C10_ALWAYS_INLINE void with_count(int64_t channels, const F& f) {
+  if constexpr (kRun > 1) {
+    if (channels == kSummed) return f(std::integral_constant<int64_t, kSummed>());
+    if (channels == kSummed / 2) return f(std::integral_constant<int64_t, kSummed / 2>());
+  }
+  f(channels);
+}
+
+// What `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
+template <int rows, typename Count>
+C10_ALWAYS_INLINE void sum_channels(
+    Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, Count channels) {
   sum_products<kStep>(
-      own, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
+      sums, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
       [ahead](int64_t channel, int i) RF_INLINE_LAMBDA {
         if (kRun == 1 || i < kAhead) fetch_to_read(ahead[i % kAhead] + (channel - i));
       });
-  for (int row = 0; row < rows; ++row) {  // not each(): the registers do not hold both
-    for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
-  }
 }
 
 // y of `rows` pixels and kStep outputs. next: pixels to fetch on the way, or null.
 template <int rows>
 void outputs_of(
     const DirectConv& conv, const Places& x, const Places* next, const float* weight, int64_t pixel, int64_t output) {
-  Vec sums[rows][kWide];
-  set_to_zero(sums);
-  fetch_outputs(conv, pixel, rows, output);
+  fetch_outputs(conv, pixel, rows, output + kFetched);
   const int64_t taps = conv.kernel_rows * conv.kernel_columns;
+  const auto sum = [&](Vec(&sums)[rows][kWide], int64_t tap, int64_t channel, auto channels) RF_INLINE_LAMBDA {
+    const float *from[rows], *ahead[kAhead];
+    for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
+    for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
+    sum_channels<rows>(sums, from, ahead, weight, channels);
+    weight += channels * kStep;
+  };
+  Vec sums[rows][kWide];
+  if (kRun > 1 && taps == 1 && conv.channels <= kSummed) {  // nothing to add it to
+    with_count(conv.channels, [&](auto channels) RF_INLINE_LAMBDA {
+      sum(sums, 0, 0, channels);
+      write_outputs<rows>(conv, sums, pixel, output);
+    });
+    return;
+  }
+  set_to_zero(sums);
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t channel = 0; channel < conv.channels; channel += kSummed) {
-      const int64_t channels = smaller(kSummed, conv.channels - channel);
-      const float *from[rows], *ahead[kAhead];
-      for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
-      for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
-      add_channels<rows>(sums, from, ahead, weight, channels);
-      weight += channels * kStep;
+      with_count(smaller(kSummed, conv.channels - channel), [&](auto channels) RF_INLINE_LAMBDA {
+        Vec own[rows][kWide];
+        sum(own, tap, channel, channels);
+        for (int row = 0; row < rows; ++row) {  // not each(): the registers do not hold both
+          for (int i = 0; i < kWide; ++i) sums[row][i] = sums[row][i] + own[row][i];
+        }
+      });
     }
   }
   write_outputs<rows>(conv, sums, pixel, output);

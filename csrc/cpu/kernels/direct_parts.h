@@ -14,7 +14,6 @@ using namespace products;
 using L = Lanes<float>;
 
 constexpr int kRows = kDirectRows;
-constexpr int64_t kStep = kWide * Vec::size();  // outputs whose sums the registers hold for each pixel
 static_assert(kDirectPanel % kStep == 0);
 
 // Rounded up; integers.h has the same, but what is inline there has no instruction set of its own.

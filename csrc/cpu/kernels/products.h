@@ -14,6 +14,7 @@ namespace products {
 using Vec = Lanes<float>::Vec;
 
 constexpr int kWide = Vec::size() >= 16 ? 4 : 2;  // vectors of columns whose sums the registers hold, of up to six rows
+constexpr int64_t kStep = kWide * Vec::size();    // columns, that is outputs
 constexpr int64_t kLine = 64 / sizeof(float);
 
 // Terms that are one run of instructions with hardly anything between the products: where another hardware thread takes half

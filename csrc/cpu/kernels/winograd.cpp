@@ -56,10 +56,9 @@ void winograd_pack(const WinogradWeight& conv, int64_t begin, int64_t end) {
     }
     const auto outputs = at::vec::Vectorized<int32_t>::loadu(places);
     const Vec scale = Vec::loadu(scales);
-    const int64_t panel = output / kWinogradPanel * conv.channels * kWinogradPanel + output % kWinogradPanel;
     for (int64_t channel = begin; channel < end; ++channel) {
       const float* taps = conv.weight + channel * conv.channel_step;
-      float* to = conv.packed + panel + channel * kWinogradPanel;
+      float* to = conv.packed + block_offset(output, kStep, conv.channels) + channel * kStep;
       Vec w[kTaps][kTaps], half[kIn][kTaps];
       for (int i = 0; i < kTaps; ++i) {
         for (int j = 0; j < kTaps; ++j) {
@@ -80,6 +79,7 @@ namespace {
 
 template <bool normed>
 void transform_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
+  const int64_t step = slab.transformed_step;  // not read again behind every store
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place = place_of<kOut, kOut>(conv, slab.first + tile);
     const float* pixels[kIn][kIn];
@@ -87,6 +87,9 @@ void transform_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t
     float* out = slab.transformed + tile * kWinogradBlock;
     for_each_vector<L::size>(conv.channels, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
       float* to = out + block_offset(channel, kWinogradBlock, slab.tiles);
+      const int64_t behind = channel + kWinogradBlock;
+      float* next = out + (behind < conv.channels ? block_offset(behind, kWinogradBlock, slab.tiles)
+                                                  : kWinogradBlock + channel % kWinogradBlock);  // of the next tile
       const Pixel<normed> pixel(conv, channel);
       Vec x[kIn][kIn], half[kIn][kIn];
       for (int j = 0; j < kIn; ++j) {
@@ -96,7 +99,10 @@ void transform_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t
       for (int i = 0; i < kIn; ++i) {
         Vec row[kIn];
         transform_input(half[i], 1, row, 1);
-        for (int j = 0; j < kIn; ++j) row[j].store(to + (i * kIn + j) * slab.transformed_step);
+        for (int j = 0; j < kIn; ++j) {
+          row[j].store(to + (i * kIn + j) * step);
+          if (channel % kLine == 0) fetch_to_write(next + (i * kIn + j) * step);
+        }
       }
     });
   }
@@ -115,16 +121,19 @@ void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_
     const float* weight = conv.weight + item * conv.channels * kWinogradPanel;
     const float* transformed = slab.transformed + element * slab.transformed_step;
     float* products = slab.products + element * slab.products_step + panel * slab.tiles * kWinogradPanel;
-    for (int64_t channel = 0; channel < conv.channels; channel += conv.summed) {
-      const int64_t channels = smaller(conv.summed, conv.channels - channel);
-      const bool first = channel == 0 && !conv.continues;
+    const int64_t finished = kFinished > conv.summed ? kFinished : conv.summed;
+    for (int64_t channel = 0; channel < conv.channels; channel += finished) {
+      const int64_t channels = smaller(finished, conv.channels - channel);
+      const Terms terms = {channels, conv.summed, slab.tiles * kWinogradBlock, channel == 0 && !conv.continues};
       const float* block = transformed + block_offset(channel, kWinogradBlock, slab.tiles);
-      for (int64_t output = 0; output < kWinogradPanel; output += kWide * Vec::size()) {
-        const float* next = weight + (channel + channels) * kWinogradPanel;
-        for (int64_t tile = 0; tile < slab.tiles; tile += kRows, next += channels * kLine) {
+      for (int64_t output = 0; output < kWinogradPanel; output += kStep) {
+        const float* weights = weight + output * conv.channels + channel * kStep;
+        const float* next = weights + channels * kStep;
+        for (int64_t tile = 0; tile < slab.tiles; tile += kRows) {
+          const int64_t part = tile / kRows * (channels / kTermsALine) * kLine;  // of the next weights, fetched on the way
           kByTiles[smaller(kRows, slab.tiles - tile) - 1](
-              block + tile * kWinogradBlock, weight + channel * kWinogradPanel + output,
-              products + tile * kWinogradPanel + output, channels, first, next);
+              block + tile * kWinogradBlock, weights, products + output * slab.tiles + tile * kStep, terms,
+              part < channels * kStep ? next + part : weights);
         }
       }
     }
@@ -174,17 +183,18 @@ class Moments {
 template <bool with_moments>
 bool write_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
   Vec zero_if_finite(0);
+  const int64_t step = slab.products_step;
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place = place_of<kOut, kOut>(conv, slab.first + tile);
     const int64_t pixel = (place.image * conv.height + place.row) * conv.width + place.column;
-    const float* products = slab.products + tile * kWinogradPanel;
+    const float* products = slab.products + tile * kStep;
     Moments moments(conv, slab.first + tile);
     for_each_vector<L::size>(conv.outputs, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
-      const float* from = products + block_offset(channel, kWinogradPanel, slab.tiles);
+      const float* from = products + block_offset(channel, kStep, slab.tiles);
       Vec half[kOut][kIn];
       for (int j = 0; j < kIn; ++j) {
         Vec column[kIn];
-        for (int i = 0; i < kIn; ++i) column[i] = Vec::loadu(from + (i * kIn + j) * slab.products_step);
+        for (int i = 0; i < kIn; ++i) column[i] = Vec::loadu(from + (i * kIn + j) * step);
         transform_output(column, 1, &half[0][j], kIn);
       }
       const L bias = L::load(conv.bias + channel, span);
@@ -199,6 +209,7 @@ bool write_tiles(const WinogradConv& conv, const WinogradSlab& slab, int64_t beg
           L out = L{{row[j]}} + bias;
           if (conv.residual != nullptr) out = out + L::load(conv.residual + offset, span);
           if (conv.relu) out = relu(out);
+          if (channel % kLine == 0) fetch_to_write(conv.y + offset + kOut * conv.outputs);  // of the tile on the right
           out.store(conv.y + offset, span);
           if constexpr (with_moments) moments.add(out);
         }

@@ -94,7 +94,7 @@ C10_ALWAYS_INLINE void transform_dy(
     const WinogradGradient& conv, const Place& place, float* out, const WinogradSlab& slab) {
   const float* dy = conv.dy + ((place.image * conv.height + place.row) * conv.width + place.column) * conv.outputs;
   for_each_vector<L::size>(conv.outputs, [&](int64_t channel, auto span) RF_INLINE_LAMBDA {
-    float* to = out + block_offset(channel, kWinogradPanel, slab.tiles);
+    float* to = out + block_offset(channel, kStep, slab.tiles);
     Vec half[kIn][kWideOut];
     for (int j = 0; j < kWideOut; ++j) {
       Vec column[kOut];
@@ -119,13 +119,14 @@ void winograd_gradient_input(const WinogradGradient& conv, const WinogradSlab& s
     for (int64_t tile = begin; tile < end; ++tile) {
       const Place place = place_of<kOut, kWideOut>(conv, slab.first + tile);
       transform_x<decltype(normed)::value>(conv, place, slab.transformed + tile * kWinogradBlock, slab);
-      transform_dy(conv, place, slab.products + tile * kWinogradPanel, slab);
+      transform_dy(conv, place, slab.products + tile * kStep, slab);
     }
   });
 }
 
 void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab& slab, int64_t begin, int64_t end) {
-  constexpr int64_t kSum = 32;  // tiles whose products are summed up in registers
+  constexpr int64_t kSum = kWinogradBlock;  // tiles that are summed up in one go
+  constexpr int64_t kFinishedTiles = kFinished > kSum ? kFinished : kSum;
   const int64_t blocks = (conv.channels + kWinogradBlock - 1) / kWinogradBlock;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t block = item % blocks, panel = item / blocks % conv.panels, element = item / blocks / conv.panels;
@@ -133,21 +134,28 @@ void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab&
     const float* transformed = slab.transformed + element * slab.transformed_step + first * slab.tiles;
     const float* dy = slab.products + element * slab.products_step + panel * slab.tiles * kWinogradPanel;
     alignas(64) float sums[kWinogradBlock * kWinogradPanel];  // of the slab, so that a slab is one term of the whole
-    for (int64_t tile = 0; tile < slab.tiles; tile += kSum) {
-      const int64_t tiles = smaller(kSum, slab.tiles - tile);
-      for (int64_t output = 0; output < kWinogradPanel; output += kWide * Vec::size()) {
-        const float* next = dy + (tile + tiles) * kWinogradPanel;
-        for (int64_t channel = 0; channel < channels; channel += kRows, next += tiles * kLine) {
+    for (int64_t tile = 0; tile < slab.tiles; tile += kFinishedTiles) {
+      const int64_t tiles = smaller(kFinishedTiles, slab.tiles - tile);
+      const Terms terms = {tiles, kSum, kSum * kWinogradBlock, tile == 0};
+      for (int64_t output = 0; output < kWinogradPanel; output += kStep) {
+        const float* from = dy + output * slab.tiles + tile * kStep;
+        const float* next = from + tiles * kStep;
+        for (int64_t channel = 0; channel < channels; channel += kRows) {
+          const int64_t part = channel / kRows * (tiles / kTermsALine) * kLine;
           kByChannels[smaller(kRows, channels - channel) - 1](
-              transformed + tile * kWinogradBlock + channel, dy + tile * kWinogradPanel + output,
-              sums + channel * kWinogradPanel + output, tiles, tile == 0, next);
+              transformed + tile * kWinogradBlock + channel, from, sums + output * channels + channel * kStep, terms,
+              part < tiles * kStep ? next + part : from);
         }
       }
     }
-    float* whole = conv.sums + ((element * conv.panels + panel) * conv.channels + first) * kWinogradPanel;
-    for (int64_t i = 0; i < channels * kWinogradPanel; i += Vec::size()) {
-      const Vec own = Vec::loadu(sums + i);
-      (slab.first == 0 ? own : Vec::loadu(whole + i) + own).store(whole + i);
+    float* whole = conv.sums + (element * conv.panels + panel) * conv.channels * kWinogradPanel + first * kStep;
+    for (int64_t output = 0; output < kWinogradPanel; output += kStep) {
+      const float* own = sums + output * channels;
+      float* to = whole + output * conv.channels;
+      for (int64_t i = 0; i < channels * kStep; i += Vec::size()) {
+        const Vec value = Vec::loadu(own + i);
+        (slab.first == 0 ? value : Vec::loadu(to + i) + value).store(to + i);
+      }
     }
   }
 }
@@ -159,13 +167,12 @@ bool winograd_gradient_output(const WinogradGradient& conv, int64_t begin, int64
   Vec zero_if_finite(0);
   for (int64_t output = 0; output < conv.outputs; output += Vec::size()) {
     const int64_t lanes = smaller(Vec::size(), conv.outputs - output);
-    const int64_t panel = output / kWinogradPanel * conv.channels * kWinogradPanel + output % kWinogradPanel;
     for (int64_t channel = begin; channel < end; channel += kGroup) {
       const int64_t group = smaller(kGroup, end - channel);
       // Turned here: outputs lie so far apart in memory that few of their lines would stay in the first level cache.
       float turned[Vec::size()][kGroup * kAll];
       for (int64_t c = 0; c < group; ++c) {
-        const float* from = conv.sums + panel + (channel + c) * kWinogradPanel;
+        const float* from = conv.sums + block_offset(output, kStep, conv.channels) + (channel + c) * kStep;
         Vec half[kTaps][kWideIn];
         for (int j = 0; j < kWideIn; ++j) {
           Vec column[kIn];

@@ -18,7 +18,7 @@ using L = Lanes<float>;
 
 constexpr int kIn = kWinogradIn, kOut = kWinogradOut, kTaps = 3;
 constexpr int kRows = kWinogradRows;
-static_assert(kWinogradPanel % (kWide * Vec::size()) == 0 && kWinogradPanel % kWinogradBlock == 0);
+static_assert(kWinogradPanel % kStep == 0 && kWinogradPanel % kWinogradBlock == 0);
 
 // What the rows of G are divided by: the product of a point's distances to the others.
 constexpr double kP = kPointP, kQ = kPointQ;
@@ -112,23 +112,55 @@ C10_ALWAYS_INLINE bool is_zero(const Vec& x) {
   return true;
 }
 
-// sums[rows][kWide vectors] (+)= a[rows][terms] * b[terms][kWide vectors of a panel]; on the way as many lines from
-// `next` on are fetched.
+// Terms whose sums a call of multiply() finishes. AVX-512's registers hold so many columns that their weights stay in the first
+// cache level only for what is summed up in one go.
+constexpr int64_t kFinished = kRun > 1 ? 256 : 1;
+
+constexpr int64_t kTermsALine = kWinogradPanel / kStep;  // between two fetches: rows share the lines of a panel
+
+// The terms of a product: `summed` of them at a time.
+struct Terms {
+  int64_t count, summed;
+  int64_t block_step;  // between blocks of kWinogradBlock values of a
+  bool first;          // sums are set, else added to
+};
+
+// sums[rows][kStep] (+)= a[rows][terms] * b[terms][kStep]. On the way lines from `next` on are fetched.
 template <int rows, int64_t row_step, int64_t term_step>
-void multiply(const float* a, const float* b, float* sums, int64_t terms, bool first, const float* next) {
-  Vec registers[rows][kWide];
-  sum_products<kWinogradPanel>(
-      registers, b, terms, [a](int row, int64_t term) RF_INLINE_LAMBDA { return a[row * row_step + term * term_step]; },
-      [next](int64_t term, int) RF_INLINE_LAMBDA { fetch_to_read(next + term * kLine); });
-  for (int row = 0; row < rows; ++row) {
-    for (int i = 0; i < kWide; ++i) {
-      float* sum = sums + row * kWinogradPanel + i * Vec::size();
-      (first ? registers[row][i] : Vec::loadu(sum) + registers[row][i]).store(sum);
+void multiply(const float* a, const float* b, float* sums, const Terms& terms, const float* next) {
+  bool first = terms.first;
+  const auto add = [&](const float* from, auto count) RF_INLINE_LAMBDA {
+    Vec own[rows][kWide];
+    sum_products<kStep>(
+        own, b, count, [from](int row, int64_t term) RF_INLINE_LAMBDA { return from[row * row_step + term * term_step]; },
+        [next](int64_t term, int i) RF_INLINE_LAMBDA {
+          if (i % kTermsALine == 0) fetch_to_read(next + ((term - i) / kTermsALine + i / kTermsALine) * kLine);
+        });
+    for (int row = 0; row < rows; ++row) {
+      for (int i = 0; i < kWide; ++i) {
+        float* sum = sums + row * kStep + i * Vec::size();
+        (first ? own[row][i] : Vec::loadu(sum) + own[row][i]).store(sum);
+      }
     }
+    b += count * kStep;
+    next += count / kTermsALine * kLine;
+    first = false;
+  };
+  if (terms.summed == kWinogradBlock) {  // the usual: a constant
+    int64_t left = terms.count;
+    for (; left >= kWinogradBlock; left -= kWinogradBlock, a += terms.block_step) {
+      add(a, std::integral_constant<int64_t, kWinogradBlock>());
+    }
+    if (left > 0) add(a, left);
+    return;
+  }
+  for (int64_t term = 0; term < terms.count; term += terms.summed) {
+    const float* from = a + term / kWinogradBlock * terms.block_step + term % kWinogradBlock * term_step;
+    add(from, smaller(terms.summed, terms.count - term));
   }
 }
 
-using Multiply = void (*)(const float*, const float*, float*, int64_t, bool, const float*);
+using Multiply = void (*)(const float*, const float*, float*, const Terms&, const float*);
 
 template <int64_t row_step, int64_t term_step, int... rows>
 constexpr std::array<Multiply, sizeof...(rows)> multiply_table(std::integer_sequence<int, rows...>) {
