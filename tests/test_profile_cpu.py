@@ -110,6 +110,13 @@ def test_the_peak_is_no_less_than_what_a_step_reaches(small, monkeypatch, tmp_pa
     assert report["peak_tflop_per_s"] == pytest.approx(fastest)
 
 
+def test_it_says_where_float32_computes(small, monkeypatch, capsys):
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: True)
+    monkeypatch.setattr(profile_cpu, "layer_timings", _seconds_each(profile_cpu.layer_timings, 10.0))
+    assert run(*SMALL[:-1], "bfloat16") == 0
+    assert "64 px, bfloat16, computed in float32, on " in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_wrong_network_is_not_timed(small, monkeypatch, capsys, tmp_path):
     path = tmp_path / "profile.json"
     right = PlannedResNet.forward

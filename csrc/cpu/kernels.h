@@ -121,7 +121,7 @@ struct WinogradSteps {
 
 // A convolution by Winograd's F(4x4, 3x3): tiles are of 4x4 outputs. See winograd.h.
 struct WinogradConv : WinogradShape {
-  const float* weight = nullptr;  // [36][panel of 64 output channels][channels][64]
+  const float* weight = nullptr;  // as WinogradWeight::packed
   const float* bias = nullptr;
   const float* residual = nullptr;  // may be null
   float* y = nullptr;
@@ -138,20 +138,20 @@ struct WinogradConv : WinogradShape {
 struct WinogradWeight : WinogradSteps {
   const float* weight = nullptr;
   const float* scale = nullptr;  // of the outputs; may be null
-  float* packed = nullptr;       // [36][panel of 64 outputs][channels][64]
+  float* packed = nullptr;  // [36][panel of 64 outputs][64 or 16 of them, as registers hold][channels][of these]
   int64_t outputs = 0, channels = 0, panels = 0;
 };
 
 // The gradient of its weight, by F(4x2): 4x2 pixels of dy and 6x4 of x make a tile. See winograd_gradient.h.
 struct WinogradGradient : WinogradShape, WinogradSteps {
   const float* dy = nullptr;
-  float* sums = nullptr;  // [24][panel of 64 outputs][channels][64]
+  float* sums = nullptr;  // as packed, 24 of them
   float* dweight = nullptr;
 };
 
-// Consecutive tiles of a WinogradConv, transformed: [36][block of 32 channels][tile][32], and their
-// products: [36][panel of 64 outputs][tile][64]. The steps are those between the 36. Of a WinogradGradient there are
-// 24, and the products are the tiles of dy, transformed.
+// Consecutive tiles of a WinogradConv, transformed: [36][block of 32 channels][tile][32], and their products, which lie like
+// the packed weight's channels: [36][panel][64 or 16 outputs][tile][of these]. The steps are those between the 36. Of a
+// WinogradGradient there are 24, and the products are the tiles of dy, transformed.
 struct WinogradSlab {
   int64_t first = 0, tiles = 0;
   float* transformed = nullptr;

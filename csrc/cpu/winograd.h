@@ -8,7 +8,8 @@
 
 namespace resnet_fast::cpu {
 
-// (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64]; beyond K, in the last panel, the last is repeated.
+// (K, C, 3, 3) -> G w G', [36][panel of 64 output channels][C][64], within a panel in the order of this CPU's kernel;
+// beyond K, in the last panel, the last is repeated.
 Tensor winograd_pack(const Tensor& weight);
 
 // act(conv2d(x, weight, padding=1) + bias + residual) by a packed weight, and whether every value of the convolution was

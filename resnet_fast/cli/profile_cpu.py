@@ -69,9 +69,6 @@ def run(args: argparse.Namespace) -> int:
     stock = networks.build(args.model, torch.randn(4, *shape[1:], generator=generator))
     dtype = getattr(torch, args.dtype)
     frozen = freeze(stock, dtype=dtype)
-    title = (
-        f"{args.model}, batch {args.batch_size}, {args.img_size} px, {args.dtype} on {environment.device_name('cpu')}"
-    )
     with output.progress() as progress:
         line = progress.add_task("verifying against float64", total=None)
         with torch.inference_mode():
@@ -80,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         comparison = networks.compare_logits(logits[:CHECKED_IMAGES], stock, few, dtype)
         progress.update(line, description="measuring the ceilings")
         computing = str(computed_by(frozen, images).conv1.weight.dtype).removeprefix("torch.")
+        dtypes = args.dtype if computing == args.dtype else f"{args.dtype}, computed in {computing},"
+        on = environment.device_name("cpu")
+        title = f"{args.model}, batch {args.batch_size}, {args.img_size} px, {dtypes} on {on}"
         ceilings = cpu_ceilings.measured(tuple(dict.fromkeys(("float32", "bfloat16", args.dtype))))
         if not comparison.match:
             _write(args, ceilings, comparison, ceilings.flops[computing], [], None, title)
