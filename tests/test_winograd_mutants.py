@@ -24,6 +24,8 @@ MUTANTS = {  # name -> (before, after)
     "block_again": ("a += terms.block_step", "a += 0"),
     "block_of_the_first": ("term / kWinogradBlock * terms.block_step", "0"),
     "sum_restarts": ("first = false;", ""),
+    "next_channels_restart": ("channel == 0 && !conv.continues", "!conv.continues"),
+    "next_channels_are_the_first": ("transformed + block_offset(channel", "transformed + block_offset(0"),
     "sum_continues": ("bool first = terms.first;", "bool first = false;"),
     "tile_tail": ("smaller(kRows, slab.tiles - tile) - 1", "0"),
     "no_residual": ("conv.residual != nullptr", "false"),
@@ -47,6 +49,7 @@ MUTANTS = {  # name -> (before, after)
     "gradient_sums": ("fma(kQ * kQ, even_q, m[5 * step])", "fma(kQ * kQ, even_q, m[4 * step])"),
     "gradient_sums_columns": ("out[0] = even - m[0]", "out[0] = even + m[0]"),
     "gradient_slab_lost": ("slab.first == 0 ? value : Vec::loadu(to + i) + value", "value"),
+    "gradient_next_tiles_restart": ("kSum * kWinogradBlock, tile == 0}", "kSum * kWinogradBlock, true}"),
     "gradient_tail": ("smaller(kRows, channels - channel) - 1", "0"),
     "gradient_turned": ("c * kAll + tap : tap * group + c", "c * kAll + tap : c * kAll + tap"),
     "gradient_nan_unnoticed": ("zero_if_finite = fma(0, row[j], zero_if_finite);\n            row", "row"),
@@ -128,10 +131,29 @@ def check(conv, gradient) -> None:
     assert not gradient(*pointers(dy, x, dweight, None), ctypes.byref(sizes))
 
 
+def check_many(conv, gradient) -> None:
+    """More channels, and of the gradient more tiles in a slab, than one call adds up."""
+    x, weight = draw((1, 260, 4, 4), torch.float32, "channels_last"), draw((5, 260, 3, 3), torch.float32, "nchw")
+    bias, y = draw((5,), torch.float32), guarded(torch.empty(1, 5, 4, 4).contiguous(memory_format=torch.channels_last))
+    sizes = Sizes(1, 260, 5, 4, 4, 1, False, False, True)
+    assert conv(*pointers(x, weight, None, bias, None, y, None, None), ctypes.byref(sizes))
+    close(y, F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+
+    x, dy = (draw((2, channels, 33, 64), torch.float32, "channels_last") for channels in (2, 3))
+    dweight = guarded(torch.empty(3, 2, 3, 3))
+    sizes = Sizes(2, 2, 3, 33, 64, 1, False, False, True)
+    assert gradient(*pointers(dy, x, dweight, None), ctypes.byref(sizes))
+    close(dweight, torch.nn.grad.conv2d_weight(x.double(), dweight.shape, dy.double(), padding=1))
+
+
 def test_each_is_noticed(kernels, native):
     """In one test, which one worker compiles for."""
 
     def functions(name: str):
         return (getattr(kernels, f"{name}_{part}") for part in ("conv", "gradient"))
 
-    assert [name for name in MUTANTS if not notices(check, *functions(name))] == ["original"]
+    def check_all(*functions) -> None:
+        check(*functions)
+        check_many(*functions)
+
+    assert [name for name in MUTANTS if not notices(check_all, *functions(name))] == ["original"]

@@ -45,28 +45,22 @@ C10_ALWAYS_INLINE void with_count(int64_t channels, const F& f) {
   f(channels);
 }
 
-// What `channels` of a tap give `rows` pixels and kStep outputs. ahead: kAhead pixels, whose lines are fetched.
-template <int rows, typename Count>
-C10_ALWAYS_INLINE void sum_channels(
-    Vec (&sums)[rows][kWide], const float* const* from, const float* const* ahead, const float* weight, Count channels) {
-  sum_products<kStep>(
-      sums, weight, channels, [from](int row, int64_t channel) RF_INLINE_LAMBDA { return from[row][channel]; },
-      [ahead](int64_t channel, int i) RF_INLINE_LAMBDA {
-        if (kRun == 1 || i < kAhead) fetch_to_read(ahead[i % kAhead] + (channel - i));
-      });
-}
-
 // y of `rows` pixels and kStep outputs. next: pixels to fetch on the way, or null.
 template <int rows>
 void outputs_of(
     const DirectConv& conv, const Places& x, const Places* next, const float* weight, int64_t pixel, int64_t output) {
   fetch_outputs(conv, pixel, rows, output + kFetched);
   const int64_t taps = conv.kernel_rows * conv.kernel_columns;
+  // The next `channels` terms, which are a tap's from `channel` on; kAhead lines of its pixels or the next ones are fetched.
   const auto sum = [&](Vec(&sums)[rows][kWide], int64_t tap, int64_t channel, auto channels) RF_INLINE_LAMBDA {
     const float *from[rows], *ahead[kAhead];
     for (int row = 0; row < rows; ++row) from[row] = x[tap][row] + channel;
     for (int i = 0; i < kAhead; ++i) ahead[i] = (next == nullptr ? x : *next)[tap][i % rows] + channel;
-    sum_channels<rows>(sums, from, ahead, weight, channels);
+    sum_products<kStep>(
+        sums, weight, channels, [from = &from[0]](int row, int64_t term) RF_INLINE_LAMBDA { return from[row][term]; },
+        [ahead = &ahead[0]](int64_t term, int i) RF_INLINE_LAMBDA {
+          if (kRun == 1 || i < kAhead) fetch_to_read(ahead[i % kAhead] + (term - i));
+        });
     weight += channels * kStep;
   };
   Vec sums[rows][kWide];

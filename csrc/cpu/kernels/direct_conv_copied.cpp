@@ -35,7 +35,7 @@ void multiply(const DirectConv& conv, const Tile& tile) {
       [&tile](int row, int64_t term) RF_INLINE_LAMBDA { return tile.x[row * kChunk + term]; },
       [&tile](int64_t term, int i) RF_INLINE_LAMBDA {
         if (i % kTiles == 0) fetch_to_read(tile.next_weight + ((term - i) / kTiles + i / kTiles) * kStep);
-        if (i % kTermsALine == 0) fetch_to_read(tile.next_x + ((term - i) / kTermsALine + i / kTermsALine) * kLine);
+        fetch_a_line<kTermsALine>(tile.next_x, term, i);
       });
   for (int row = 0; row < rows; ++row) {
     for (int i = 0; i < kWide; ++i) {

@@ -33,6 +33,12 @@ C10_ALWAYS_INLINE void each(const F& f) {
   each_of(f, std::make_integer_sequence<int, count>());
 }
 
+// Fetches, once in `terms_a_line` terms, a line of those that lie from `first` on; i as in add_products.
+template <int terms_a_line>
+C10_ALWAYS_INLINE void fetch_a_line(const float* first, int64_t term, int i) {
+  if (i % terms_a_line == 0) fetch_to_read(first + ((term - i) / terms_a_line + i / terms_a_line) * kLine);
+}
+
 template <int rows>
 C10_ALWAYS_INLINE void set_to_zero(Vec (&sums)[rows][kWide]) {
   each<rows>([&](auto row) RF_INLINE_LAMBDA { each<kWide>([&](auto j) RF_INLINE_LAMBDA { sums[row][j] = Vec(0); }); });

@@ -56,9 +56,10 @@ void winograd_pack(const WinogradWeight& conv, int64_t begin, int64_t end) {
     }
     const auto outputs = at::vec::Vectorized<int32_t>::loadu(places);
     const Vec scale = Vec::loadu(scales);
+    float* packed = conv.packed + block_offset(output, kStep, conv.channels);
     for (int64_t channel = begin; channel < end; ++channel) {
       const float* taps = conv.weight + channel * conv.channel_step;
-      float* to = conv.packed + block_offset(output, kStep, conv.channels) + channel * kStep;
+      float* to = packed + channel * kStep;
       Vec w[kTaps][kTaps], half[kIn][kTaps];
       for (int i = 0; i < kTaps; ++i) {
         for (int j = 0; j < kTaps; ++j) {
@@ -128,12 +129,10 @@ void winograd_product(const WinogradConv& conv, const WinogradSlab& slab, int64_
       const float* block = transformed + block_offset(channel, kWinogradBlock, slab.tiles);
       for (int64_t output = 0; output < kWinogradPanel; output += kStep) {
         const float* weights = weight + output * conv.channels + channel * kStep;
-        const float* next = weights + channels * kStep;
         for (int64_t tile = 0; tile < slab.tiles; tile += kRows) {
-          const int64_t part = tile / kRows * (channels / kTermsALine) * kLine;  // of the next weights, fetched on the way
           kByTiles[smaller(kRows, slab.tiles - tile) - 1](
               block + tile * kWinogradBlock, weights, products + output * slab.tiles + tile * kStep, terms,
-              part < channels * kStep ? next + part : weights);
+              fetched_by(tile / kRows, weights, channels));
         }
       }
     }

@@ -139,12 +139,10 @@ void winograd_gradient_product(const WinogradGradient& conv, const WinogradSlab&
       const Terms terms = {tiles, kSum, kSum * kWinogradBlock, tile == 0};
       for (int64_t output = 0; output < kWinogradPanel; output += kStep) {
         const float* from = dy + output * slab.tiles + tile * kStep;
-        const float* next = from + tiles * kStep;
         for (int64_t channel = 0; channel < channels; channel += kRows) {
-          const int64_t part = channel / kRows * (tiles / kTermsALine) * kLine;
           kByChannels[smaller(kRows, channels - channel) - 1](
               transformed + tile * kWinogradBlock + channel, from, sums + output * channels + channel * kStep, terms,
-              part < tiles * kStep ? next + part : from);
+              fetched_by(channel / kRows, from, tiles));
         }
       }
     }
@@ -167,12 +165,13 @@ bool winograd_gradient_output(const WinogradGradient& conv, int64_t begin, int64
   Vec zero_if_finite(0);
   for (int64_t output = 0; output < conv.outputs; output += Vec::size()) {
     const int64_t lanes = smaller(Vec::size(), conv.outputs - output);
+    const float* sums = conv.sums + block_offset(output, kStep, conv.channels);
     for (int64_t channel = begin; channel < end; channel += kGroup) {
       const int64_t group = smaller(kGroup, end - channel);
       // Turned here: outputs lie so far apart in memory that few of their lines would stay in the first level cache.
       float turned[Vec::size()][kGroup * kAll];
       for (int64_t c = 0; c < group; ++c) {
-        const float* from = conv.sums + block_offset(output, kStep, conv.channels) + (channel + c) * kStep;
+        const float* from = sums + (channel + c) * kStep;
         Vec half[kTaps][kWideIn];
         for (int j = 0; j < kWideIn; ++j) {
           Vec column[kIn];

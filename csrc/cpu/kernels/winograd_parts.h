@@ -116,7 +116,14 @@ C10_ALWAYS_INLINE bool is_zero(const Vec& x) {
 // cache level only for what is summed up in one go.
 constexpr int64_t kFinished = kRun > 1 ? 256 : 1;
 
-constexpr int64_t kTermsALine = kWinogradPanel / kStep;  // between two fetches: rows share the lines of a panel
+constexpr int kTermsALine = kWinogradPanel / kStep;  // of b, for a line of what lies behind it to be fetched
+
+// What the `number`th of the calls by the same b[terms][kStep] fetches of the terms behind it; b, which is there already, where
+// the calls before have fetched them all.
+C10_ALWAYS_INLINE const float* fetched_by(int64_t number, const float* b, int64_t terms) {
+  const int64_t part = number * (terms / kTermsALine) * kLine, all = terms * kStep;
+  return part < all ? b + all + part : b;
+}
 
 // The terms of a product: `summed` of them at a time.
 struct Terms {
@@ -133,9 +140,7 @@ void multiply(const float* a, const float* b, float* sums, const Terms& terms, c
     Vec own[rows][kWide];
     sum_products<kStep>(
         own, b, count, [from](int row, int64_t term) RF_INLINE_LAMBDA { return from[row * row_step + term * term_step]; },
-        [next](int64_t term, int i) RF_INLINE_LAMBDA {
-          if (i % kTermsALine == 0) fetch_to_read(next + ((term - i) / kTermsALine + i / kTermsALine) * kLine);
-        });
+        [next](int64_t term, int i) RF_INLINE_LAMBDA { fetch_a_line<kTermsALine>(next, term, i); });
     for (int row = 0; row < rows; ++row) {
       for (int i = 0; i < kWide; ++i) {
         float* sum = sums + row * kStep + i * Vec::size();
