@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,9 @@ AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", *AMX_VECTOR_FLAGS]
 # The same files with tests/csrc/amx_tiles.h for tiles, and what stands in for the question whether the CPU has any.
 EMULATED_AMX_FLAGS = ["-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *AMX_VECTOR_FLAGS]
 EMULATED_AMX_SOURCES = {"csrc/cpu/program/usable.cpp": "tests/csrc/amx_usable.cpp"}
-# What most of csrc/ includes, and half of what it takes to compile.
+# What most of csrc/ and of csrc/cpu/kernels includes, and half of what it takes to compile.
 COMMON_HEADERS = ("ATen/core/Tensor.h", "ATen/Parallel.h", "ATen/ops/empty.h", "ATen/ops/zeros.h")
+KERNEL_HEADERS = ("ATen/cpu/vec/functional.h", "ATen/cpu/vec/vec.h")
 # Commands that only describe the package must not pay for importing torch, nor need it.
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name", "--help"}
 
@@ -70,6 +72,11 @@ def sources(pattern: str) -> list[str]:
 def isas() -> list[str]:
     """The instruction sets that this architecture's kernels are compiled for."""
     return list(ISA_FLAGS) if IS_X86 else ["DEFAULT"]
+
+
+def kernel_defines(isa: str) -> list[str]:
+    """What tells csrc/cpu/kernels and PyTorch's vec headers the instruction set."""
+    return [f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}"]
 
 
 @functools.cache
@@ -278,24 +285,29 @@ def native_commands(plan: Plan) -> dict:
             say("WARNING: pure Python, no native extension: works, slower. RESNET_FAST_BUILD=cpu makes this an error")
 
         def build_extension(self, ext) -> None:
+            wanted = {isa: (KERNEL_HEADERS, [*kernel_defines(isa), *CXX_FLAGS, *ISA_FLAGS[isa]]) for isa in isas()}
+            wanted[""] = COMMON_HEADERS, ext.extra_compile_args["cxx"]
+            with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+                flags = pool.map(lambda headers: self.precompiled(ext, *headers), wanted.values())
+            self.header_flags = dict(zip(wanted, flags, strict=True))
             ext.extra_objects = list(self.kernel_objects(ext))
-            ext.extra_compile_args["cxx"] += self.precompiled(ext)
+            ext.extra_compile_args["cxx"] += self.header_flags[""]
             super().build_extension(ext)
 
-        def precompiled(self, ext) -> list[str]:
-            """Flags that include COMMON_HEADERS precompiled. GCC reads the headers themselves where flags differ."""
+        def precompiled(self, ext, headers: tuple[str, ...], flags: list[str]) -> list[str]:
+            """Flags that include `headers` precompiled. GCC reads the headers themselves where other flags differ."""
             command = shlex.split(os.environ.get("CXX") or "c++")
             version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
             if "Free Software Foundation" not in version:
                 return []
-            command += [*self.compiler.compiler_so[1:], *ext.extra_compile_args["cxx"], "-std=c++17"]
+            command += [*self.compiler.compiler_so[1:], *flags, "-std=c++17"]
             command += [f"-I{folder}" for folder in ext.include_dirs + self.compiler.include_dirs]
-            digest = hashlib.sha256(repr((command, version)).encode()).hexdigest()[:12]
+            digest = hashlib.sha256(repr((command, headers, version)).encode()).hexdigest()[:12]
             header = Path(self.build_temp) / f"common-{digest}.h"
             precompiled, staged = Path(f"{header}.gch"), Path(f"{header}.{os.getpid()}.tmp")
             if not precompiled.exists():
                 header.parent.mkdir(parents=True, exist_ok=True)
-                header.write_text("".join(f"#include <{name}>\n" for name in COMMON_HEADERS))
+                header.write_text("".join(f"#include <{name}>\n" for name in headers))
                 subprocess.run([*command, "-x", "c++-header", header, "-o", staged], check=True)
                 staged.replace(precompiled)
             return ["-include", str(header)]
@@ -303,20 +315,17 @@ def native_commands(plan: Plan) -> dict:
         def kernel_objects(self, ext) -> Iterator[str]:
             kernels = sources("cpu/kernels/*.cpp")
             for isa in isas() if kernels else []:
-                macros = [("CPU_CAPABILITY", isa), (f"CPU_CAPABILITY_{isa}", None)]
-                yield from self.objects(ext, kernels, isa, macros, ISA_FLAGS[isa])
+                flags = [*kernel_defines(isa), *ISA_FLAGS[isa], *self.header_flags[isa]]
+                yield from self.objects(ext, kernels, isa, flags)
             if has_amx():
                 yield from self.amx_objects(ext)
 
         def amx_objects(self, ext) -> list[str]:
-            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX", [], AMX_FLAGS)
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX", AMX_FLAGS)
 
-        def objects(self, ext, files: list[str], isa: str, macros: list, flags: list[str]) -> list[str]:
-            folder = str(Path(self.build_temp) / isa.lower())
-            flags = CXX_FLAGS + flags
-            return self.compiler.compile(
-                files, output_dir=folder, macros=macros, include_dirs=ext.include_dirs, extra_postargs=flags
-            )
+        def objects(self, ext, files: list[str], isa: str, flags: list[str]) -> list[str]:
+            folder, flags = str(Path(self.build_temp) / isa.lower()), CXX_FLAGS + flags
+            return self.compiler.compile(files, output_dir=folder, include_dirs=ext.include_dirs, extra_postargs=flags)
 
         def copy_file(self, infile, outfile, *args, **kwargs):
             """Into the source tree (editable installs): whole or not at all, whatever kills the build."""
@@ -338,7 +347,7 @@ def native_commands(plan: Plan) -> dict:
             self.force = True  # setuptools looks at sources only; ninja looks at headers and flags as well
 
         def amx_objects(self, ext) -> list[str]:
-            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", [], EMULATED_AMX_FLAGS)
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", EMULATED_AMX_FLAGS)
 
         def build_extension(self, ext) -> None:
             ext.sources = [EMULATED_AMX_SOURCES.get(source, source) for source in ext.sources]

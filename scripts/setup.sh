@@ -26,7 +26,7 @@ find_python() {
 # One line per package fetched, so that a long download is seen to move; the rest is in the log.
 pip_install() {
     local status=0
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input --log "$log" install --progress-bar off \
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input --log "$log" install --progress-bar off --no-compile \
         --constraint constraints.txt "$@" 2>&1 </dev/null |
         sed -nu -E -e 's/^ *Downloading ([^ ]*\.whl)(\.metadata)?( \([^)]*\))?.*/    \1\3/;T next;/kB\)/d;p;d' \
             -e ':next' -e 's/^Installing collected packages.*/    unpacking .../p' ||

@@ -22,18 +22,22 @@ Mutants = Mapping[str, tuple[str, str]]
 def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], harness: str) -> ctypes.CDLL:
     """All copies in one library: most of the time goes into PyTorch's headers. Skips where there is nothing to compile.
 
+    For AVX2, whose loops are the longest.
+
     harness: a file of tests/csrc, which includes MUTANT_COPIES and makes MUTANT_NAMES(entry) callable.
     """
     compiler = host_compiler()
     if not KERNELS.is_dir():
         pytest.skip("csrc/ is not beside the tests")
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this CPU has no AVX2")
     copies, target = folder / "copies.h", folder / "mutants.so"
     copies.write_text("\n".join(_copy(name, sources, *mutation) for name, mutation in mutants.items()))
     entries = " ".join(f"entry({name})" for name in mutants)
-    defines = ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT", f"-DMUTANT_NAMES(entry)={entries}"]
+    defines = ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", f"-DMUTANT_NAMES(entry)={entries}"]
     defines += [f'-DMUTANT_COPIES="{copies}"']
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w"]
+    flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w", "-mavx2", "-mfma", "-mf16c"]
     source = ROOT / "tests" / "csrc" / harness
     subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)
     return ctypes.CDLL(str(target))
@@ -52,7 +56,9 @@ def _copy(name: str, sources: Sequence[Path], before: str, after: str) -> str:
         if mutated.suffix != ".h":
             texts, scope = {mutated: texts[mutated]}, f"{scope} using namespace {ORIGINAL};"
         texts[mutated] = texts[mutated].replace(before, after)
-    body = "\n".join(line for line in "\n".join(texts.values()).splitlines() if not line.startswith("#"))
+    body = "\n".join(
+        line for line in "\n".join(texts.values()).splitlines() if not line.startswith(("#include", "#pragma"))
+    )
     body = body.replace("C10_ALWAYS_INLINE", "inline").replace("RF_INLINE_LAMBDA", "")  # which takes time without -O
     opening, closing = "namespace CPU_CAPABILITY {", "}  // namespace CPU_CAPABILITY"
     return body.replace(opening, f"{opening} {scope}").replace(closing, f"}} {closing}")

@@ -3,12 +3,11 @@
 import contextlib
 import copy
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import fresh
 import pytest
 import torch
 from models import lively, network_of
@@ -347,7 +346,7 @@ with torch.no_grad():
                                rtol=1e-4, atol=1e-4)
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    run = fresh.python(script, environment=environment)
     assert run.returncode == 0, run.stderr
 
 

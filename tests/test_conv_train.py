@@ -1,9 +1,8 @@
 """The convolutions of a training step as AMX tile products: beside PyTorch's, in every geometry."""
 
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,7 +197,7 @@ else:
     raise AssertionError("ran")
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = fresh.python(code, environment=environment)
     assert done.returncode == 0, done.stderr
 
 

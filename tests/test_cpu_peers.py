@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -26,9 +26,8 @@ TINY = ("--models", "resnet18", "--batch-sizes", 2, "--img-size", 64, "--rounds"
 
 
 def script(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=500)
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the processes it starts
+    return fresh.script(SCRIPT, *map(str, arguments), environment=os.environ | {"PYTHONPATH": paths}, timeout=500)
 
 
 def rows_of(path):

@@ -2,10 +2,9 @@
 
 import gc
 import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import stock
 import torch
@@ -70,7 +69,7 @@ with ThreadPoolExecutor(8) as pool:
         torch.testing.assert_close(y, expected)
 print("right", len(resnet_fast._log.said()))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = fresh.python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("right")
 

@@ -30,7 +30,7 @@ MUTANTS = {  # name -> (before, after)
     "range_begins_above": ("row_(pixel / conv.out_width % conv.out_height)", "row_(0)"),
     "range_begins_left": ("column_(pixel % conv.out_width)", "column_(0)"),
     "pixels_stay": ("++i, pixel.step())", "++i)"),
-    "channel_lost": ("with_count(smaller(kSummed, conv", "with_count(smaller(kSummed - 1, conv"),
+    "channel_lost": ("with_count<rows>(smaller(kSummed, conv", "with_count<rows>(smaller(kSummed - 1, conv"),
     "weights_of_one_term": ("Vec::loadu(b + term * b_step", "Vec::loadu(b"),
     "no_terms_behind_runs": ("; term < terms; ++term", "; term < 0; ++term"),
     "run_lost": ("term += kRun", "term += 2 * kRun"),

@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import pytest
 import torch.distributed as dist
 from distributed_worker import CHECKS, SHARES
@@ -16,22 +17,14 @@ HERE = Path(__file__).parent
 def test_two_processes(backend, tmp_path):
     """All checks of the worker one after the other, for starting two processes takes longest."""
     world = len(SHARES)
-    command = [sys.executable, str(HERE / "distributed_worker.py")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path / "store"), backend],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n\n".join(said)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(rank: int) -> subprocess.CompletedProcess:
+        arguments = (str(rank), str(world), str(tmp_path / "store"), backend)
+        return fresh.script(HERE / "distributed_worker.py", *arguments, environment=environment, timeout=240)
+
+    with ThreadPoolExecutor(world) as pool:
+        done = list(pool.map(run, range(world)))
+    said = [process.stdout + process.stderr for process in done]
+    assert [process.returncode for process in done] == [0] * world, "\n\n".join(said)
     assert all(check.__name__ in words for check in CHECKS for words in said)

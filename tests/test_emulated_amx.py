@@ -3,10 +3,10 @@
 import ctypes
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import emulation
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_it_is_the_cpu_bit_by_bit(draw, emulated, compiled):
 
 def test_tiles_that_are_not_configured_are_a_fault(compiled):
     script = f"import ctypes; ctypes.CDLL({str(compiled(CONV.read_text(), EMULATED))!r}).without_configuration()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = fresh.python(script)
     assert done.returncode == -signal.SIGABRT
     assert "#UD" in done.stderr
 

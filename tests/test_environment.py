@@ -5,15 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import fresh
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "resnet_fast"
-SUFFIX = subprocess.run(
-    [sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],
-    capture_output=True, text=True, check=True,
-).stdout.strip()  # fmt: skip
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 USE = """
 import logging, torch, torchvision, copy
@@ -48,19 +47,22 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr
 def bare(tmp_path):
     """A copy of the package without its extension: (its parent folder, where an extension would be)."""
     shutil.copytree(PACKAGE, tmp_path / "resnet_fast", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    (tmp_path / "sitecustomize.py").write_text(NO_EDITABLE_FINDER)
     return tmp_path, tmp_path / "resnet_fast" / f"_C{SUFFIX}"
 
 
-def python(folder, *arguments, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **environment}
-    environment.pop("RESNET_FAST_BACKEND", None)
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, cwd=folder,
-                          env=environment)  # fmt: skip
+def python(folder, code, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "RESNET_FAST_BACKEND"}
+    environment = inherited | {"OMP_NUM_THREADS": "1"} | environment
+    return fresh.python(NO_EDITABLE_FINDER + code, folder, environment)
+
+
+def info(folder):
+    code = "import runpy; sys.argv[1:] = ['info', '--json']; runpy.run_module('resnet_fast', run_name='__main__')"
+    return python(folder, code)
 
 
 def use(folder, **environment):
-    done = python(folder, "-c", USE, **environment)
+    done = python(folder, USE, **environment)
     assert done.returncode == 0, done.stderr
     reason = next(line for line in done.stdout.splitlines() if line.startswith("REASON ")).removeprefix("REASON ")
     raised = next(line for line in done.stdout.splitlines() if line.startswith("RAISED "))
@@ -76,9 +78,9 @@ def test_missing_extension(bare):
     assert "resnet_fast._C is not built" in reason
     assert "pip install" in reason
     assert warnings == [], "a pure-Python installation is no accident"
-    info = python(folder, "-m", "resnet_fast", "info", "--json")
-    assert info.returncode == 0, info.stderr
-    rows = json.loads(info.stdout)["backends"]
+    done = info(folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["backends"]
     assert any("is not built" in (row["reason"] or "") for row in rows if row["backend"] == "native")
 
 
@@ -94,9 +96,9 @@ def test_corrupt_extension(bare, content):
 def test_info_names_a_corrupt_extension(bare):
     folder, extension = bare
     extension.write_bytes(b"")
-    info = python(folder, "-m", "resnet_fast", "info", "--json")
-    assert info.returncode == 1
-    assert any(extension.name in line for line in json.loads(info.stdout)["broken"])
+    done = info(folder)
+    assert done.returncode == 1
+    assert any(extension.name in line for line in json.loads(done.stdout)["broken"])
 
 
 def test_extension_of_another_torch(bare):
@@ -171,7 +173,10 @@ def test_read_only_home(bare):
 def test_import_builds_and_writes_nothing(bare):
     folder, _ = bare
     before = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    done = python(folder, "-W", "error", "-c", "import resnet_fast; print(resnet_fast.__version__)")
+    code = f"{NO_EDITABLE_FINDER}import resnet_fast; print(resnet_fast.__version__)"
+    command = [sys.executable, "-W", "error", "-c", code]  # from the start, PyTorch included
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {path for path in folder.rglob("*") if "__pycache__" not in path.parts} == before
@@ -179,6 +184,6 @@ def test_import_builds_and_writes_nothing(bare):
 
 def test_the_log_level_is_an_environment_variable(bare):
     folder, _ = bare
-    assert "native" not in python(folder, "-c", USE, RESNET_FAST_LOG="ERROR").stderr
-    quiet = python(folder, "-c", USE)
+    assert "native" not in python(folder, USE, RESNET_FAST_LOG="ERROR").stderr
+    quiet = python(folder, USE)
     assert "LOG FastBasicBlock runs its stock forward" in quiet.stderr or "LOG" not in quiet.stderr

@@ -2,10 +2,9 @@
 
 import copy
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import torch
 from cases import draw
@@ -213,7 +212,7 @@ with torch.no_grad():
 print("right")
 """
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    done = fresh.python(code, environment=environment)
     if "is not built" in done.stderr or "'NoneType'" in done.stderr:
         pytest.skip("no native extension")
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,9 @@
 """The activation pool: who gets memory from it, where it goes, and that nobody notices otherwise."""
 
-import subprocess
-import sys
+import os
 import threading
 
+import fresh
 import pytest
 import torch
 
@@ -164,10 +164,7 @@ def test_resizing_sharing_and_numpy():
 
 
 def run(code, **environment):
-    import os
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment})  # fmt: skip
+    done = fresh.python(code, environment=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -543,37 +543,35 @@ class TestStem:
 
 
 @functools.cache
-def resnet50_and_images() -> tuple[nn.Module, torch.Tensor]:
-    return resnet50().to(memory_format=torch.channels_last).train(), draw(
-        (8, 3, 224, 224), torch.float32, "channels_last"
-    )
+def stock_resnet50() -> nn.Module:
+    return resnet50().to(memory_format=torch.channels_last).train()
 
 
-def megabytes_an_image(model: nn.Module, x: torch.Tensor) -> float:
+def megabytes_an_image(model: nn.Module, images: int = 2) -> float:
     """What a forward pass under bfloat16 autocast saves, in 10^6 bytes."""
+    x = draw((images, 3, 224, 224), torch.float32, "channels_last")
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
-    return saved_bytes(forward, model.parameters()) / len(x) / 1e6
+    return saved_bytes(forward, model.parameters()) / images / 1e6
 
 
 def test_stock_resnet50_saves_much():
-    assert megabytes_an_image(*resnet50_and_images()) == pytest.approx(43.76, abs=0.01)
+    assert megabytes_an_image(stock_resnet50()) == pytest.approx(43.76, abs=0.05)
 
 
-@pytest.mark.parametrize(("stage", "limit"), [(1, 36.0), (2, 36.0), (3, 36.0), (4, 24.0)])
-def test_resnet50_saves_little(stage, limit, backend):
-    """Megabytes an image; of batches larger than these eight a little less, for there are covariances among them.
+@pytest.mark.parametrize(("stage", "images", "limit"), [(1, 2, 36.0), (2, 2, 36.0), (3, 2, 36.0), (4, 8, 24.0)])
+def test_resnet50_saves_little(stage, images, limit, backend):
+    """Megabytes an image; in stage 4, of batches larger than these eight a little less, for there are covariances.
 
     Costly: by the fastest backend. Smaller networks are counted by each, below.
     """
     if backend == "reference" and native_missing() is None:
         pytest.skip("the native backend takes it")
-    stock, x = resnet50_and_images()
-    fast = optimize(copy.deepcopy(stock), backend=backend, train_stage=stage, strict=True)
-    assert megabytes_an_image(fast, x) <= limit
+    fast = optimize(copy.deepcopy(stock_resnet50()), backend=backend, train_stage=stage, strict=True)
+    assert megabytes_an_image(fast, images) <= limit
 
 
 @pytest.mark.parametrize("settings", [None, {"train_stage": 1}, {"train_stage": 4}], ids=["stock", "stage1", "stage4"])

@@ -3,9 +3,8 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from cases import draw
@@ -81,7 +80,7 @@ model.load_state_dict(torch.load({str(tmp_path / "fast.pt")!r}))
 assert not any(name.startswith("resnet_fast") for name in sys.modules)
 print(model(torch.ones(1, 3, 32, 32)).tolist())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = fresh.python(code)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.tensor(eval(done.stdout)), fast(x))
 
@@ -130,5 +129,5 @@ with torch.no_grad():
 _, status = os.waitpid(child, 0)
 assert status == 0, status
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = fresh.python(code)
     assert done.returncode == 0, done.stderr

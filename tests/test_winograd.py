@@ -3,10 +3,9 @@
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import fresh
 import pytest
 import torch
 from cases import CPU, draw
@@ -263,13 +262,7 @@ with torch.no_grad():
     torch.testing.assert_close(y, F.conv2d(x, conv.weight, stride=2, padding=1))
 print(reason, conv.kernel, conv.reason, sep="|")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
-    )
+    done = fresh.python(code, environment=os.environ | {"ATEN_CPU_CAPABILITY": capability})
     assert done.returncode == 0, done.stderr
     reason, kernel, why = done.stdout.strip().split("|")
     assert (reason, kernel, why) == ("None", "Winograd F(4x4, 3x3)", "predicted") if runs else (why, "oneDNN", why)

@@ -20,20 +20,20 @@ using namespace resnet_fast::cpu;
     std::vector<float> zeros(conv.channels), packed(panels * kDirectPanel * weight.taps * conv.channels);             \
     conv.zeros = zeros.data();                                                                                        \
     weight.packed = packed.data();                                                                                    \
-    DEFAULT::name::direct_pack(weight, 1, panels);                                                                    \
+    CPU_CAPABILITY::name::direct_pack(weight, 1, panels);                                                                    \
     convolve(conv, packed.data(), 1, panels, 0, middle);                                                              \
     convolve(conv, packed.data(), 1, panels, middle, pixels);                                                         \
-    DEFAULT::name::direct_pack(weight, 0, 1);                                                                         \
+    CPU_CAPABILITY::name::direct_pack(weight, 0, 1);                                                                         \
     convolve(conv, packed.data(), 0, 1, 0, pixels);                                                                   \
   }                                                                                                                   \
   extern "C" void name##_conv(DirectConv conv, DirectWeight weight, int64_t pixels) {                                 \
-    name##_convolve(conv, weight, pixels, &DEFAULT::name::direct_conv);                                               \
+    name##_convolve(conv, weight, pixels, &CPU_CAPABILITY::name::direct_conv);                                               \
   }                                                                                                                   \
   extern "C" void name##_conv_copied(DirectConv conv, DirectWeight weight, int64_t pixels) {                          \
     const int64_t terms = weight.taps * conv.channels + kDirectChunk;                                                 \
     std::vector<float> copies(kDirectCopied * terms);                                                                 \
     name##_convolve(conv, weight, pixels, [&](auto&&... range) {                                                      \
-      DEFAULT::name::direct_conv_copied(range..., copies.data());                                                     \
+      CPU_CAPABILITY::name::direct_conv_copied(range..., copies.data());                                                     \
     });                                                                                                               \
   }                                                                                                                   \
   /* Each image in two bands of rows. */                                                                              \
@@ -43,11 +43,11 @@ using namespace resnet_fast::cpu;
     std::vector<float> packed(panels * kDirectPanel * weight.taps * conv.channels);                                   \
     std::vector<float> rows(room * direct_image_row(conv), std::nanf(""));                                            \
     weight.packed = packed.data();                                                                                    \
-    DEFAULT::name::direct_pack(weight, 0, panels);                                                                    \
+    CPU_CAPABILITY::name::direct_pack(weight, 0, panels);                                                                    \
     for (int64_t i = 0; i < pixels / image; ++i) {                                                                    \
       const int64_t first = i * image, second = first + middle * conv.out_width;                                      \
-      DEFAULT::name::direct_conv_image(conv, packed.data(), i, 0, middle, first, rows.data());                        \
-      DEFAULT::name::direct_conv_image(conv, packed.data(), i, middle, conv.out_height, second, rows.data());         \
+      CPU_CAPABILITY::name::direct_conv_image(conv, packed.data(), i, 0, middle, first, rows.data());                        \
+      CPU_CAPABILITY::name::direct_conv_image(conv, packed.data(), i, middle, conv.out_height, second, rows.data());         \
     }                                                                                                                 \
   }
 MUTANT_NAMES(ENTRIES)

@@ -59,7 +59,7 @@ void pend(WinogradShape& conv, const float* norm) {
       w.weight += 8 * w.tap_step, w.tap_step = -w.tap_step;                                                            \
       std::swap(w.output_step, w.channel_step);                                                                        \
     }                                                                                                                  \
-    DEFAULT::name::winograd_pack(w, 0, s->channels);                                                                   \
+    CPU_CAPABILITY::name::winograd_pack(w, 0, s->channels);                                                                   \
     WinogradConv conv;                                                                                                 \
     conv.x = x, conv.zeros = zeros.data(), conv.weight = packed.data(), conv.bias = bias, conv.residual = residual;    \
     conv.y = y, conv.relu = s->relu, conv.panels = s->panels(), conv.summed = 16;                                      \
@@ -70,9 +70,9 @@ void pend(WinogradShape& conv, const float* norm) {
     const int64_t tiles = s->images * conv.tile_rows * conv.tile_columns;                                              \
     Scratch scratch(*s, 36, tiles);                                                                                    \
     const WinogradSlab slab = scratch.slab(0, tiles);                                                                  \
-    DEFAULT::name::winograd_input(conv, slab, 0, tiles);                                                               \
-    DEFAULT::name::winograd_product(conv, slab, 0, 36 * s->panels());                                                  \
-    return DEFAULT::name::winograd_output(conv, slab, 0, tiles);                                                       \
+    CPU_CAPABILITY::name::winograd_input(conv, slab, 0, tiles);                                                               \
+    CPU_CAPABILITY::name::winograd_product(conv, slab, 0, 36 * s->panels());                                                  \
+    return CPU_CAPABILITY::name::winograd_output(conv, slab, 0, tiles);                                                       \
   }                                                                                                                    \
   extern "C" bool name##_gradient(                                                                                     \
       const float* dy, const float* x, float* dweight, const float* norm, const Sizes* s) {                            \
@@ -88,9 +88,9 @@ void pend(WinogradShape& conv, const float* norm) {
     Scratch scratch(*s, 24, step);                                                                                     \
     for (int64_t first = 0; first < tiles; first += step) {                                                            \
       const WinogradSlab slab = scratch.slab(first, std::min(step, tiles - first));                                    \
-      DEFAULT::name::winograd_gradient_input(conv, slab, 0, slab.tiles);                                               \
-      DEFAULT::name::winograd_gradient_product(conv, slab, 0, 24 * s->panels() * s->blocks());                         \
+      CPU_CAPABILITY::name::winograd_gradient_input(conv, slab, 0, slab.tiles);                                               \
+      CPU_CAPABILITY::name::winograd_gradient_product(conv, slab, 0, 24 * s->panels() * s->blocks());                         \
     }                                                                                                                  \
-    return DEFAULT::name::winograd_gradient_output(conv, 0, s->channels);                                              \
+    return CPU_CAPABILITY::name::winograd_gradient_output(conv, 0, s->channels);                                              \
   }
 MUTANT_NAMES(ENTRIES)

@@ -39,15 +39,16 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter():
-    """Right for bfloat16; and one thread, because children are forked."""
+    """Right for bfloat16, and faster; and one thread, because children are forked."""
     if why_not() is None:
-        from interpreted import bf16
+        from interpreted import bf16, faster
 
         version = tuple(int(part) for part in np.__version__.split(".")[:2])
         assert version < (2, 4), (
             f"Triton 3.6's interpreter fails with numpy {np.__version__}; constraints.txt says < 2.4"
         )
         bf16.install()
+        faster.install()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

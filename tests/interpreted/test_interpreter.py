@@ -11,6 +11,7 @@ from interpreted.drive import kernel, tensors_of
 from interpreted.forked import PASSED, outcome
 from interpreted.guarded import SIDES, Fence, reserve
 from interpreted.kernel_cases import POINTER_CASES
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
 from resnet_fast.kernels.conv_pointer import conv_bn_act_pointer
@@ -32,6 +33,12 @@ def copy(x_ptr, y_ptr, first, SIZE: tl.constexpr):
     tl.store(y_ptr + at, tl.load(x_ptr + at))
 
 
+@triton.jit
+def square(x_ptr, y_ptr, SIZE: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
+    tl.store(y_ptr + tl.arange(0, SIZE), x * x)
+
+
 def test_kernels_are_interpreted():
     assert isinstance(conv_bn_act_pointer, InterpretedFunction)
 
@@ -46,6 +53,15 @@ def test_rounding_to_bfloat16_is_pytorchs():
     assert torch.equal(rounded.isnan(), expected.isnan())
     assert torch.equal(rounded.nan_to_num(), expected.nan_to_num())
     assert np.array_equal(bf16.widen(bf16.narrow(values)), expected.float().numpy(), equal_nan=True)
+
+
+def test_an_integer_that_overflows_is_an_error():
+    x = torch.tensor([3, -46340], dtype=torch.int32)
+    y = torch.empty_like(x)
+    square[(1,)](x, y, SIZE=2)
+    assert torch.equal(y, x * x)
+    with pytest.raises(InterpreterError, match="int32 overflow detected for operation mul"):
+        square[(1,)](x - 1, y, SIZE=2)
 
 
 def test_bfloat16_arithmetic():

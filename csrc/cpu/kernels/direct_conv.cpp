@@ -35,10 +35,11 @@ void find(const DirectConv& conv, Pixel& pixel, int64_t count, Places& places) {
   for (int64_t i = 0; i < count; ++i, pixel.step()) find_one(conv, pixel, &places[0][i]);
 }
 
-// f(channels), a constant where it is a usual number: loops with AVX2's long runs then end without being counted.
-template <typename F>
+// f(channels), a constant where it is a usual number: loops with AVX2's long runs then end without being counted. Not of
+// fewer rows than kRows, which are the last of many.
+template <int rows, typename F>
 C10_ALWAYS_INLINE void with_count(int64_t channels, const F& f) {
-  if constexpr (kRun > 1) {
+  if constexpr (kRun > 1 && rows == kRows) {
     if (channels == kSummed) return f(std::integral_constant<int64_t, kSummed>());
     if (channels == kSummed / 2) return f(std::integral_constant<int64_t, kSummed / 2>());
   }
@@ -65,7 +66,7 @@ void outputs_of(
   };
   Vec sums[rows][kWide];
   if (kRun > 1 && taps == 1 && conv.channels <= kSummed) {  // nothing to add it to
-    with_count(conv.channels, [&](auto channels) RF_INLINE_LAMBDA {
+    with_count<rows>(conv.channels, [&](auto channels) RF_INLINE_LAMBDA {
       sum(sums, 0, 0, channels);
       write_outputs<rows>(conv, sums, pixel, output);
     });
@@ -74,7 +75,7 @@ void outputs_of(
   set_to_zero(sums);
   for (int64_t tap = 0; tap < taps; ++tap) {
     for (int64_t channel = 0; channel < conv.channels; channel += kSummed) {
-      with_count(smaller(kSummed, conv.channels - channel), [&](auto channels) RF_INLINE_LAMBDA {
+      with_count<rows>(smaller(kSummed, conv.channels - channel), [&](auto channels) RF_INLINE_LAMBDA {
         Vec own[rows][kWide];
         sum(own, tap, channel, channels);
         for (int row = 0; row < rows; ++row) {  // not each(): the registers do not hold both

@@ -18,8 +18,13 @@ constexpr int64_t kStep = kWide * Vec::size();    // columns, that is outputs
 constexpr int64_t kLine = 64 / sizeof(float);
 
 // Terms that are one run of instructions with hardly anything between the products: where another hardware thread takes half
-// of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone"). AVX-512's sums leave no registers for it.
-constexpr int kRun = kWide > 2 ? 1 : 16;
+// of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone"). AVX-512's sums leave no registers for it,
+// and code without vector instructions becomes so long by it that it takes minutes to compile.
+#ifdef CPU_CAPABILITY_AVX2
+constexpr int kRun = 16;
+#else
+constexpr int kRun = 1;
+#endif
 static_assert(kRun == 1 || kRun == kLine);
 
 template <typename F, int... i>
