@@ -168,8 +168,7 @@ def test_gradcheck_and_gradgradcheck(stage, backend):
     torch.autograd.gradgradcheck(run, inputs[:2] + [t.detach() for t in inputs[2:]], atol=1e-4)
 
 
-@STAGES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("stage", "dtype"), zip(training.STAGES, 2 * [torch.float32, torch.bfloat16], strict=True))
 def test_opcheck(stage, dtype, backend):
     layers = [conv_bn(*shape, dtype, "channels_last") for shape in ((8, 4, 1), (4, 4, 3), (4, 16, 1), (8, 16, 1))]
     columns = [[t[name] for t in layers] for name in ("conv_weight", "weight", "bias", "running_mean", "running_var")]
