@@ -107,13 +107,19 @@ void bind_frozen_network(py::module_& m) {
     return network.conv(
         x, residual, {onednn, winograd, direct, bias, out_channels, stride, padding, dilation, groups, relu});
   };
+  const auto times = [](const FrozenNetwork& network, const at::Tensor& x) {
+    std::vector<std::pair<int64_t, double>> out;
+    for (const auto& time : network.timed_run(x)) out.emplace_back(time.layers, time.seconds);
+    return out;
+  };
   py::class_<FrozenNetwork>(m, "FrozenNetwork", "A frozen network on any CPU: see csrc/cpu/frozen_network.h.")
       .def(py::init<>())
       .def("conv", conv, py::arg("x"), py::arg("residual"), py::arg("onednn"), py::arg("winograd"), py::arg("direct"),
            py::arg("bias"), py::arg("out_channels"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
            py::arg("groups"), py::arg("relu"))
       .def("max_pool", &FrozenNetwork::max_pool, py::arg("x"))
-      .def("run", &FrozenNetwork::run, py::arg("x"), py::call_guard<py::gil_scoped_release>());
+      .def("run", &FrozenNetwork::run, py::arg("x"), py::call_guard<py::gil_scoped_release>())
+      .def("timed_run", times, py::arg("x"), py::call_guard<py::gil_scoped_release>());
 }
 
 #ifdef WITH_AMX

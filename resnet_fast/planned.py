@@ -130,13 +130,13 @@ class _Planned:
 
     def _as_one(self, x: Tensor) -> Tensor:
         """All layers in one call, else one by one."""
-        network = self._cpu_network(x)
+        network = self.network_of(x)
         if network is None:
             return super().forward(x)
         with torch.no_grad():
             return self._behind(network.run(x))
 
-    def _cpu_network(self, x: Tensor) -> object | None:
+    def network_of(self, x: Tensor) -> object | None:
         """The network for x's shape and the threads in use, for which oneDNN's weights are packed, built when they are
         first seen; None, with the reason said, where there is none."""
         if x.device.type != "cpu" or x.numel() == 0 or dispatch.requested(self.backend) not in ("auto", "native"):

@@ -2,20 +2,23 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import CPU
 from models import lively
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from resnet_fast import cli, freeze, planned, twin
+from resnet_fast import cli, cpus, freeze, planned, twin
 from resnet_fast.backends import winograd
 from resnet_fast.backends.native import unit_name, why_no_unit
 from resnet_fast.cli import cpu_ceilings, layer_timings, networks, profile_cpu
 from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming
 from resnet_fast.frozen import FrozenConv2d
+from resnet_fast.kernels import selection
 from resnet_fast.planned import PlannedResNet
 from resnet_fast.shapes import Conv
 
@@ -55,6 +58,7 @@ def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("unmeasured_cpu")
 def test_what_is_measured_is_verified_and_reported(small, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(profile_cpu, "layer_timings", _seconds_each(profile_cpu.layer_timings, 10.0))
@@ -170,9 +174,41 @@ def test_bytes_are_every_tensor_once(images):
     assert found["avgpool"].flops == 0
 
 
-def test_steps_are_timed_inside_the_network(images, monkeypatch):
-    """By a clock that ticks once a look, every step takes one tick; no hook stays behind."""
+@pytest.mark.parametrize("isa", ["AVX512", "AVX2"])
+def test_layers_are_timed_in_the_call_for_all(isa, unmeasured_cpu, native, images, monkeypatch):
+    """Where nothing is measured, AVX2 takes the first convolution and the max-pool in one."""
+    monkeypatch.setattr(cpus, "here", lambda: replace(CPU, isa=isa))
+    selection.forget()
     frozen = freeze(_network(), dtype=torch.float32)
+    with torch.inference_mode():
+        as_one = frozen.network_of(images)
+    if as_one is None:
+        pytest.skip("oneDNN is off")
+    found = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=1)}
+    frozen.backend = "reference"
+    assert frozen.network_of(images) is None
+    alone = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=1)}
+    if isa == "AVX2" and winograd.why_not() is None:
+        stem = found.pop("conv1+maxpool")
+        assert stem.kernel == "direct + ReLU + max-pool"
+        assert stem.flops == alone["conv1"].flops
+        output = 4 * 2 * 64 * 32 * 32
+        assert stem.bytes == alone["conv1"].bytes + alone["maxpool"].bytes - 2 * output
+        del alone["conv1"], alone["maxpool"]
+    assert [(each.name, each.kernel, each.flops, each.bytes) for each in found.values()] == [
+        (each.name, each.kernel, each.flops, each.bytes) for each in alone.values()
+    ]
+    with torch.inference_mode():
+        seconds = [time for _, time in as_one.timed_run(images)]
+        layers = sum(layers for layers, _ in as_one.timed_run(images))
+    assert layers == 15
+    assert min(seconds) > 0
+
+
+def test_steps_are_timed_inside_the_network(images, monkeypatch):
+    """Layer by layer, by a clock that ticks once a look, every step takes one tick; no hook stays behind."""
+    frozen = freeze(_network(), dtype=torch.float32)
+    frozen.backend = "reference"
     ticks = iter(range(10**6))
     monkeypatch.setattr(layer_timings.time, "perf_counter", lambda: float(next(ticks)))
     found = layer_timings.layer_timings(frozen, images, repeats=3)

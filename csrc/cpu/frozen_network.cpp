@@ -3,6 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/max_pool2d.h>
 
+#include <chrono>
+
 #include "direct_conv.h"
 #include "guards.h"
 #include "max_pool.h"
@@ -97,7 +99,8 @@ at::Tensor FrozenNetwork::compute(int64_t number, const std::vector<at::Tensor>&
   return by_onednn(conv, x, ours ? residual : residual.clone(at::MemoryFormat::ChannelsLast));
 }
 
-at::Tensor FrozenNetwork::run(const at::Tensor& x) const {
+at::Tensor FrozenNetwork::run_all(const at::Tensor& x, std::vector<Time>* times) const {
+  using Clock = std::chrono::steady_clock;
   const OpGuard guard;
   const auto count = static_cast<int64_t>(layers_.size());
   std::vector<at::Tensor> values(count + 1);
@@ -105,7 +108,9 @@ at::Tensor FrozenNetwork::run(const at::Tensor& x) const {
   for (int64_t i = 0; i < count; ++i) {
     const Layer& layer = layers_[i];
     const int64_t end = pools(i) ? i + 1 : i;  // the last layer that is computed here
+    const auto start = Clock::now();
     values[end + 1] = compute(i, values);
+    if (times != nullptr) times->push_back({end + 1 - i, std::chrono::duration<double>(Clock::now() - start).count()});
     if (last_read(layer.x, i)) values[layer.x].reset();
     if (layer.residual.has_value() && last_read(*layer.residual, i)) values[*layer.residual].reset();
     i = end;

@@ -32,7 +32,18 @@ class FrozenNetwork {
   int64_t max_pool(int64_t x);
 
   // The last layer's value.
-  at::Tensor run(const at::Tensor& x) const;
+  at::Tensor run(const at::Tensor& x) const { return run_all(x, nullptr); }
+
+  // What took how long: so many layers in one step, one step after the other.
+  struct Time {
+    int64_t layers;
+    double seconds;
+  };
+  std::vector<Time> timed_run(const at::Tensor& x) const {
+    std::vector<Time> times;
+    run_all(x, &times);
+    return times;
+  }
 
  private:
   struct Layer {
@@ -41,6 +52,7 @@ class FrozenNetwork {
     std::optional<Conv> conv;  // a max-pool where there is none
   };
 
+  at::Tensor run_all(const at::Tensor& x, std::vector<Time>* times) const;
   int64_t add(Layer layer);
   bool last_read(int64_t value, int64_t layer) const { return value > 0 && last_reader_[value] == layer; }
   // Whether a direct convolution computes the max-pool behind it as well.

@@ -44,6 +44,21 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
     images = images.to(network.conv1.weight.dtype)
     if (amx := network.program_of(images)) is not None:
         return _amx_timings(network, amx, images, repeats)
+    as_one = network.network_of(images)
+    steps = _watched(network, images, repeats)
+    if as_one is None:
+        return [step.timing() for step in steps]
+    runs = [as_one.timed_run(images) for _ in range(2 + repeats)][2:]
+    timings, done = [], 0
+    for number, (layers, _) in enumerate(runs[0]):
+        seconds = statistics.median(run[number][1] for run in runs)
+        timings.append(_in_one(steps[done : done + layers], seconds))
+        done += layers
+    return timings + [step.timing() for step in steps[done:]]
+
+
+def _watched(network: nn.Module, images: Tensor, repeats: int) -> list["_Step"]:
+    """Every layer's step, one by one: hooks end calls for several."""
     steps: list[_Step] = []
     watched = {
         name: module
@@ -60,7 +75,20 @@ def layer_timings(frozen: nn.Module, images: Tensor, repeats: int = 10) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    return [step.timing() for step in steps]
+    return steps
+
+
+def _in_one(steps: list["_Step"], seconds: float) -> LayerTiming:
+    """Of steps that are one: what lies between two of them is neither written nor read."""
+    each = [step.timing() for step in steps]
+    between = sum(2 * step.output_bytes for step in steps[:-1])
+    return LayerTiming(
+        "+".join(timing.name for timing in each),
+        " + ".join([each[0].kernel, *("max-pool" for _ in each[1:])]),
+        seconds,
+        sum(timing.flops for timing in each),
+        sum(timing.bytes for timing in each) - between,
+    )
 
 
 def _amx_timings(network: nn.Module, amx: AmxNetwork, images: Tensor, repeats: int) -> list[LayerTiming]:
@@ -90,7 +118,7 @@ class _Step:
     def __init__(self, name: str, module: nn.Module, order: list["_Step"]) -> None:
         self.name, self.module, self.order = name, module, order
         self.seconds: list[float] = []
-        self.flops = self.bytes = 0
+        self.flops = self.bytes = self.output_bytes = 0
         self.residual = False
 
     def begin(self, module: nn.Module, inputs: tuple) -> None:
@@ -107,7 +135,7 @@ class _Step:
         return LayerTiming(name, self._kernel(), statistics.median(self.seconds[2:]), self.flops, self.bytes)
 
     def _count(self, inputs: tuple, output: Tensor) -> None:
-        x, module = inputs[0], self.module
+        x, module, self.output_bytes = inputs[0], self.module, output.nbytes
         tensors = [output.nbytes, *(parameter.nbytes for parameter in (*module.parameters(), *module.buffers()))]
         if isinstance(module, FrozenConv2d):
             conv = conv_of(module, x.shape)
