@@ -185,8 +185,8 @@ def test_demo_quick(capsys, monkeypatch, tmp_path):
 
     # in less time
     monkeypatch.setattr(photos, "_SHIPPED", photos._SHIPPED[:2])
-    monkeypatch.setitem(demo.EPOCHS, True, 1)
-    monkeypatch.setitem(demo.ACCURACY, True, 0.25)  # of ten digits
+    monkeypatch.setitem(demo.EPOCHS, True, 2)
+    monkeypatch.setitem(demo.ACCURACY, True, 0.7)
     assert run("demo", "--quick", "--output", tmp_path) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
     assert len(report["checks"]) >= 3

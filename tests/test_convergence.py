@@ -22,14 +22,14 @@ pytest.importorskip("sklearn")
 def test_the_stages_learn_what_stock_learns(native, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     low = "bfloat16" if onednn_runs(torch.bfloat16) else "float32"  # without oneDNN bfloat16 takes minutes
-    arguments = ["--backend", native, "--steps", "3", "--dtypes", "float64", low, "--out", str(tmp_path)]
+    arguments = ["--backend", native, "--steps", "4", "--dtypes", "float64", low, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["convergence.py", *arguments])
     assert convergence.main() == 0
     record = json.loads((tmp_path / "convergence-cpu.json").read_text())
     assert "float64: distance to stock" in capsys.readouterr().out
     for result in record["results"].values():
         assert set(result["curves"]) == {"stock", "stock, NCHW", *(f"stage {stage}" for stage in (1, 2, 3, 4))}
-        assert all(len(curve) == 3 for curve in result["curves"].values())
+        assert all(len(curve) == 4 for curve in result["curves"].values())
         assert result["curves"]["stock"][-1] < result["curves"]["stock"][0], "it must learn something"
     assert (tmp_path / "convergence-cpu.png").stat().st_size > 10_000
 

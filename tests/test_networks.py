@@ -26,8 +26,8 @@ NETWORKS = {  # name -> model, image size
     "fcn_resnet50": (lambda: segmentation("fcn_resnet50"), 33),
     "deeplabv3_resnet50": (lambda: segmentation("deeplabv3_resnet50"), 33),
 }
-COSTLY = ("resnet50", "wide_resnet50_2", "fcn_resnet50", "deeplabv3_resnet50")
-"""By the fastest backend; resnext50_32x4d has the same blocks, with groups. All but the first in one step."""
+ONCE = ("wide_resnet50_2", "fcn_resnet50", "deeplabv3_resnet50")  # costly: one step, on the fastest backend
+TWIN = "resnet50"  # resnext50_32x4d has its blocks, with groups: on the fastest backend, too
 
 
 def segmentation(name):
@@ -43,31 +43,29 @@ def network(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training(name, backend):
-    skip_what_is_costly(name, backend)
+    if name in (TWIN, *ONCE):
+        leave_to_native(backend)
     model, size = network(name)
     stock_model, fast_model = pair(model.double().train(), backend)
     images = [draw((2, 3, size, size), torch.float64, "channels_last") for _ in range(3)]
     with count_fused_calls() as calls:
-        assert_trains_alike(without_dropout(stock_model), without_dropout(fast_model), images, steps(name))
+        assert_trains_alike(without_dropout(stock_model), without_dropout(fast_model), images, 1 if name in ONCE else 3)
     assert calls() >= 16
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "fcn_resnet50"])
 def test_fine_tuning_in_eval_mode(name, backend):
-    skip_what_is_costly(name, backend)
+    if name == TWIN:
+        leave_to_native(backend)
     model, size = network(name)
     stock_model, fast_model = pair(model.double().eval(), backend)
     images = [draw((2, 3, size, size), torch.float64) for _ in range(3)]
-    assert_trains_alike(stock_model, fast_model, images, steps(name))
+    assert_trains_alike(stock_model, fast_model, images, 1 if name in ONCE else 3)
 
 
-def skip_what_is_costly(name, backend):
-    if name in COSTLY and backend == "reference" and native_missing() is None:
+def leave_to_native(backend):
+    if backend == "reference" and native_missing() is None:
         pytest.skip("the native backend takes it")
-
-
-def steps(name):
-    return 1 if name in COSTLY[1:] else 3
 
 
 def without_dropout(model):
