@@ -137,8 +137,8 @@ class _Planned:
             return self._behind(network.run(x))
 
     def network_of(self, x: Tensor) -> object | None:
-        """The network for x's shape and the threads in use, for which oneDNN's weights are packed, built when they are
-        first seen; None, with the reason said, where there is none."""
+        """The `resnet_fast._C.FrozenNetwork` for the shape of x (N, C, H, W) and the threads in use, for which oneDNN's
+        weights are packed, built when they are first seen; None, with the reason said, where there is none."""
         if x.device.type != "cpu" or x.numel() == 0 or dispatch.requested(self.backend) not in ("auto", "native"):
             return None
         self._look_at_children()

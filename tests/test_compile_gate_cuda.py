@@ -121,6 +121,16 @@ def kernels_of(path: Path, arch: str) -> list[Kernel]:
     return [Kernel(name, *map(int, numbers)) for name, *numbers in _RESOURCES.findall(said)]
 
 
+def test_what_can_be_built_is_built():
+    """A CUDA build that fails leaves one without, which has nothing to read."""
+    if os.environ.get("RESNET_FAST_BUILD") not in ("auto", "cuda"):
+        pytest.skip("RESNET_FAST_BUILD asks for no CUDA")
+    release = re.search(r"release (\d+)", run(nvcc(), "--version"))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        pytest.skip(f"nvcc is not of CUDA {torch.version.cuda}")
+    assert _built_archs(), "the extension has no CUDA kernels; the compiler's messages are in .venv/pip.log"
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_kernel_spills(arch, compiled):
     paths, said = compiled[arch]

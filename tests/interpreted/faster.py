@@ -19,36 +19,31 @@ def install() -> None:
     if hasattr(interpreter, "faster_installed"):
         return
     interpreter.faster_installed = True
-    replaced = set()  # in this launch
-    interpreter._patch_lang = _patch_once(interpreter._patch_lang, replaced)
-    interpreter.GridExecutor.__call__ = _launch(interpreter.GridExecutor.__call__, replaced)
-    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+    modules = set()  # whose functions' view of triton.language is replaced, in this launch
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang, modules)
+    interpreter.GridExecutor.__call__ = _launch(interpreter.GridExecutor.__call__, modules)
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype, lambda tt_dtype: tt_dtype.name)
     TritonSemantic.binary_op_sanitize_overflow_impl = _assert_that_it_fits
-    core._type_for_tuple_values = _of_constants(core._type_for_tuple_values)
-    core.block_type.with_element_ty = _of_plain_types(core.block_type.with_element_ty)
+    core._type_for_tuple_values = _remembered(core._type_for_tuple_values, _constants)
+    core.block_type.with_element_ty = _remembered(core.block_type.with_element_ty, _plain_types)
 
 
-def _patch_once(original, replaced: set):
-    """What a launch puts back at its end, and not before, is replaced once in it: by which modules a function sees."""
+def _once_a_launch(original, modules: set):
+    """What a launch replaces it puts back at its end, and not before."""
 
     def _patch_lang(fn):
-        seen = tuple(value in fn.__globals__.values() for value in (interpreter.tl, core))
-        if seen in replaced:
+        if id(fn.__globals__) in modules:
             return interpreter._LangPatchScope()
-        scope = original(fn)
-        replaced.add(seen)
-        return scope
+        modules.add(id(fn.__globals__))
+        return original(fn)
 
     return _patch_lang
 
 
-def _launch(original, replaced: set):
+def _launch(original, modules: set):
     def __call__(self, *args, **kwargs):
-        replaced.clear()
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            replaced.clear()
+        modules.clear()
+        return original(self, *args, **kwargs)
 
     return __call__
 
@@ -62,44 +57,26 @@ def _assert_that_it_fits(self, lhs, rhs, binary_op):
     assert fits, f"int{integer.int_bitwidth} overflow detected for operation {binary_op.__name__}"
 
 
-def _by_name(original):
+def _remembered(original, key_of):
+    """`original`, called once for every key, and always where that is None."""
     known = {}
 
-    def _get_np_dtype(tt_dtype):
-        if (found := known.get(tt_dtype.name)) is None:
-            found = known[tt_dtype.name] = original(tt_dtype)
-        return found
+    def call(*arguments):
+        if (key := key_of(*arguments)) is None:
+            return original(*arguments)
+        if key not in known:
+            known[key] = original(*arguments)
+        return known[key]
 
-    return _get_np_dtype
-
-
-def _of_constants(original):
-    known = {}
-
-    def _type_for_tuple_values(values, fields=None):
-        if fields is not None or not all(type(value) is core.constexpr or type(value) is int for value in values):
-            return original(values, fields)
-        key = tuple((type(value), value if type(value) is int else value.value) for value in values)
-        try:
-            found = known.get(key)
-        except TypeError:  # a constant that is a list, say
-            return original(values, fields)
-        if found is None:
-            found = known[key] = original(values, fields)
-        return found
-
-    return _type_for_tuple_values
+    return call
 
 
-def _of_plain_types(original):
-    known = {}
+def _constants(values, fields=None):
+    if fields is not None:
+        return None
+    key = tuple((type(value), getattr(value, "value", value)) for value in values)
+    return key if all(kind in (int, core.constexpr) and type(value) is int for kind, value in key) else None
 
-    def with_element_ty(self, scalar_ty):
-        if type(scalar_ty) is not core.dtype:  # a pointer
-            return original(self, scalar_ty)
-        key = self.name, scalar_ty.name
-        if (found := known.get(key)) is None:
-            found = known[key] = original(self, scalar_ty)
-        return found
 
-    return with_element_ty
+def _plain_types(block, scalar):
+    return (block.name, scalar.name) if type(scalar) is core.dtype else None  # else it is a pointer

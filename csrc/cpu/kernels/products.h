@@ -19,7 +19,7 @@ constexpr int64_t kLine = 64 / sizeof(float);
 
 // Terms that are one run of instructions with hardly anything between the products: where another hardware thread takes half
 // of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone"). AVX-512's sums leave no registers for it,
-// and code without vector instructions becomes so long by it that it takes minutes to compile.
+// and where there is neither, in which nothing is measured, the code becomes so long that it takes minutes to compile.
 #ifdef CPU_CAPABILITY_AVX2
 constexpr int kRun = 16;
 #else
