@@ -68,10 +68,11 @@ def _pretend(gpu) -> dict[str, int]:
     from triton.compiler import CompiledKernel
     from triton.runtime.driver import driver
 
-    from resnet_fast.backends import triton as backend
-    from resnet_fast.cli import training_workload, workload
+    from resnet_fast import gpus
+    from resnet_fast.backends import triton_launch as launcher
+    from resnet_fast.cli.workloads import inference, training, workload
 
-    counts, launcher = {"compiled": 0, "failed": 0}, backend.launcher()
+    counts = {"compiled": 0, "failed": 0}
     major, minor = gpu.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
 
@@ -110,16 +111,16 @@ def _pretend(gpu) -> dict[str, int]:
     launcher_compile, launcher.launch = launcher.compile_only, compile_only
     CompiledKernel._init_handles = lambda self: None  # nothing is loaded
     driver.set_active(Driver())
-    workload.Source = training_workload.Source = Shapes
-    backend.gpu_of = lambda x: gpu
+    inference.Source = training.Source = Shapes
+    gpus.of_tensor = lambda x: gpu
     return counts
 
 
 def _compile(problem, top: int, gpu) -> None:
-    from resnet_fast.cli import workload
+    from resnet_fast.cli import workloads
     from resnet_fast.kernels import configs
 
-    work = workload.of(problem, "meta")
+    work = workloads.of(problem, "meta")
     for config in configs.candidates(problem, gpu)[:top]:
         work.kernel(config)()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .backends import native
+from . import extension
 from .frozen import FrozenBlock, FrozenConv2d
 from .layers import conv_of
 from .planner import Section, why_not_plannable
@@ -15,7 +15,7 @@ from .planner import Section, why_not_plannable
 
 def why_not(section: Section) -> str | None:
     """Why `section` cannot be one call here; None where it can."""
-    reason = native.available() or why_not_plannable(section)
+    reason = extension.available() or why_not_plannable(section)
     if reason is None and not all(conv.runs_onednn() for _, conv in section.convs()):
         return f"oneDNN computes no convolutions of {section.dtype} on this CPU, or is off"
     return reason
@@ -43,7 +43,7 @@ class _Builder:
     """Values are numbers; of each the shape is known."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self.network, self.shapes = native.load().FrozenNetwork(), [torch.Size(shape)]
+        self.network, self.shapes = extension.load().FrozenNetwork(), [torch.Size(shape)]
 
     def block(self, name: str, block: FrozenBlock, x: int) -> int:
         *early, last = block.convs

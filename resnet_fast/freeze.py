@@ -11,7 +11,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import dispatch
 from .amx.network import why_not_packable
-from .backends import native, winograd
+from .backends import units, winograd
 from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
 from .layers import why_not_stage
@@ -194,8 +194,8 @@ def _kernel(frozen: FrozenBlock) -> str:
     weight = frozen.convs[0].weight
     if weight.device.type == "cpu" and dispatch.requested(frozen.convs[0].backend) in ("auto", "native"):
         section = Section(None, False, [("block", frozen)])
-        if (native.why_no_unit(weight.dtype) or why_not_packable(section)) is None:
-            conv = f"{native.unit_name()}{' or Winograd' if winograd.by_dots(weight.dtype) else ''} conv"
+        if (units.why_no_unit(weight.dtype) or why_not_packable(section)) is None:
+            conv = f"{units.unit_name()}{' or Winograd' if winograd.by_dots(weight.dtype) else ''} conv"
             return f"{conv} + residual + ReLU, all layers in one call"
     if weight.device.type == "cpu" and onednn_runs(weight.dtype):
         return "oneDNN or Winograd conv + residual + ReLU, packed weights, all layers in one call"

@@ -97,3 +97,8 @@ def of_device(index: int) -> Gpu:
         {dtype: flops * scale for dtype, flops in relative.flops.items()},
         relative.bandwidth * scale,
     )
+
+
+def of_tensor(x: torch.Tensor) -> Gpu:
+    """The GPU that x is on; for a CPU's, under Triton's interpreter, an H200, whose kernels are then what is tested."""
+    return of_device(x.device.index) if x.is_cuda else KNOWN["h200"]

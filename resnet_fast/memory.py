@@ -10,7 +10,7 @@ RESNET_FAST_POOL_LIMIT bytes, a quarter of the machine's memory unless set, read
 
 from contextlib import AbstractContextManager, nullcontext
 
-from .backends import native
+from . import extension
 
 _context: AbstractContextManager | None = None
 
@@ -22,7 +22,7 @@ def pooled() -> AbstractContextManager:
     """
     global _context
     if _context is None:
-        module = native.load()
+        module = extension.load()
         # Neither object holds state, so one serves every caller.
         _context = nullcontext() if module is None else module.Pooled()
     return _context
@@ -30,7 +30,7 @@ def pooled() -> AbstractContextManager:
 
 def empty_cache() -> None:
     """Return the pool's free blocks to the operating system. Blocks that tensors hold stay."""
-    module = native.load()
+    module = extension.load()
     if module is not None:
         module.pool_empty_cache()
 
@@ -42,7 +42,7 @@ def memory_stats() -> dict[str, int | bool]:
     allocated_bytes: in blocks that tensors hold. peak_bytes: largest sum of those two. hits, misses: requests served
     from the cache and by the system.
     """
-    module = native.load()
+    module = extension.load()
     if module is not None:
         return module.pool_stats()
     zeros = ("limit_bytes", "cached_bytes", "allocated_bytes", "peak_bytes", "hits", "misses")

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from . import _log, cpu_network, dispatch
+from . import _log, cpu_network, dispatch, gpus
 from .amx.network import AmxNetwork
-from .backends import triton
-from .backends.native import why_no_unit
+from .backends.units import why_no_unit
 from .capture import CapturedCall
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
@@ -197,7 +196,7 @@ class _Planned:
         return engines[key], ""
 
     def _build(self, x: Tensor) -> Engine:
-        gpu = triton.gpu_of(x)
+        gpu = gpus.of_tensor(x)
         return fitted(lambda: build(self._section(), x.shape, x.dtype, gpu, fusion=self.fusion), x)
 
     def _tell(self, plan: Plan) -> None:

@@ -15,7 +15,16 @@ from .gpus import Gpu
 from .kernels.selection import Choice, choose
 from .layers import conv_of
 from .plan import Plan, Shape, Step
-from .problems import ITEMSIZE, AveragePoolProblem, ConvProblem, PoolProblem, Problem, StemProblem, TailProblem
+from .problems import (
+    ITEMSIZE,
+    AveragePoolProblem,
+    ConvProblem,
+    PoolProblem,
+    Problem,
+    StemProblem,
+    TailProblem,
+    dtype_name,
+)
 from .shapes import Conv
 
 FUSIONS = ("auto", "conv", "tail")
@@ -113,7 +122,7 @@ def build(
         ValueError: `section` is not plannable, `input_shape` does not fit it, or `dtype` or `fusion` is not one of
             those there are.
     """
-    dtype = str(dtype).removeprefix("torch.")
+    dtype = dtype_name(dtype)
     if fusion not in FUSIONS:
         raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS)}")
     if dtype not in DTYPES:

@@ -7,6 +7,8 @@ in elements, work in FLOPs (2 per multiply-add, padding included), traffic in by
 import zlib
 from dataclasses import dataclass, replace
 
+import torch
+
 from .shapes import BlockShapes, Conv
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -20,6 +22,11 @@ STEM_WINDOW = 8
 
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 """What the Triton kernels take; float64 is the library's."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As problems have it, without the module: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -347,3 +354,10 @@ Problem = (
     | SectionProblem
 )
 """What a kernel of ours computes that has configurations; pools have none."""
+
+
+def is_training(problem: Problem) -> bool:
+    """Whether only a GPU's training step asks for this problem."""
+    return isinstance(problem, (PrologueProblem, GramDgradProblem)) or (
+        isinstance(problem, ConvProblem) and problem.statistics
+    )

@@ -18,13 +18,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fast import freeze, planned, twin
 from resnet_fast.amx import network as amx
-from resnet_fast.backends import native as native_backend
-from resnet_fast.backends import winograd
+from resnet_fast.backends import units, winograd
 from resnet_fast.planner import conv_of
 
 
 def skipped(dtype: torch.dtype):
-    reason = native_backend.why_no_unit(dtype)
+    reason = units.why_no_unit(dtype)
     return pytest.mark.skipif(reason is not None, reason=f"{reason} (frozen layers run by oneDNN)")
 
 
@@ -44,11 +43,11 @@ def needs_tiles(test):
 def unit(request, monkeypatch) -> str:
     """What multiplies; the other one than this CPU's best is skipped, or asked for."""
     if request.param == "dot products":
-        if not native_backend.has_dots():
+        if not units.has_dots():
             pytest.skip("this CPU has no bfloat16 in AVX-512")
-        monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+        monkeypatch.setattr(units, "has_tiles", lambda: False)
         monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
-    elif not native_backend.has_tiles():
+    elif not units.has_tiles():
         pytest.skip("this CPU has no AMX")
     return request.param
 
@@ -89,7 +88,7 @@ def stage(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, tuple[in
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
 def test_blocks(name, batch, dtype, unit, poison):
-    if (reason := native_backend.why_no_unit(dtype)) is not None:
+    if (reason := units.why_no_unit(dtype)) is not None:
         pytest.skip(reason)
     model, frozen, size = stage(name, dtype)
     x = torch.randn(batch, *size).to(memory_format=torch.channels_last)
@@ -321,7 +320,7 @@ def test_what_goes_another_way(said):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_refused(dtype):
-    assert "float" in native_backend.why_no_unit(dtype)
+    assert "float" in units.why_no_unit(dtype)
 
 
 @torch.no_grad()
@@ -338,8 +337,8 @@ def test_a_lower_cpu_capability_is_obeyed(native):
     """PyTorch told to use AVX2 means that AMX is not used either, and never an instruction that is not there."""
     script = """
 import torch, torchvision, resnet_fast
-from resnet_fast.backends import native
-assert "no AMX" in native.why_no_unit(torch.bfloat16), native.why_no_unit(torch.bfloat16)
+from resnet_fast.backends import units
+assert "no AMX" in units.why_no_unit(torch.bfloat16), units.why_no_unit(torch.bfloat16)
 model = torchvision.models.resnet18(num_classes=5).eval()
 with torch.no_grad():
     torch.testing.assert_close(resnet_fast.freeze(model)(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64)),
@@ -369,18 +368,18 @@ def test_dot_products_where_there_are_no_tiles(native, monkeypatch):
     """In bfloat16, unless float32 is faster, on as many threads as were measured."""
     found = {"has_tiles": False, "has_dots": True}
     for name in found:
-        monkeypatch.setattr(native_backend, name, lambda name=name: found[name])
+        monkeypatch.setattr(units, name, lambda name=name: found[name])
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
-    assert native_backend.why_no_unit(torch.bfloat16) is None
-    assert native_backend.unit_name() == "AVX-512 bfloat16"
-    assert "no AMX" in native_backend.why_no_unit(torch.float32)
+    assert units.why_no_unit(torch.bfloat16) is None
+    assert units.unit_name() == "AVX-512 bfloat16"
+    assert "no AMX" in units.why_no_unit(torch.float32)
     torch.set_num_threads(9)
-    assert "more than 8 threads" in native_backend.why_no_unit(torch.bfloat16)
+    assert "more than 8 threads" in units.why_no_unit(torch.bfloat16)
     torch.set_num_threads(8)
-    assert native_backend.why_no_unit(torch.bfloat16) is None
+    assert units.why_no_unit(torch.bfloat16) is None
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: True)
-    assert "slower than float32" in native_backend.why_no_unit(torch.bfloat16)
+    assert "slower than float32" in units.why_no_unit(torch.bfloat16)
     found["has_dots"] = False
-    assert "nor its products in AVX-512" in native_backend.why_no_unit(torch.bfloat16)
+    assert "nor its products in AVX-512" in units.why_no_unit(torch.bfloat16)
     found["has_tiles"] = True
-    assert native_backend.why_no_unit(torch.float32) is None
+    assert units.why_no_unit(torch.float32) is None

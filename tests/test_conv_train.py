@@ -11,7 +11,7 @@ from cases import ConvCase as Case
 from numerics import assert_all_match
 from test_primitives import draw_norm
 
-from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import units
 from resnet_fast.backends.primitives import Geometry, Norm, reference
 from resnet_fast.backends.primitives import native as native_primitives
 from resnet_fast.kernels import selection
@@ -20,12 +20,12 @@ from resnet_fast.shapes import Conv
 from resnet_fast.training import LIBRARY, PROLOGUE
 
 pytestmark = pytest.mark.amx
-DTYPES = pytest.mark.parametrize("dtype", native_backend.TILE_DTYPES, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", units.TILE_DTYPES, ids=str)
 
 
 @pytest.fixture
 def tiles(native):
-    if not native_backend.has_tiles():
+    if not units.has_tiles():
         pytest.skip("this CPU has no AMX with bfloat16")
 
 
@@ -186,8 +186,8 @@ def test_a_cpu_told_to_use_less_has_no_tiles(native):
     """ATEN_CPU_CAPABILITY=avx2: no illegal instruction can be reached, and training takes PyTorch's convolutions."""
     code = """
 import torch
-from resnet_fast.backends import native
-assert not native.has_tiles()
+from resnet_fast.backends import units
+assert not units.has_tiles()
 x = torch.randn(2, 32, 4, 4).to(memory_format=torch.channels_last)
 try:
     torch.ops.resnet_fast_native.conv_train(x, [], 0.0, torch.randn(32, 32, 1, 1), [1, 1], [0, 0], [1, 1], True)

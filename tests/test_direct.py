@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
 from resnet_fast import cpu_network, cpus, freeze, optimize
-from resnet_fast.backends import direct
+from resnet_fast.backends import direct, units
 from resnet_fast.backends import native as native_backend
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import DirectConfig, WinogradConfig
@@ -179,7 +179,7 @@ def bottleneck(stride: int) -> Bottleneck:
 @pytest.fixture
 def ran(monkeypatch) -> list:
     """The layers of each block in eval mode that the direct convolution computed."""
-    if native_backend.has_tiles():
+    if units.has_tiles():
         pytest.skip("AMX computes blocks here")
     block, calls = native_backend.cpu_residual_block, []
     monkeypatch.setattr(native_backend, "cpu_residual_block", lambda *call: calls.append(call[-2]) or block(*call))
@@ -321,6 +321,6 @@ def test_a_cpu_without_vectors_does_not_take_it(monkeypatch):
     arguments = (x, [weight], [1, 1, 0, 0, 1, 1, 1], False)
     assert direct.layers(*arguments) == (0,)
     assert direct.layers(x.double(), *arguments[1:]) == ()
-    monkeypatch.setattr(native_backend, "why_no_vectors", lambda: "no vectors for the test")
+    monkeypatch.setattr(units, "why_no_vectors", lambda: "no vectors for the test")
     selection.forget()
     assert direct.layers(*arguments) == ()

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from resnet_fast import cpus, freeze, optimize
-from resnet_fast.backends import direct
-from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import direct, units
 from resnet_fast.frozen import FrozenConv2d
 from resnet_fast.kernels import selection
 
@@ -106,7 +105,7 @@ def test_bad_input_is_an_error_that_says_so():
 @pytest.fixture
 def avx2(unmeasured_cpu, monkeypatch) -> None:
     """A CPU that nothing is measured on and that has no more."""
-    if native_backend.has_tiles():
+    if units.has_tiles():
         pytest.skip("AMX computes stems here")
     monkeypatch.setattr(cpus, "here", lambda: replace(CPU, isa="AVX2"))
     selection.forget()

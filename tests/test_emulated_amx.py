@@ -12,7 +12,8 @@ import pytest
 import torch
 from host_compiler import BFLOAT16_FLAGS, host_compiler
 
-from resnet_fast.backends import native as native_backend
+from resnet_fast import extension
+from resnet_fast.backends import units
 from resnet_fast.cli import environment, info
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,7 @@ def test_it_is_the_manual_bit_by_bit(draw, emulated):
 
 @pytest.mark.parametrize("draw", [numbers, tiny])
 def test_it_is_the_cpu_bit_by_bit(draw, emulated, compiled):
-    if not native_backend.has_tiles() or native_backend.unit_name() != "AMX":
+    if not units.has_tiles() or units.unit_name() != "AMX":
         pytest.skip("this CPU has no AMX with bfloat16")
     real = ctypes.CDLL(str(compiled(CONV.read_text(), NATIVE)))
     for seed in range(20):
@@ -151,10 +152,10 @@ def test_info_names_what_multiplies(native):
     text = info._frozen_cpu_by(torch.bfloat16)
     if emulation.mode() is not None:
         assert text == "emulated AMX, for tests"
-        assert text in native_backend.build_info()["capabilities"]
+        assert text in extension.build_info()["capabilities"]
         assert any("emulated AMX" in (row["kernel"] or "") for row in info._backends())
     else:
         assert "emulated" not in text
-        assert not any("emulated" in name for name in native_backend.build_info()["capabilities"])
-        assert (text == "AMX") == ("amx_bf16" in environment.cpu()["isa"] and native_backend.has_tiles())
-        assert text.startswith("AVX-512 bfloat16; 3x3s by Winograd") <= native_backend.has_dots()
+        assert not any("emulated" in name for name in extension.build_info()["capabilities"])
+        assert (text == "AMX") == ("amx_bf16" in environment.cpu()["isa"] and units.has_tiles())
+        assert text.startswith("AVX-512 bfloat16; 3x3s by Winograd") <= units.has_dots()

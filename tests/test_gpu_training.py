@@ -17,9 +17,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from resnet_fast import gpus, numerics, optimize, training
 from resnet_fast.backends import triton, triton_pool
 from resnet_fast.backends.primitives import Norm, reference
-from resnet_fast.cli import checks, training_problems, training_workload, tuning, workload
+from resnet_fast.cli import checks, training_problems, tuning, workloads
 from resnet_fast.cli.checks import BlockCase
 from resnet_fast.kernels.configs import candidates
+from resnet_fast.problems import is_training
 from resnet_fast.saved import saved_bytes
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +60,7 @@ def network_problems() -> dict:
     found = {}
     for name in ("resnet50", "resnet18"):
         for problem in training_problems.of_network(name, (8, 3, 64, 64), "bfloat16"):
-            if training_workload.is_training(problem) and candidates(problem, gpus.KNOWN["h200"]):
+            if is_training(problem) and candidates(problem, gpus.KNOWN["h200"]):
                 found[problem.key] = problem
     return found
 
@@ -71,7 +72,7 @@ PROBLEMS = network_problems()
 def test_configurations(key):
     """The most promising configurations of each problem of training, into memory full of NaN."""
     problem = PROBLEMS[key]
-    work = workload.of(problem, "cuda")
+    work = workloads.of(problem, "cuda")
     reference, stock = work.reference(), work.stock()
     for config in candidates(problem, gpus.of_device(0))[:CONFIGURATIONS]:
         with checks.poisoned_memory():

@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fast import freeze, gpus, numerics, optimize, warmup
 from resnet_fast.backends import triton
-from resnet_fast.cli import tuning, workload
+from resnet_fast.cli import tuning, workloads
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
 from resnet_fast.planned import PlannedResNet
@@ -61,7 +61,7 @@ PROBLEMS = network_problems()
 def test_configurations(key):
     """The most promising configurations of each problem, each into outputs full of NaN."""
     problem, gpu = PROBLEMS[key], gpus.of_device(torch.cuda.current_device())
-    work = workload.of(problem, "cuda")
+    work = workloads.of(problem, "cuda")
     reference, stock = work.reference(), work.stock()
     configs = candidates(problem, gpu)[:CONFIGURATIONS]
     wrong = {}
@@ -76,7 +76,7 @@ def test_configurations(key):
 
 @pytest.mark.parametrize("key", [key for key in PROBLEMS if not key.startswith("tail")])
 def test_library_variants(key):
-    work = workload.of(PROBLEMS[key], "cuda")
+    work = workloads.of(PROBLEMS[key], "cuda")
     reference, stock = work.reference(), work.stock()
     assert "separate" in work.library
     for name, run in work.library.items():
@@ -223,7 +223,7 @@ STEMS = {
 def test_stems(name, dtype):
     """Every configuration, of images that are not ImageNet's too."""
     problem, gpu = StemProblem(STEMS[name], dtype), gpus.of_device(torch.cuda.current_device())
-    work = workload.of(problem, "cuda")
+    work = workloads.of(problem, "cuda")
     reference, stock, wrong = work.reference(), work.stock(), {}
     for config in candidates(problem, gpu):
         work.poison()

@@ -201,8 +201,8 @@ def test_without_amx():
 import copy, torch, torchvision
 from torchvision.models.resnet import Bottleneck
 import resnet_fast
-from resnet_fast.backends import native
-assert not native.load().amx_usable()
+from resnet_fast import extension
+assert not extension.load().amx_usable()
 torch.manual_seed(0)
 block = Bottleneck(128, 32).eval().to(memory_format=torch.channels_last)
 x = torch.randn(2, 128, 17, 18).to(memory_format=torch.channels_last)

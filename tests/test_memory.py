@@ -28,7 +28,7 @@ def pool(native):
 
 def test_without_the_extension_nothing_happens(monkeypatch):
     monkeypatch.setattr(memory, "_context", None)
-    monkeypatch.setattr(memory.native, "load", lambda: None)
+    monkeypatch.setattr(memory.extension, "load", lambda: None)
     with pooled():
         assert torch.ones(4 * MIB).sum() == 4 * MIB
     assert memory_stats()["enabled"] is False

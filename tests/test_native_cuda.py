@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from resnet_fast import BackendUnavailable, dispatch, freeze, optimize
+from resnet_fast import BackendUnavailable, dispatch, extension, freeze, optimize
 from resnet_fast.backends import native as backend
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -24,15 +24,15 @@ def built(monkeypatch):
     """Call it with what build_info() is to say otherwise."""
 
     def say(**changes):
-        info = backend.build_info() | changes
-        monkeypatch.setattr(backend, "build_info", lambda: info)
+        info = extension.build_info() | changes
+        monkeypatch.setattr(extension, "build_info", lambda: info)
         dispatch.clear_cache()
 
     return say
 
 
 def with_cuda() -> None:
-    if backend.build_info()["cuda_version"] is None:
+    if extension.build_info()["cuda_version"] is None:
         pytest.skip("built without CUDA")
 
 
@@ -44,7 +44,7 @@ def test_every_op_has_a_cuda_kernel(op):
 
 def test_build_info_says_what_was_compiled():
     with_cuda()
-    info = backend.build_info()
+    info = extension.build_info()
     assert info["cuda_version"].split(".")[0] == torch.version.cuda.split(".")[0]
     assert any(backend.covers(info["cuda_archs"], capability) for capability in ((8, 0), (9, 0), (10, 0), (12, 0)))
     assert info["cudnn_version"] == torch.backends.cudnn.version()

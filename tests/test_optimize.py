@@ -23,8 +23,7 @@ from resnet_fast import (
     optimize,
     restore,
 )
-from resnet_fast.backends import native as native_backend
-from resnet_fast.backends import winograd
+from resnet_fast.backends import units, winograd
 from resnet_fast.layers import any_size
 
 
@@ -304,7 +303,7 @@ def test_public_names():
 def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch, reason, monkeypatch, native, said):
     """Where the calls cost more than the passes; not in eval mode, nor where a backend or a stage is asked for."""
     monkeypatch.setitem(layers._depth, "any_size", 0)
-    monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+    monkeypatch.setattr(units, "has_tiles", lambda: False)
     monkeypatch.setattr(winograd, "why_not", lambda: None)
     stock = block().train().to(memory_format=torch.channels_last)
     x = torch.randn(batch, stock.conv1.in_channels, pixels, pixels).to(memory_format=torch.channels_last)
@@ -327,7 +326,7 @@ def test_small_training_steps_on_a_cpu_are_left_to_pytorch(block, pixels, batch,
 
 def test_under_autocast_the_convolutions_dtype_counts(monkeypatch, native):
     monkeypatch.setitem(layers._depth, "any_size", 0)
-    monkeypatch.setattr(native_backend, "has_tiles", lambda: True)
+    monkeypatch.setattr(units, "has_tiles", lambda: True)
     fast = optimize(nn.Sequential(BasicBlock(64, 64)).train())[0]
     x = torch.randn(14, 64, 14, 14)  # 0.67 MiB
     assert "less than 0.75 MiB" in fast.why_stock(x)

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from resnet_fast import cli, cpus, freeze, planned, twin
 from resnet_fast.backends import winograd
-from resnet_fast.backends.native import unit_name, why_no_unit
+from resnet_fast.backends.units import unit_name, why_no_unit
 from resnet_fast.cli import cpu_ceilings, layer_timings, networks, profile_cpu
 from resnet_fast.cli.cpu_ceilings import Ceilings
 from resnet_fast.cli.layer_timings import LayerTiming

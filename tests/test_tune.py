@@ -12,9 +12,10 @@ import torch
 
 from resnet_fast import cli, freeze, gpus, planner
 from resnet_fast.backends import triton as triton_backend
-from resnet_fast.cli import UserError, tune, tuning, workload
+from resnet_fast.cli import UserError, tune, tuning, workloads
 from resnet_fast.cli.tuned_file import DIED, TunedFile
-from resnet_fast.cli.workload import Workload
+from resnet_fast.cli.workloads import inference
+from resnet_fast.cli.workloads.workload import Workload
 from resnet_fast.kernels import configs, tables
 from resnet_fast.problems import ConvProblem, GramDgradProblem, PoolProblem, PrologueProblem, StemProblem, TailProblem
 from resnet_fast.shapes import Conv
@@ -81,7 +82,7 @@ class Measured:
 
     def install(self, monkeypatch, microseconds):
         """microseconds: name -> time; "stock" too."""
-        monkeypatch.setattr(workload, "of", self.make)
+        monkeypatch.setattr(workloads, "of", self.make)
         monkeypatch.setattr(tuning, "_usable", lambda device: self.alive)
 
         def time(run, device):
@@ -189,7 +190,7 @@ TRAINING = [
 
 @pytest.mark.parametrize("problem", TRAINING, ids=lambda problem: problem.key)
 def test_a_workload_of_training_is_its_problem(problem):
-    work = workload.of(problem, "cpu")
+    work = workloads.of(problem, "cpu")
     stock, exact = work.stock(), work.reference()
     shape = problem.conv.x_shape if isinstance(problem, GramDgradProblem) else problem.conv.y_shape
     assert stock["y"].shape == shape
@@ -217,7 +218,7 @@ def test_a_workload_of_training_is_its_problem(problem):
     ids=lambda problem: problem.key,
 )
 def test_a_workload_is_its_problem(problem):
-    work = workload.of(problem, "cpu")
+    work = workloads.of(problem, "cpu")
     stock, exact = work.stock(), work.reference()
     assert stock.keys() == exact.keys() == work.outputs.keys()
     for name, tensor in stock.items():
@@ -233,9 +234,9 @@ def test_a_workload_is_its_problem(problem):
 
 
 def test_the_reference_does_its_images_in_parts(monkeypatch):
-    whole = workload.of(CONV, "cpu").reference()["y"]
-    monkeypatch.setattr(workload, "_IMAGES_AT_ONCE", 1)
-    assert torch.equal(workload.of(CONV, "cpu").reference()["y"], whole)
+    whole = workloads.of(CONV, "cpu").reference()["y"]
+    monkeypatch.setattr(inference, "_IMAGES_AT_ONCE", 1)
+    assert torch.equal(workloads.of(CONV, "cpu").reference()["y"], whole)
 
 
 def test_the_fastest_right_candidate_is_chosen(monkeypatch):
@@ -275,7 +276,7 @@ def test_a_candidate_that_writes_nothing_is_not_taken_for_right(monkeypatch):
     stock = {"y": torch.ones(8)}
     outputs = {"y": torch.ones(8)}  # as a candidate before it might have left them
     work = Workload(lambda: exact, lambda: stock, lambda config: lambda: outputs, {}, outputs)
-    monkeypatch.setattr(workload, "of", lambda problem, device: work)
+    monkeypatch.setattr(workloads, "of", lambda problem, device: work)
     row = tuning.measure(CONV, H200, "cpu", top=1, crashed={})
     assert row["config"] is None
     assert [reason.startswith("wrong: y: 8 NaN") for reason in row["rejected"].values()] == [True]

@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock
 from resnet_fast import cli, freeze, optimize, twin
 from resnet_fast.backends import direct as direct_backend
 from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import units
 from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import info, tune, tuning
 from resnet_fast.frozen import FrozenConv2d
@@ -132,9 +133,9 @@ def test_tune_measures_training_steps(tuned):
 def unit(monkeypatch) -> str:
     """What multiplies bfloat16 here."""
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
-    if (reason := native_backend.why_no_unit(torch.bfloat16)) is not None:
+    if (reason := units.why_no_unit(torch.bfloat16)) is not None:
         pytest.skip(reason)
-    return native_backend.unit(torch.bfloat16)
+    return units.unit(torch.bfloat16)
 
 
 def stage_of(block: BasicBlock) -> tuple[nn.Module, torch.Tensor, nn.Module]:
@@ -161,7 +162,7 @@ def test_tune_measures_blocks_and_networks(tuned, unit):
 @pytest.mark.amx
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tune_measures_training_in_tiles(tuned, dtype):
-    if not native_backend.has_tiles():
+    if not units.has_tiles():
         pytest.skip("this CPU has no AMX with bfloat16")
     code, written = tuned("--task", "train", "--dtype", dtype, "--only", "training * n4 64x16x16 k128 f3 s2 p1 *")
     assert code == 0
@@ -236,7 +237,7 @@ def test_tune_never_takes_a_wrong_kernel(capsys, monkeypatch, tuned):
 
 def test_tune_says_what_it_cannot(capsys, monkeypatch, tuned):
     train = ["--dtype", "bfloat16", "--task", "train"]
-    no_choice = [] if native_backend.unit(torch.bfloat16) else [(train, "in more than one way")]
+    no_choice = [] if units.unit(torch.bfloat16) else [(train, "in more than one way")]
     for arguments, message in (
         (["--dtype", "float16"], "in float32 and bfloat16 alone"),
         (["--fusion", "tail"], "in float32 and bfloat16 alone"),
@@ -272,7 +273,7 @@ def test_tune_lists_a_cpus_problems(tuned, capsys):
 def test_info_says_what_a_cpu_takes(monkeypatch):
     text = info._frozen_cpu_by(torch.float32)
     assert text.startswith(("AMX", "emulated AMX")) or text.endswith("where predicted to be faster")
-    monkeypatch.setattr(info.native, "why_no_unit", lambda dtype: "no AMX for the test")
+    monkeypatch.setattr(info.units, "why_no_unit", lambda dtype: "no AMX for the test")
     monkeypatch.setattr(backend, "why_not", lambda: "no vectors for the test")
     assert "no Winograd F(4x4, 3x3): no vectors for the test" in info._frozen_cpu_by(torch.float32)
     assert "Winograd" not in info._frozen_cpu_by(torch.bfloat16)

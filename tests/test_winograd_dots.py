@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from resnet_fast import cli, freeze, optimize, twin
 from resnet_fast.amx.network import AmxNetwork
 from resnet_fast.backends import native as native_backend
+from resnet_fast.backends import units
 from resnet_fast.backends import winograd as backend
 from resnet_fast.cli import layer_timings
 from resnet_fast.kernels import selection, winograd
@@ -29,9 +30,9 @@ HALF = torch.bfloat16
 @pytest.fixture(autouse=True)
 def dots(native, monkeypatch):
     """This CPU multiplies by dot products, which are as fast as can be expected."""
-    if not native_backend.has_dots():
+    if not units.has_dots():
         pytest.skip("this CPU has no bfloat16 in AVX-512")
-    monkeypatch.setattr(native_backend, "has_tiles", lambda: False)
+    monkeypatch.setattr(units, "has_tiles", lambda: False)
     monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
 
 
@@ -157,7 +158,7 @@ def test_what_is_not_finite_is_computed_without(name, value, wherever_it_can, mo
 
     fast = optimize(nn.Sequential(copy.deepcopy(block)).to(HALF).eval(), backend="native")
     with monkeypatch.context() as without:
-        without.setattr(native_backend, "unit", lambda dtype: "")
+        without.setattr(units, "unit", lambda dtype: "")
         expected = fast(x)
     torch.testing.assert_close(fast(x), expected, equal_nan=True, rtol=0, atol=0)
 
@@ -348,4 +349,4 @@ def test_the_profile_counts_its_products(wherever_it_can):
     step = timings["layer1.0.conv1"]
     assert step.kernel == winograd.NAME_OF_DOTS
     assert step.flops == 2 * 16 * 64 * 64 * 2 * 8 * 8
-    assert timings["layer2.0.conv1"].kernel == native_backend.unit_name()
+    assert timings["layer2.0.conv1"].kernel == units.unit_name()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resnet_fast import numerics
 from resnet_fast.amx.weights import pack_winograd
-from resnet_fast.backends import native
+from resnet_fast.backends import units
 from resnet_fast.frozen import FrozenConv2d
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ CASES = [  # channels, outputs, height, width, scaled, residual and ReLU
 @pytest.fixture
 def library(tmp_path) -> ctypes.CDLL:
     """All copies in one: most of the time goes into the intrinsics' header."""
-    if not native.has_dots():
+    if not units.has_dots():
         pytest.skip("this CPU has no bfloat16 in AVX-512")
     compiler = host_compiler()
     if not AMX.is_dir():

@@ -8,12 +8,13 @@ and the threads share each layer, so that its weights are read once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..backends import native, winograd
+from .. import extension
+from ..backends import units, winograd
 from ..frozen import FrozenBlock, FrozenConv2d
 from ..kernels.winograd import flops as winograd_flops
 from ..layers import conv_of
 from ..planner import Section
-from ..problems import SectionProblem
+from ..problems import SectionProblem, dtype_name
 from ..shapes import BlockShapes, Conv
 from .weights import PLANES, VECTOR, Packed, Weights
 
@@ -68,8 +69,8 @@ class Builder:
         self.winograd = winograd
         self.by_image = capacity >= 2 * threads
         dtype = self.section.dtype
-        self.tiles = native.unit(dtype) == "tiles"
-        self.program = native.load().Program(PLANES[dtype], capacity, threads, self.tiles)
+        self.tiles = units.unit(dtype) == "tiles"
+        self.program = extension.load().Program(PLANES[dtype], capacity, threads, self.tiles)
         self.buffers: dict[tuple, _Buffer] = {}
         self.costs: list[Cost] = []
         self.section_by_image: bool | None = None
@@ -235,7 +236,7 @@ def problem_of(section: Section, shape: Sequence[int]) -> SectionProblem:
             convs.append(conv_of(module, shape))
             shape = convs[-1].y_shape
         blocks.append(BlockShapes(tuple(convs), downsample))
-    return SectionProblem(tuple(blocks), str(section.dtype).removeprefix("torch."), stem)
+    return SectionProblem(tuple(blocks), dtype_name(section.dtype), stem)
 
 
 def _max_pool(shape: Sequence[int]) -> Conv:

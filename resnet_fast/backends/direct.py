@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import cpus
+from ..extension import op
 from ..kernels import selection
 from ..kernels.configs import DirectConfig
 from ..problems import ConvProblem
 from ..shapes import BlockShapes
-from . import native
+from . import units
 from .primitives import Geometry
 
 DTYPE = torch.float32
+
+_direct_conv = op("direct_conv")
+_direct_pack = op("direct_pack")
+_direct_conv_packed = op("direct_conv_packed")
 
 
 def layers(x: Tensor, conv_weights: Sequence[Tensor], geometry: Sequence[int], downsample: bool) -> tuple[int, ...]:
@@ -44,7 +49,7 @@ def conv(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
         RuntimeError: shapes or dtypes that do not fit, or more than 64 taps.
     """
     stride, padding, dilation, _ = geometry
-    return native.direct_conv(x, conv_weight, None, None, None, stride, padding, dilation, False)
+    return _direct_conv(x, conv_weight, None, None, None, stride, padding, dilation, False)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def pack(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: no such weight, or more than 64 taps.
     """
-    return torch.ops.resnet_fast_native.direct_pack(weight)
+    return _direct_pack(weight)
 
 
 def conv_packed(
@@ -72,13 +77,12 @@ def conv_packed(
     Raises:
         RuntimeError: shapes or dtypes that do not fit.
     """
-    op = torch.ops.resnet_fast_native.direct_conv_packed
-    return op(x, packed, out_channels, bias, residual, *geometry, relu)
+    return _direct_conv_packed(x, packed, out_channels, bias, residual, *geometry, relu)
 
 
 @selection.remember
 def _layers(x_shape, weight_shapes, geometry, downsample) -> tuple[int, ...]:
-    if native.why_no_vectors() is not None:
+    if units.why_no_vectors() is not None:
         return ()
     convs = BlockShapes.of(x_shape, weight_shapes, geometry, downsample).all_convs
     return tuple(number for number, conv in enumerate(convs) if _is_chosen(ConvProblem(conv, "float32", folded=False)))

@@ -1,4 +1,4 @@
-"""Where the extension's own products, `native.unit`, are taken: for blocks and frozen networks, then programs, and
+"""Where the extension's own products, `units.unit`, are taken: for blocks and frozen networks, then programs, and
 for the convolutions of a training step.
 
 Wherever they can be, unless the other way was measured to be faster (`kernels.selection`, `resnet-fast tune --device
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import cpus
 from ..kernels import selection
-from ..problems import SectionProblem, TrainingConvProblem
+from ..problems import SectionProblem, TrainingConvProblem, dtype_name
 from ..shapes import BlockShapes, Conv
 from .primitives import Geometry
 
@@ -39,11 +39,11 @@ def takes_training(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) 
 @functools.lru_cache(selection.REMEMBERED)
 def _training_problem(x_shape, weight_shape, stride, padding, dilation, groups, dtype, of: str) -> TrainingConvProblem:
     conv = Conv.of(x_shape, weight_shape, stride, padding, dilation, groups)
-    return TrainingConvProblem(conv, str(dtype).removeprefix("torch."), of)
+    return TrainingConvProblem(conv, dtype_name(dtype), of)
 
 
 @selection.remember
 def _takes_block(x_shape, weight_shapes, geometry, downsample, dtype: torch.dtype) -> bool:
     block = BlockShapes.of(x_shape, weight_shapes, geometry, downsample)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return why_not_section(SectionProblem((block,), name, folded=False)) is None

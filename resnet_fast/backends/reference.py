@@ -4,13 +4,12 @@ The arithmetic is done in the accumulation dtype (float64 for float64, else floa
 Batch normalisation: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167; its backward is equation set 3.4 there.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from ..layout import memory_format
 from . import inference, train_ops
+from .primitives import reference as primitives
 
 OpMask = list[bool]
 
@@ -227,9 +226,7 @@ def conv_bn_act_backward(
 
 
 residual_block, stem = inference.make(conv_bn_act, conv_bn_shortcut_act)
-residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(
-    lambda: importlib.import_module(".primitives.reference", __package__)
-)
+residual_block_train, residual_block_backward, stem_train, stem_backward = train_ops.make(lambda: primitives)
 
 
 def _conv(x, conv_weight, conv_bias, stride, padding, dilation, groups) -> Tensor:

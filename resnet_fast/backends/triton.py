@@ -20,7 +20,7 @@ from .. import _log, gpus
 from ..kernels import selection, tables
 from ..kernels.configs import group_shape
 from ..layout import memory_format
-from ..problems import KERNEL_DTYPES, ConvProblem
+from ..problems import KERNEL_DTYPES, ConvProblem, dtype_name
 from ..shapes import Conv
 from ..training import LIBRARY, PROLOGUE
 from . import inference, reference, train_ops
@@ -86,7 +86,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return reason
     if op not in _OPS:
         return f"{op} has no Triton kernel: inference, frozen statistics and whole residual blocks have"
-    if str(dtype).removeprefix("torch.") not in KERNEL_DTYPES:
+    if dtype_name(dtype) not in KERNEL_DTYPES:
         return f"{dtype} is not one of {', '.join(KERNEL_DTYPES)}"
     return None
 
@@ -123,11 +123,6 @@ def kernel(op: str, device_type: str, dtype: torch.dtype) -> str:
 def train_stage(device_type: str, dtype: torch.dtype) -> int:
     """The stage of training that "auto" takes (`resnet_fast.training`)."""
     return LIBRARY if dtype == torch.float32 and selection.why_not_float32() else PROLOGUE
-
-
-def gpu_of(x: Tensor) -> gpus.Gpu:
-    """The GPU that x is on; under the interpreter an H200, whose kernels are then what is tested."""
-    return gpus.of_device(x.device.index) if x.is_cuda else gpus.KNOWN["h200"]
 
 
 def bn_act(
@@ -267,13 +262,13 @@ def why_not_convolution(x, conv_weight, stride, padding, dilation, groups, resid
     merely faster."""
     geometry = Conv.of(x.shape, conv_weight.shape, stride, padding, dilation, groups)
     problem = ConvProblem(geometry, dtype_name(x.dtype), residual, folded=False, relu=relu)
-    choice = selection.choose(problem, gpu_of(x))
+    choice = selection.choose(problem, gpus.of_tensor(x))
     return choice.reason if choice.config is None and choice.source in ("predicted", "refused") else None
 
 
 def _in_one_kernel(problem: ConvProblem, x: Tensor, layout: torch.memory_format, run) -> Tensor | None:
     """The output that `run(config, y)` wrote, or None, with the reason logged, where the library's path is taken."""
-    gpu = gpu_of(x)
+    gpu = gpus.of_tensor(x)
     reason = _why_library(problem, layout)
     if reason is None:
         choice = selection.choose(problem, gpu)
@@ -296,11 +291,6 @@ def _why_library(problem: ConvProblem, layout: torch.memory_format) -> str | Non
         # Between groups packed together stand zero weights, and NaN or Inf times zero is NaN.
         return "small groups are packed together only in frozen models"
     return None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name without its module: float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _out_layout(x: Tensor, conv_weight: Tensor) -> torch.memory_format:

@@ -12,8 +12,8 @@ from ..kernels import batch_norm as kernels
 from ..kernels import selection
 from ..kernels.outer import outer as outer_kernel
 from ..layout import memory_format
-from ..problems import KERNEL_DTYPES
-from . import triton, triton_launch
+from ..problems import KERNEL_DTYPES, dtype_name
+from . import triton_launch
 from .primitives import Geometry, Norm, reference
 
 _TILE = 4096  # values a program has in registers at once
@@ -162,7 +162,7 @@ def _outer(dz: Tensor | None, x: Tensor, x_norm, geometry: Geometry, mean: Tenso
 def is_foreign(x: Tensor) -> bool:
     """Whether no kernel reads x: its layout or dtype is another, or it is empty."""
     layout = memory_format(x)
-    return layout != torch.channels_last or triton.dtype_name(x.dtype) not in KERNEL_DTYPES or x.numel() == 0
+    return layout != torch.channels_last or dtype_name(x.dtype) not in KERNEL_DTYPES or x.numel() == 0
 
 
 def _has_no_product(x: Tensor) -> bool:

@@ -12,13 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import _log
+from .. import _log, gpus
 from ..kernels import selection
 from ..kernels.configs import Config, group_shape, pixel_tiles
-from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, dtype_name
 from ..shapes import Conv
 from ..training import EPILOGUE, PROLOGUE
-from . import triton, triton_batch_norm
+from . import triton_batch_norm, triton_launch
 from .primitives import Geometry, Norm, Shortcut, reference
 from .triton_batch_norm import dense
 
@@ -113,14 +113,12 @@ def gram_dgrad(
     read, added = (image if image is None else dense(image[:, :, ::down, ::right]) for image in (x, add))
     batch, channels, height, width = read.shape
     layer = Conv(batch, channels, height, width, dz.shape[1])
-    problem = GramDgradProblem(layer, triton.dtype_name(x.dtype), x_norm is not None, add is not None)
+    problem = GramDgradProblem(layer, dtype_name(x.dtype), x_norm is not None, add is not None)
 
     def run(config):
         dx = _blank(layer.x_shape, x)
         matrices = (matrix.t().to(x.dtype).contiguous() for matrix in (dz_matrix, x_matrix))
-        triton.launcher().gram_dgrad(
-            dense(dz), read, _norm(x_norm), *matrices, mean, constant, added, dx, problem, config
-        )
+        triton_launch.gram_dgrad(dense(dz), read, _norm(x_norm), *matrices, mean, constant, added, dx, problem, config)
         return dx
 
     dx = _in_own_kernel(problem, x, run, "products in float32")
@@ -135,12 +133,11 @@ def gram_dgrad(
 
 def _conv_prologue(x, x_norm, conv_weight, geometry: Geometry, statistics: bool) -> Output | None:
     layer = _layer(x, conv_weight, geometry)
-    problem = PrologueProblem(layer, triton.dtype_name(x.dtype), statistics)
+    problem = PrologueProblem(layer, dtype_name(x.dtype), statistics)
 
     def run(config):
         y, partial = _blank(layer.y_shape, x), _partial(config, problem, x)
-        launch = triton.launcher()
-        launch.conv_prologue(
+        triton_launch.conv_prologue(
             dense(x), _norm(x_norm), _packed(conv_weight, layer, x), y, problem, config, statistics=partial
         )
         return y, *_merged(partial)
@@ -150,13 +147,12 @@ def _conv_prologue(x, x_norm, conv_weight, geometry: Geometry, statistics: bool)
 
 def _conv_epilogue(x, conv_weight, geometry: Geometry, statistics: bool) -> Output | None:
     layer = _layer(x, conv_weight, geometry)
-    problem = ConvProblem(layer, triton.dtype_name(x.dtype), relu=False, statistics=statistics)
+    problem = ConvProblem(layer, dtype_name(x.dtype), relu=False, statistics=statistics)
 
     def run(config):
         y, partial = _blank(layer.y_shape, x), _partial(config, problem, x)
-        launch = triton.launcher()
         weight = _packed(conv_weight, layer, x)
-        launch.conv(dense(x), weight, y, problem, config, launch.Norm(), statistics=partial)
+        triton_launch.conv(dense(x), weight, y, problem, config, triton_launch.Norm(), statistics=partial)
         return y, *_merged(partial)
 
     return _in_own_kernel(problem, x, run, "cuDNN and a pass for its statistics")
@@ -166,7 +162,7 @@ def _join_prologue(x, x_norm, conv_weight, geometry, norm, residual, residual_no
     layer = _layer(x, conv_weight, geometry)
     has_residual = residual is not None or shortcut is not None
     problem = PrologueProblem(
-        layer, triton.dtype_name(x.dtype), False, True, has_residual, has_residual and residual_norm is not None
+        layer, dtype_name(x.dtype), False, True, has_residual, has_residual and residual_norm is not None
     )
 
     def run(config):
@@ -174,7 +170,7 @@ def _join_prologue(x, x_norm, conv_weight, geometry, norm, residual, residual_no
         added = _branch(shortcut) if shortcut is not None else None if residual is None else dense(residual)
         weight = _packed(conv_weight, layer, x)
         norms = _norm(norm), added, _norm(residual_norm)
-        triton.launcher().conv_prologue(dense(x), _norm(x_norm), weight, y, problem, config, *norms)
+        triton_launch.conv_prologue(dense(x), _norm(x_norm), weight, y, problem, config, *norms)
         return y
 
     return _in_own_kernel(problem, x, run, "a pass before its convolution")
@@ -186,7 +182,7 @@ def _join(x, conv_weight, geometry, norm, residual, residual_norm, shortcut, rel
     has_residual = residual is not None
     problem = ConvProblem(
         layer,
-        triton.dtype_name(x.dtype),
+        dtype_name(x.dtype),
         has_residual,
         branch,
         folded=False,
@@ -202,7 +198,7 @@ def _join(x, conv_weight, geometry, norm, residual, residual_norm, shortcut, rel
             more = {"shortcut": dense(shortcut.x), "shortcut_weight": packed, "shortcut_norm": _norm(shortcut.norm)}
         elif has_residual:
             more = {"residual": dense(residual), "residual_norm": _norm(residual_norm)}
-        triton.launcher().conv(dense(x), _packed(conv_weight, layer, x), y, problem, config, _norm(norm), **more)
+        triton_launch.conv(dense(x), _packed(conv_weight, layer, x), y, problem, config, _norm(norm), **more)
         return y
 
     y = _in_own_kernel(problem, x, run, "cuDNN and a pass behind it")
@@ -224,13 +220,12 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
     if layer is None:
         return None
     turned = (conv_weight.flip(2, 3) if max(layer.kernel) > 1 else conv_weight).transpose(0, 1)
-    problem = ConvProblem(layer, triton.dtype_name(x.dtype), add is not None, relu=False)
+    problem = ConvProblem(layer, dtype_name(x.dtype), add is not None, relu=False)
 
     def run(config):
         dx = _blank(layer.y_shape, x)
-        launch = triton.launcher()
         weight, added = _packed(turned, layer, x), None if add is None else dense(add)
-        launch.conv(dense(dconv_out), weight, dx, problem, config, launch.Norm(), added)
+        triton_launch.conv(dense(dconv_out), weight, dx, problem, config, triton_launch.Norm(), added)
         return dx
 
     return _in_own_kernel(problem, x, run, "cuDNN")
@@ -238,13 +233,13 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
 
 def _in_own_kernel(problem: Problem, x: Tensor, run: Callable[[Config], Result], instead: str) -> Result | None:
     """What `run(config)` returns, or None, with the reason logged, where another path is to be taken."""
-    gpu, reason = triton.gpu_of(x), why_library(problem)
+    gpu, reason = gpus.of_tensor(x), why_library(problem)
     if reason is None:
         choice = selection.choose(problem, gpu)
         if choice.config is not None:
             try:
                 return run(choice.config)
-            except triton.launcher().REFUSALS as error:
+            except triton_launch.REFUSALS as error:
                 if selection.is_forced(problem):
                     raise
                 selection.refuse(problem, gpu, f"{type(error).__name__}: {error}")
@@ -266,7 +261,7 @@ def _partial(config: Config, problem: Problem, x: Tensor):
         return None
     rows, channels = pixel_tiles(config, problem), problem.conv.out_channels
     shapes = (rows, channels), (rows, channels), (rows,)
-    return triton.launcher().Statistics(*(_blank_sums(shape, x) for shape in shapes))
+    return triton_launch.Statistics(*(_blank_sums(shape, x) for shape in shapes))
 
 
 def _merged(partial) -> tuple[Tensor | None, Tensor | None]:
@@ -283,11 +278,11 @@ def _library(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _norm(norm: Norm | None):
-    return None if norm is None else triton.launcher().Norm(None, *norm)
+    return None if norm is None else triton_launch.Norm(None, *norm)
 
 
 def _packed(conv_weight: Tensor, layer: Conv, x: Tensor) -> Tensor:
-    return triton.launcher().pack_conv(conv_weight, ConvProblem(layer, triton.dtype_name(x.dtype)))
+    return triton_launch.pack_conv(conv_weight, ConvProblem(layer, dtype_name(x.dtype)))
 
 
 def _layer(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> Conv:

@@ -12,20 +12,29 @@ import torch
 from torch import Tensor
 
 from .. import cpus
+from ..extension import op
 from ..kernels import selection
 from ..kernels.configs import WinogradConfig
-from ..problems import ConvProblem, Problem, WeightGradientProblem
+from ..problems import ConvProblem, Problem, WeightGradientProblem, dtype_name
 from ..shapes import BlockShapes, Conv
-from . import native
+from . import units
 from .primitives import Geometry, Norm, arguments
 
 DTYPE = torch.float32
 """Of what has transforms of its own; in bfloat16 only dot products (`by_dots`) are worth any."""
 
+_winograd_pack = op("winograd_pack")
+_winograd_conv_packed = op("winograd_conv_packed")
+_winograd_dots_conv = op("winograd_dots_conv")
+_winograd_conv_train = op("winograd_conv_train")
+_winograd_conv = op("winograd_conv")
+_winograd_dots_weight_gradient = op("winograd_dots_weight_gradient")
+_winograd_weight_gradient = op("winograd_weight_gradient")
+
 
 def why_not() -> str | None:
     """Why these kernels cannot run on this CPU; None where they can."""
-    return native.why_no_vectors()
+    return units.why_no_vectors()
 
 
 def takes(x: Tensor, conv_weight: Tensor, geometry: Geometry) -> bool:
@@ -57,7 +66,7 @@ def computes(dtype: torch.dtype) -> bool:
 
 def by_dots(dtype: torch.dtype) -> bool:
     """Whether those are F(2x2, 3x3) in dot products."""
-    return dtype == torch.bfloat16 and native.unit(dtype) == "dots"
+    return dtype == torch.bfloat16 and units.unit(dtype) == "dots"
 
 
 def takes_folded(conv: Conv) -> bool:
@@ -67,7 +76,7 @@ def takes_folded(conv: Conv) -> bool:
 
 def pack(weight: Tensor) -> Tensor:
     """The weight (K, C, 3, 3) transformed, 36 values for every 9, for `conv_packed`."""
-    return torch.ops.resnet_fast_native.winograd_pack(weight)
+    return _winograd_pack(weight)
 
 
 def conv_packed(
@@ -77,7 +86,7 @@ def conv_packed(
 
     A tile would hand it on to outputs that PyTorch has no NaN in, so then another kernel has to compute all of it.
     """
-    y, finite = torch.ops.resnet_fast_native.winograd_conv_packed(x, packed, bias, out_channels, residual, relu)
+    y, finite = _winograd_conv_packed(x, packed, bias, out_channels, residual, relu)
     return y if finite else None
 
 
@@ -89,19 +98,18 @@ def conv(
     In bfloat16 neither norm nor statistics.
     """
     if x.dtype != DTYPE:
-        y, finite = torch.ops.resnet_fast_native.winograd_dots_conv(x, conv_weight, None, False)
+        y, finite = _winograd_dots_conv(x, conv_weight, None, False)
         return (y, None, None) if finite else None
-    op = torch.ops.resnet_fast_native.winograd_conv_train
-    y, mean, var, finite = op(x, *arguments(x_norm), conv_weight, statistics)
+    y, mean, var, finite = _winograd_conv_train(x, *arguments(x_norm), conv_weight, statistics)
     return (y, *((mean, var) if statistics else (None, None))) if finite else None
 
 
 def data_gradient(dy: Tensor, conv_weight: Tensor, add: Tensor | None) -> Tensor | None:
     """The gradient of x, plus `add`, from that of `conv`; None as `conv_packed`."""
     if dy.dtype != DTYPE:
-        dx, finite = torch.ops.resnet_fast_native.winograd_dots_conv(dy, conv_weight, add, True)
+        dx, finite = _winograd_dots_conv(dy, conv_weight, add, True)
     else:
-        dx, finite = torch.ops.resnet_fast_native.winograd_conv(dy, conv_weight, None, None, add, False, True)
+        dx, finite = _winograd_conv(dy, conv_weight, None, None, add, False, True)
     return dx if finite else None
 
 
@@ -111,10 +119,9 @@ def weight_gradient(dy: Tensor, x: Tensor, x_norm: Norm | None, conv_weight: Ten
     In bfloat16 no norm may be pending.
     """
     if x.dtype != DTYPE:
-        dweight, finite = torch.ops.resnet_fast_native.winograd_dots_weight_gradient(dy, x, conv_weight)
+        dweight, finite = _winograd_dots_weight_gradient(dy, x, conv_weight)
         return dweight if finite else None
-    op = torch.ops.resnet_fast_native.winograd_weight_gradient
-    dweight, finite = op(dy, x, *arguments(x_norm), conv_weight)
+    dweight, finite = _winograd_weight_gradient(dy, x, *arguments(x_norm), conv_weight)
     return dweight if finite else None
 
 
@@ -141,7 +148,7 @@ def _chosen(problem: Problem | None) -> bool:
 
 
 def _live(conv: Conv, dtype: torch.dtype = DTYPE) -> ConvProblem:
-    return ConvProblem(conv, str(dtype).removeprefix("torch."), relu=False, folded=False)
+    return ConvProblem(conv, dtype_name(dtype), relu=False, folded=False)
 
 
 def _data_gradient(conv: Conv, dtype: torch.dtype) -> ConvProblem | None:
@@ -149,4 +156,4 @@ def _data_gradient(conv: Conv, dtype: torch.dtype) -> ConvProblem | None:
 
 
 def _weight_gradient(conv: Conv, dtype: torch.dtype) -> WeightGradientProblem:
-    return WeightGradientProblem(conv, str(dtype).removeprefix("torch."))
+    return WeightGradientProblem(conv, dtype_name(dtype))

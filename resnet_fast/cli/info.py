@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import _log, cpus, dispatch, gpus, memory, numerics, training
-from ..backends import direct, native, winograd
+from .. import _log, cpus, dispatch, extension, gpus, memory, numerics, training
+from ..backends import direct, units, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from ..kernels.winograd import NAME_OF_DOTS
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict:
     """The whole report, as in the module's docstring."""
-    native = dispatch.load("native")
-    broken = [*_variable_faults(), *_extension_faults(native)]
+    broken = [*_variable_faults(), *_extension_faults()]
     self_test = _self_test()
     broken += [
         f"self-test: backend {row['backend']} on {row['device']}, {row['op']}, {row['mode']}: {row['reason']}"
@@ -57,7 +56,7 @@ def collect() -> dict:
         **environment.record(),
         "directories": environment.directories(),
         "backends": _backends(),
-        "native_build": native.build_info(),
+        "native_build": extension.build_info(),
         "frozen_cpu": _frozen_cpu(),
         "pool": memory.memory_stats(),
         "tuned": _tuned(),
@@ -77,9 +76,9 @@ def _variable_faults() -> list[str]:
     return faults
 
 
-def _extension_faults(native) -> list[str]:
+def _extension_faults() -> list[str]:
     """An extension file that is there has to load."""
-    reason = native.available()
+    reason = extension.available()
     if reason is None:
         return []
     package = Path(dispatch.__file__).parent
@@ -114,8 +113,8 @@ def _frozen_cpu() -> dict[str, str]:
 
 
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
-    reason = native.why_no_unit(dtype)
-    text = native.unit_name() if reason is None else f"PyTorch's convolutions: {reason}"
+    reason = units.why_no_unit(dtype)
+    text = units.unit_name() if reason is None else f"PyTorch's convolutions: {reason}"
     if not winograd.computes(dtype):
         return text
     name = NAME_OF_DOTS if winograd.by_dots(dtype) else WINOGRAD

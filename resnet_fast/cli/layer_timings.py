@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..amx.network import AmxNetwork
-from ..backends import native
+from ..backends import units
 from ..frozen import FrozenConv2d
 from ..kernels import winograd
 from ..layers import conv_of
@@ -94,7 +94,7 @@ def _in_one(steps: list["_Step"], seconds: float) -> LayerTiming:
 def _amx_timings(network: nn.Module, amx: AmxNetwork, images: Tensor, repeats: int) -> list[LayerTiming]:
     """Of a network that is a program: by its program, and by the clock what PyTorch does behind it."""
     runs = [amx.timings(images) for _ in range(2 + repeats)][2:]
-    unit = native.unit_name()
+    unit = units.unit_name()
     timings = []
     for number, step in enumerate(runs[0]):
         kernel = winograd.NAME_OF_DOTS if step.winograd else unit

@@ -32,8 +32,8 @@ from torchvision import models
 from .. import cpus, freeze, gpus, planner
 from ..amx.network import why_not_packable
 from ..amx.program import problem_of
-from ..backends import native, winograd
 from ..backends import triton as triton_backend
+from ..backends import units, winograd
 from ..cpus import Cpu, Device
 from ..gpus import Gpu
 from ..kernels import configs, selection, tables
@@ -149,7 +149,7 @@ def _has_program(problem: ConvProblem) -> bool:
 def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
     """What may be a program: frozen networks, and the blocks of optimized ones."""
     for dtype in args.dtype:
-        if native.why_no_unit(getattr(torch, dtype)) is not None:
+        if units.why_no_unit(getattr(torch, dtype)) is not None:
             continue
         sections = [section for name in args.model if why_not_packable(section := _section(name, dtype)) is None]
         for batch in args.batch_size:
@@ -162,7 +162,7 @@ def _sections(args: argparse.Namespace) -> Iterator[SectionProblem]:
 def _train_on_cpu(args: argparse.Namespace, cpu: Cpu) -> Iterator[Problem]:
     """Of training steps: layers, their data gradients, which are convolutions too, and their weights' gradients; where
     there is AMX, each of them by its tiles as well."""
-    by_tiles = ("output", "data_gradient", "weight_gradient") if native.has_tiles() else ()
+    by_tiles = ("output", "data_gradient", "weight_gradient") if units.has_tiles() else ()
     for problem in _train(args, REHEARSAL):
         if isinstance(problem, ConvProblem):
             live = selection.measured_as(replace(problem, folded=False), cpu)

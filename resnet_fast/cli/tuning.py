@@ -23,8 +23,9 @@ from ..cpus import Cpu, Device
 from ..kernels import configs
 from ..kernels.configs import Config
 from ..problems import Problem
-from . import checks, cpu_workload, workload
-from .workload import Outputs, Run
+from . import checks, workloads
+from .workloads import cpu as cpu_workloads
+from .workloads.workload import Outputs, Run
 
 STOCK = "PyTorch"
 """Label of PyTorch's own ops, one by one: what every candidate's error is compared with."""
@@ -82,7 +83,7 @@ def measure(
         DeviceLost. Whatever PyTorch's own ops raise.
     """
     in_turn = isinstance(target, Cpu)
-    work = cpu_workload.of(problem) if in_turn else workload.of(problem, device)
+    work = cpu_workloads.of(problem) if in_turn else workloads.of(problem, device)
     valid = configs.candidates(problem, target)
     runs: dict[str, tuple[Config | None, str, Run]] = {}
     for config in valid[:top]:

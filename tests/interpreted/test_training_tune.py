@@ -9,7 +9,7 @@ from cases import draw
 from interpreted.test_training_blocks import BLOCKS
 
 from resnet_fast import gpus, optimize, training
-from resnet_fast.cli import training_problems, tuning, workload
+from resnet_fast.cli import training_problems, tuning, workloads
 from resnet_fast.kernels import selection
 from resnet_fast.kernels.configs import candidates
 from resnet_fast.problems import ConvProblem, GramDgradProblem, PrologueProblem
@@ -88,4 +88,4 @@ def test_what_is_refused_while_it_is_measured_is_not_refused_for_good(monkeypatc
     assert len(row["rejected"]) == 1
     assert row["library_us"] > 0
     assert selection.choose(problem, H200).source == "predicted"
-    assert workload.of(problem, "cpu").library["library"]()["y"].isfinite().all()
+    assert workloads.of(problem, "cpu").library["library"]()["y"].isfinite().all()

@@ -14,28 +14,29 @@ convolution and passes, or `reference`.
 import torch
 from torch import Tensor
 
+from ...extension import op
 from ...layout import memory_format
 from ...memory import pooled
 from ...training import EPILOGUE
-from .. import native, programs, winograd
+from .. import programs, units, winograd
 from . import Geometry, Norm, Shortcut, arguments, reference
 
 _PRODUCT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-_bn_statistics = native._op("bn_statistics")
-_bn_apply = native._op("bn_apply")
-_bn_backward_reduce = native._op("bn_backward_reduce")
-_bn_backward_apply = native._op("bn_backward_apply")
-_relu_mask = native._op("relu_mask")
-_bn_max_pool = native._op("bn_max_pool")
-_bn_max_pool_backward_reduce = native._op("bn_max_pool_backward_reduce")
-_bn_max_pool_backward_apply = native._op("bn_max_pool_backward_apply")
-_conv1x1_join = native._op("conv1x1_join")
-_gram = native._op("gram")
-_outer = native._op("outer")
-_gram_dgrad = native._op("gram_dgrad")
-_conv_train = native._op("conv_train")
-_conv_train_backward = native._op("conv_train_backward")
+_bn_statistics = op("bn_statistics")
+_bn_apply = op("bn_apply")
+_bn_backward_reduce = op("bn_backward_reduce")
+_bn_backward_apply = op("bn_backward_apply")
+_relu_mask = op("relu_mask")
+_bn_max_pool = op("bn_max_pool")
+_bn_max_pool_backward_reduce = op("bn_max_pool_backward_reduce")
+_bn_max_pool_backward_apply = op("bn_max_pool_backward_apply")
+_conv1x1_join = op("conv1x1_join")
+_gram = op("gram")
+_outer = op("outer")
+_gram_dgrad = op("gram_dgrad")
+_conv_train = op("conv_train")
+_conv_train_backward = op("conv_train_backward")
 
 
 def conv(
@@ -251,7 +252,7 @@ def _is_rows(x: Tensor) -> bool:
 
 
 def _is_tiled(x: Tensor, conv_weight: Tensor, geometry: Geometry, of: str) -> bool:
-    can = x.dtype in native.TILE_DTYPES and _is_rows(x) and native.has_tiles()
+    can = x.dtype in units.TILE_DTYPES and _is_rows(x) and units.has_tiles()
     return can and programs.takes_training(x, conv_weight, geometry, of)
 
 

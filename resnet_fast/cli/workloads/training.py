@@ -10,24 +10,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..backends import triton_conv
-from ..backends.primitives import Geometry, Norm, reference
-from ..kernels import selection
-from ..kernels.configs import Config
-from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
-from ..shapes import Conv
-from ..training import EPILOGUE, PROLOGUE
+from ...backends import triton_conv
+from ...backends.primitives import Geometry, Norm, reference
+from ...kernels import selection
+from ...kernels.configs import Config
+from ...problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
+from ...shapes import Conv
+from ...training import EPILOGUE, PROLOGUE
 from .workload import Outputs, Run, Source, Workload
 
 LIBRARY = "library"
 """The one variant of the library's path."""
-
-
-def is_training(problem: Problem) -> bool:
-    """Whether only training asks for this problem."""
-    return isinstance(problem, (PrologueProblem, GramDgradProblem)) or (
-        isinstance(problem, ConvProblem) and problem.statistics
-    )
 
 
 def of(problem: Problem, device: str) -> Workload:

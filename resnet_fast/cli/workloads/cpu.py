@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cpu_network, frozen
-from ..amx.network import AmxNetwork
-from ..backends import direct, native, winograd
-from ..backends import reference as reference_backend
-from ..backends.primitives import Geometry, reference
-from ..backends.primitives import native as primitives
-from ..kernels import selection
-from ..kernels.configs import Config, DirectConfig
-from ..planner import Section
-from ..problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
-from ..shapes import BlockShapes, Conv
-from ..training import LIBRARY as LIBRARY_STAGE
-from ..training import PROLOGUE
-from . import workload
-from .workload import Outputs, Run, Workload
+from ... import cpu_network, frozen
+from ...amx.network import AmxNetwork
+from ...backends import direct, native, units, winograd
+from ...backends import reference as reference_backend
+from ...backends.primitives import Geometry, reference
+from ...backends.primitives import native as primitives
+from ...kernels import selection
+from ...kernels.configs import Config, DirectConfig
+from ...planner import Section
+from ...problems import ConvProblem, SectionProblem, TrainingConvProblem, WeightGradientProblem
+from ...shapes import BlockShapes, Conv
+from ...training import LIBRARY as LIBRARY_STAGE
+from ...training import PROLOGUE
+from . import inference
+from .workload import Outputs, Run, Source, Workload
 
 LIBRARY = "onednn"
 DOTS = "dots"
@@ -44,7 +44,7 @@ def of(problem: ConvProblem | WeightGradientProblem | TrainingConvProblem | Sect
 
 def _folded(problem: ConvProblem) -> Workload:
     """Of a frozen network. oneDNN's run is right once: it adds into the residual."""
-    images, weights = workload.conv_inputs(problem, workload.Source(problem, "cpu"))
+    images, weights = inference.conv_inputs(problem, Source(problem, "cpu"))
     layer, x, residual = _layer(problem, weights), images["x"], images.get("residual")
     written = None if residual is None else residual.clone()
 
@@ -55,13 +55,13 @@ def _folded(problem: ConvProblem) -> Workload:
     def ours(config: Config) -> Run:
         return torch.no_grad()(lambda: {"y": layer.by_kernel(config, x, residual)})
 
-    return replace(workload.of(problem, "cpu"), kernel=ours, library={LIBRARY: onednn})
+    return replace(inference.of(problem, "cpu"), kernel=ours, library={LIBRARY: onednn})
 
 
 @torch.no_grad()
 def _folded_in_program(problem: ConvProblem) -> Workload:
     """Of a frozen network that is a program: a block of this convolution twice, which x is added to."""
-    source = workload.Source(problem, "cpu")
+    source = Source(problem, "cpu")
     x, block = source.image(problem.conv.x_shape), frozen.FrozenBlock([], None, None)
     block.convs.extend(_layer(problem, source.conv(problem.conv)) for _ in range(2))
     section = Section(None, False, [("block", block)])
@@ -82,14 +82,14 @@ def _live_in_program(problem: ConvProblem) -> Workload:
     exact, stock, by_extension = _of_block(block)
 
     def by(*layers: int) -> Run:
-        return lambda: by_extension(native.unit(torch.bfloat16), layers)
+        return lambda: by_extension(units.unit(torch.bfloat16), layers)
 
     return Workload(exact, stock, _always(by(0, 1)), {DOTS: by()}, {}, repeats=2)
 
 
 def _live(problem: ConvProblem) -> Workload:
     """Of a network whose weight may change, so that it is transformed or packed in every run."""
-    conv, source = problem.conv, workload.Source(problem, "cpu")
+    conv, source = problem.conv, Source(problem, "cpu")
     x, weight = source.image(conv.x_shape), source.conv(conv)["weight"]
     geometry = Geometry.of(conv)
 
@@ -105,7 +105,7 @@ def _live(problem: ConvProblem) -> Workload:
 
 
 def _weight_gradient(problem: WeightGradientProblem) -> Workload:
-    conv, source = problem.conv, workload.Source(problem, "cpu")
+    conv, source = problem.conv, Source(problem, "cpu")
     dy, x, weight = source.image(conv.y_shape), source.image(conv.x_shape).relu_(), source.conv(conv)["weight"]
     geometry = Geometry.of(conv)
 
@@ -119,7 +119,7 @@ def _weight_gradient(problem: WeightGradientProblem) -> Workload:
 
 def _training(problem: TrainingConvProblem) -> Workload:
     """By AMX, and by what is taken without."""
-    conv, source = problem.conv, workload.Source(problem, "cpu")
+    conv, source = problem.conv, Source(problem, "cpu")
     dy, x, weight = source.image(conv.y_shape), source.image(conv.x_shape).relu_(), source.conv(conv)["weight"]
     geometry, wants = Geometry.of(conv), [problem.of == name for name in ("data_gradient", "weight_gradient")]
 
@@ -145,7 +145,7 @@ def _training(problem: TrainingConvProblem) -> Workload:
 @torch.no_grad()
 def _network(problem: SectionProblem) -> Workload:
     """A frozen network, up to its last block."""
-    source = workload.Source(problem, "cpu")
+    source = Source(problem, "cpu")
     x = source.image(problem.convs[0].x_shape)
 
     def frozen_conv(conv: Conv, relu: bool) -> frozen.FrozenConv2d:
@@ -200,14 +200,14 @@ def _layer_by_layer(section: Section, x: Tensor) -> Tensor:
 def _block(problem: SectionProblem) -> Workload:
     """A block in eval mode whose weights and batch norms may change."""
     exact, stock, by_extension = _of_block(problem)
-    unit = native.unit(getattr(torch, problem.dtype))
+    unit = units.unit(getattr(torch, problem.dtype))
     return Workload(exact, stock, _always(lambda: by_extension(unit)), {LIBRARY: lambda: by_extension("")}, {})
 
 
 def _of_block(problem: SectionProblem) -> tuple[Run, Run, Callable[..., Outputs]]:
     """By PyTorch in float64 and in its dtype; by the extension with this unit, and these layers by Winograd, if not the
     chosen ones."""
-    source, [shapes] = workload.Source(problem, "cpu"), problem.blocks
+    source, [shapes] = Source(problem, "cpu"), problem.blocks
     convs, branch = shapes.all_convs, shapes.downsample is not None
     x = source.image(problem.convs[0].x_shape)
     weights = [source.conv(conv)["weight"] for conv in convs]

@@ -1,82 +1,29 @@
-"""One problem of a plan and every way to compute it: inputs, a float64 reference, PyTorch's own ops, each candidate.
+"""Workloads of a plan's problems: PyTorch's ops, the library's fused ones and Triton's kernels.
 
-Used by `tune`. Inputs come from a seed made of the problem's key. What a Triton candidate writes is allocated once and
-shared by all candidates, so that `poison` shows what one of them leaves unwritten.
+What a Triton candidate writes is allocated once and shared by all candidates, so that `poison` shows what one of them
+leaves unwritten.
 """
 
 import functools
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import library
-from ..backends import triton as triton_backend
-from ..kernels.configs import Config
-from ..problems import ConvProblem, Problem, StemProblem, TailProblem
-from ..shapes import Conv
-
-Outputs = dict[str, Tensor]
-Run = Callable[[], Outputs]
+from ...backends import library
+from ...backends import triton as triton_backend
+from ...kernels.configs import Config
+from ...problems import ConvProblem, Problem, StemProblem, TailProblem
+from ...shapes import Conv
+from .workload import Outputs, Run, Source, Workload
 
 _IMAGES_AT_ONCE = 32  # of the float64 reference, so that its workspaces stay small
 
 
-@dataclass(frozen=True)
-class Workload:
-    """reference: in float64. stock: PyTorch's ops, one by one, in the problem's dtype. library: by variant.
-
-    kernel: the run of one configuration; Triton's write to `outputs`. repeats: how often a run computes the problem.
-    """
-
-    reference: Run
-    stock: Run
-    kernel: Callable[[Config], Run]
-    library: dict[str, Run]
-    outputs: Outputs
-    repeats: int = 1
-
-    def poison(self) -> None:
-        """NaN into everything that a Triton candidate has to write."""
-        for tensor in self.outputs.values():
-            tensor.fill_(float("nan"))
-
-
 def of(problem: Problem, device: str) -> Workload:
-    """The workload of `problem`, folded as all of a plan's are or of a training step, on `device`."""
-    from . import training_workload  # which is made of the parts here
-
-    if training_workload.is_training(problem):
-        return training_workload.of(problem, device)
+    """The workload of `problem`, one of a plan, folded, on `device`."""
     return _BUILDERS[type(problem)](problem, Source(problem, device))
-
-
-class Source:
-    """Tensors of a problem: standard normal, weights scaled so that what comes out is of order one too."""
-
-    def __init__(self, problem: Problem, device: str) -> None:
-        self.dtype, self.device = getattr(torch, problem.dtype), device
-        self.generator = torch.Generator(device).manual_seed(zlib.crc32(problem.key.encode()))
-
-    def image(self, shape: tuple[int, ...]) -> Tensor:
-        """(N, C, H, W), channels_last."""
-        return self.empty(shape).normal_(generator=self.generator)
-
-    def conv(self, conv: Conv, prefix: str = "") -> dict[str, Tensor]:
-        """Weight and bias by name."""
-        weight = self.image(conv.weight_shape) * (conv.weight_elements // conv.out_channels) ** -0.5
-        bias = torch.empty(conv.out_channels, dtype=self.dtype, device=self.device).normal_(generator=self.generator)
-        return {f"{prefix}weight": weight, f"{prefix}bias": bias}
-
-    def vectors(self, count: int, size: int) -> Tensor:
-        """(count, size), float32: of batch norms and Gram matrices."""
-        return torch.empty(count, size, device=self.device).normal_(generator=self.generator)
-
-    def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
 
 
 def conv_inputs(problem: ConvProblem, source: Source) -> tuple[Outputs, Outputs]:
