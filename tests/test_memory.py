@@ -197,6 +197,7 @@ def test_fork_leaves_both_sides_whole(native):
     code = """
 import os, torch
 from resnet_fast.memory import empty_cache, memory_stats, pooled
+torch.set_num_threads(1)  # a child that has OpenMP's threads from before the fork waits for them for ever
 with pooled():
     parent = torch.full((1 << 22,), 3.0)
     free = torch.ones(1 << 22)
