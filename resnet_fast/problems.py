@@ -6,6 +6,7 @@ in elements, work in FLOPs (2 per multiply-add, padding included), traffic in by
 
 import zlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -53,7 +54,7 @@ class ConvProblem:
     def flops(self) -> int:
         return self.conv.flops + (self.shortcut.flops if self.shortcut else 0)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         elements = self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements * (2 if self.residual else 1)
         if self.shortcut:
@@ -87,7 +88,7 @@ class PrologueProblem:
     def flops(self) -> int:
         return self.conv.flops
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         elements = self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements * (2 if self.residual else 1)
         return elements * ITEMSIZE[self.dtype]
@@ -115,7 +116,7 @@ class GramDgradProblem:
     def flops(self) -> int:
         return self.conv.flops + 2 * self.conv.x_elements * self.conv.in_channels
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         channels = self.conv.in_channels
         elements = self.conv.y_elements + self.conv.x_elements * (3 if self.add else 2)
@@ -138,7 +139,7 @@ class _OfTraining:
     def flops(self) -> int:
         return self.conv.flops
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return (self.conv.x_elements + self.conv.weight_elements + self.conv.y_elements) * ITEMSIZE[self.dtype]
 
@@ -187,7 +188,7 @@ class SectionProblem:
     def flops(self) -> int:
         return sum(conv.flops for conv in self.convs)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         first, last = self.convs[0], self.blocks[-1].convs[-1]
         elements = first.x_elements + last.y_elements + sum(conv.weight_elements for conv in self.convs)
@@ -244,7 +245,7 @@ class StemProblem:
     def flops(self) -> int:
         return self.conv.flops
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         pooled = self.conv.batch * self.conv.out_channels * self.pool_height * self.pool_width
         return (self.conv.x_elements + self.conv.weight_elements + pooled) * ITEMSIZE[self.dtype]
@@ -272,7 +273,7 @@ class TailProblem:
     def flops(self) -> int:
         return sum(conv.flops for conv in self.convs)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         elements = self.conv2.x_elements + self.conv3.y_elements + sum(conv.weight_elements for conv in self.convs)
         elements += self.shortcut.x_elements if self.shortcut else self.conv3.y_elements
@@ -304,7 +305,7 @@ class PoolProblem:
     def flops(self) -> int:
         return 0
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         batch, channels, rows, columns = self.y_shape
         return batch * channels * (self.height * self.width + rows * columns) * ITEMSIZE[self.dtype]
@@ -328,7 +329,7 @@ class AveragePoolProblem:
     def flops(self) -> int:
         return 0
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return self.batch * self.channels * (self.height * self.width + 1) * ITEMSIZE[self.dtype]
 

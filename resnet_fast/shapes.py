@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class Conv:
         dy = self.batch, self.out_channels, self.out_height, self.out_width
         return Conv(*dy, self.in_channels, self.kernel, padding=outside, dilation=self.dilation)
 
-    @property
+    @cached_property
     def out_height(self) -> int:
         return self._out(self.height, 0)
 
-    @property
+    @cached_property
     def out_width(self) -> int:
         return self._out(self.width, 1)
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Output pixels of the batch."""
         return self.batch * self.out_height * self.out_width

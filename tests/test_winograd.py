@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 
 import fresh
@@ -184,8 +185,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_does_not_fit_takes_onednn(name):
-    fields = {**vars(PROBLEM.conv), **OTHERS[name]}
-    choice = selection.choose(ConvProblem(Conv(**fields), "float32"), CPU)
+    choice = selection.choose(ConvProblem(replace(PROBLEM.conv, **OTHERS[name]), "float32"), CPU)
     assert choice.config is None
     assert choice.reason
     assert selection.choose(PROBLEM, CPU).config == WinogradConfig()

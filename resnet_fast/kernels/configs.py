@@ -379,13 +379,14 @@ _OUT_IN = ((64, 64), (128, 64), (256, 64), (64, 32), (128, 32), (32, 32), (32, 1
 
 def _conv_configs(problem: ConvProblem) -> Iterator[Config]:
     row = 128 // ITEMSIZE[problem.dtype]  # channels in the widest row that descriptors swizzle
+    covering = boxes(problem.conv)
     for block_out, block_in in _OUT_IN:
         for warps in (4, 8):
             for stages in (2, 3, 4):
                 for pixels in (64, 128, 256):
                     yield PointerConfig(pixels, block_out, block_in, warps, stages)
                 if block_out >= 64 and block_in == row:
-                    for box in boxes(problem.conv):
+                    for box in covering:
                         yield TmaConfig(box, block_out, block_in, warps, stages)
 
 
