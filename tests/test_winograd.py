@@ -3,8 +3,8 @@
 import copy
 import os
 import pickle
-from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import fresh
 import pytest
