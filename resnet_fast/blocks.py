@@ -39,8 +39,8 @@ _repeatable: WeakKeyDictionary[nn.Module, Repeatable] = WeakKeyDictionary()
 """Of blocks, their last call in which nothing was learnt."""
 
 
-class _FastBlock:
-    """What both blocks share: deciding between the fused and the stock forward."""
+class FastBlock:
+    """What all blocks share: deciding between the fused and the stock forward."""
 
     fast_backend: str = "auto"
     fast_strict: bool = False
@@ -52,6 +52,10 @@ class _FastBlock:
         if reason is None and x is not None:
             reason = _why_not_now(self, x)
         return reason
+
+    def _why_not_others(self) -> str | None:
+        """Why what a block has beside convolutions and batch norms cannot be fused; None where it can."""
+        return why_not_module("relu", self.relu, (nn.ReLU,))
 
     def _fused_or_none(self, x: Tensor) -> Tensor | None:
         """The block's output, or None where the stock forward has to compute it."""
@@ -82,7 +86,24 @@ class _FastBlock:
         return y
 
 
-class FastBasicBlock(_FastBlock, BasicBlock):
+class BasicStages:
+    """Where a basic block's layers are, which are named alike in torchvision and timm."""
+
+    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        children = self._modules  # an attribute of a module costs ten times as much
+        return (children["conv1"], children["bn1"]), (children["conv2"], children["bn2"])
+
+
+class BottleneckStages:
+    """Where a bottleneck's are."""
+
+    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        children = self._modules
+        first, second = (children["conv1"], children["bn1"]), (children["conv2"], children["bn2"])
+        return first, second, (children["conv3"], children["bn3"])
+
+
+class FastBasicBlock(BasicStages, FastBlock, BasicBlock):
     """torchvision's BasicBlock (ResNet-18/34), fused: x (N, Cin, H, W) -> (N, planes, H / stride, W / stride)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,12 +119,8 @@ class FastBasicBlock(_FastBlock, BasicBlock):
         out += identity
         return self.relu(out)
 
-    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        children = self._modules  # an attribute of a module costs ten times as much
-        return (children["conv1"], children["bn1"]), (children["conv2"], children["bn2"])
 
-
-class FastBottleneck(_FastBlock, Bottleneck):
+class FastBottleneck(BottleneckStages, FastBlock, Bottleneck):
     """torchvision's Bottleneck (ResNet-50 up, ResNeXt, Wide ResNet), fused: (N, Cin, H, W) -> (N, 4 planes, P, Q)"""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,14 +137,9 @@ class FastBottleneck(_FastBlock, Bottleneck):
         out += identity
         return self.relu(out)
 
-    def _stages(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        children = self._modules
-        first, second = (children["conv1"], children["bn1"]), (children["conv2"], children["bn2"])
-        return first, second, (children["conv3"], children["bn3"])
-
 
 FAST: dict[type, type] = {BasicBlock: FastBasicBlock, Bottleneck: FastBottleneck}
-"""Stock block type -> its fast subclass."""
+"""Stock block type -> its fast subclass: torchvision's, and timm's once `libraries` has found it."""
 
 
 def fast_type(block: nn.Module) -> type | None:
@@ -137,12 +149,12 @@ def fast_type(block: nn.Module) -> type | None:
 
 def why_not_fusable(block: nn.Module) -> str | None:
     """Why `block`'s children, as they are now, cannot be fused; None where they can. Its own type is not looked at."""
-    stages = fast_type(block)._stages(block)
-    for number, (conv, bn) in enumerate(stages, 1):
+    fast = fast_type(block)
+    for number, (conv, bn) in enumerate(fast._stages(block), 1):
         reason = why_not_stage(f"conv{number}", conv, f"bn{number}", bn)
         if reason is not None:
             return reason
-    return why_not_module("relu", block.relu, (nn.ReLU,))
+    return fast._why_not_others(block)
 
 
 def why_not_downsample(downsample: nn.Module) -> str | None:

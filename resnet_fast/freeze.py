@@ -6,17 +6,16 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.resnet import ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from . import dispatch
+from . import dispatch, libraries
 from .amx.network import why_not_packable
 from .backends import units, winograd
 from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
 from .layers import why_not_stage
 from .optimize import restore_classes
-from .planned import PlannedResNet, PlannedStage
+from .planned import PLANNED, PlannedStage
 from .planner import FUSIONS, Section
 from .report import BlockReport, Report
 
@@ -65,6 +64,7 @@ def freeze(
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first: freezing folds the running statistics")
     dispatch.requested(backend)
+    libraries.load()
     if fusion not in FUSIONS:
         raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS)}")
     settings = {"backend": backend, "fusion": fusion, "cuda_graph": cuda_graph}
@@ -77,7 +77,8 @@ def freeze(
     frozen = holder.model
     if not any(isinstance(module, FrozenConv2d) for module in frozen.modules()):
         raise ValueError(
-            f"{type(model).__name__} has nothing to freeze: no torchvision residual block and no Conv2d-BatchNorm2d run"
+            f"{type(model).__name__} has nothing to freeze: no residual block of torchvision or timm and no run of "
+            "Conv2d and BatchNorm2d"
         )
     if backend != "auto":
         rows = _bound_to(backend, frozen, rows)
@@ -124,13 +125,18 @@ def _freeze_blocks(parent_name: str, parent: nn.Module, dtype: torch.dtype | Non
 
 
 def _plan_whole(parent: nn.Module, settings: dict) -> None:
-    """Frozen ResNets run as one plan on a GPU, and elsewhere every frozen stage does."""
+    """Frozen ResNets with the usual stem run as one plan on a GPU, and elsewhere every frozen stage does."""
     for child in parent.children():
-        if type(child) in (ResNet, FrozenStage):
-            child.__class__ = PlannedResNet if type(child) is ResNet else PlannedStage
+        planned = PlannedStage if type(child) is FrozenStage else PLANNED.get(type(child))
+        if planned is PlannedStage or (planned is not None and _has_usual_stem(child)):
+            child.__class__ = planned
             child.__dict__ |= settings
         else:
             _plan_whole(child, settings)
+
+
+def _has_usual_stem(network: nn.Module) -> bool:
+    return type(network.conv1) is FrozenConv2d and type(network.maxpool) is FrozenMaxPool2d
 
 
 def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
@@ -140,14 +146,15 @@ def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
 
 
 def _freeze_stem(module: nn.Module, dtype) -> None:
-    """conv1-bn1-relu-maxpool of a ResNet, or of the layers that a segmentation or detection model takes from one."""
-    if type(module) not in (ResNet, IntermediateLayerGetter):
+    """conv1-bn1-ReLU-maxpool of a ResNet, or of the layers that a segmentation or detection model takes from one."""
+    if type(module) is not IntermediateLayerGetter and type(module) not in PLANNED:
         return
-    if {"conv1", "bn1", "relu"} & set(getattr(module, "return_layers", ())):
+    stem = "conv1", "bn1", getattr(PLANNED.get(type(module)), "frozen_activation", "relu")
+    if set(stem) & set(getattr(module, "return_layers", ())):
         return
     children = dict(module.named_children())
-    if {"conv1", "bn1", "relu"} <= children.keys():
-        _replace_run(module, [("conv1", module.conv1), ("bn1", module.bn1), ("relu", module.relu)], dtype)
+    if set(stem) <= children.keys():
+        _replace_run(module, [(name, children[name]) for name in stem], dtype)
     if type(children.get("maxpool")) is nn.MaxPool2d:
         module.maxpool.__class__ = FrozenMaxPool2d
 

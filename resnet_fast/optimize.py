@@ -10,15 +10,13 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from . import _log, dispatch, training
+from . import _log, dispatch, libraries, training
 from .blocks import FAST, FusionError, why_not_fusable
 from .report import BlockReport, Report
-from .resnet import FastResNet
+from .resnet import FAST_NETWORKS
 
 Model = TypeVar("Model", bound=nn.Module)
-_STOCK = {fast: stock for stock, fast in FAST.items()} | {FastResNet: ResNet}
 _SETTINGS = ("fast_backend", "fast_strict", "fast_train_stage")
 
 
@@ -31,11 +29,11 @@ def optimize(
     strict: bool = False,
     dry_run: bool = False,
 ) -> Model:
-    """Fuse the residual blocks of `model`, in place, and in training the stems of its torchvision ResNets.
+    """Fuse the residual blocks of `model`, in place, and the stems of its ResNets.
 
     Args:
-        model: any module that holds torchvision BasicBlocks or Bottlenecks: ResNet, ResNeXt, Wide ResNet, and the
-            segmentation and detection models built on them. Training or eval, any device and dtype.
+        model: any module that holds BasicBlocks or Bottlenecks of torchvision or timm: ResNet, ResNeXt, Wide ResNet,
+            and the segmentation and detection models built on them. Training or eval, any device and dtype.
         filter_fn: called with each block's name and module; False leaves that block alone.
         backend: "auto", or the name of the backend that must run ("triton", "native", "reference").
         train_stage: how much of a block is fused in training, 1 to 4 (`resnet_fast.training` says what they are): 4
@@ -54,7 +52,8 @@ def optimize(
     _check_module(model)
     dispatch.requested(backend)
     training.requested(train_stage)
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, (BasicBlock, Bottleneck))]
+    libraries.load()
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(FAST))]
     if not blocks:
         _nothing_to_do(model, strict)
     rows, swaps = [], []
@@ -70,8 +69,8 @@ def optimize(
         for block in swaps:
             block.__class__ = FAST[type(block)]
             block.fast_backend, block.fast_strict, block.fast_train_stage = backend, strict, train_stage
-        for network in [module for module in model.modules() if type(module) is ResNet and filter_fn is None]:
-            network.__class__, network.fast_backend = FastResNet, backend
+        for network in [module for module in model.modules() if type(module) in FAST_NETWORKS and filter_fn is None]:
+            network.__class__, network.fast_backend = FAST_NETWORKS[type(network)], backend
     for row in rows:
         if not row.fused:
             _log.once(f"optimize: {row.name} ({row.type}) stays stock: {row.reason}", logging.INFO)
@@ -96,9 +95,10 @@ def restore(model: Model) -> Model:
 
 def restore_classes(model: nn.Module) -> bool:
     """`restore` without a word; whether there was anything to do."""
-    fast = [module for module in model.modules() if type(module) in _STOCK]
+    stock = {fast: stock for known in (FAST, FAST_NETWORKS) for stock, fast in known.items()}
+    fast = [module for module in model.modules() if type(module) in stock]
     for module in fast:
-        module.__class__ = _STOCK[type(module)]
+        module.__class__ = stock[type(module)]
         for setting in _SETTINGS:
             module.__dict__.pop(setting, None)
     model.__dict__.pop("resnet_fast_report", None)
@@ -112,10 +112,11 @@ _ALREADY = "already fast"
 def _why_not(name: str, block: nn.Module, filter_fn) -> str | None:
     if filter_fn is not None and not filter_fn(name, block):
         return _FILTERED
-    if type(block) in _STOCK:
+    if type(block) in FAST.values():
         return _ALREADY
     if type(block) not in FAST:
-        return f"{type(block).__name__} is a subclass of a torchvision block and may compute something else"
+        library = next(stock for stock in FAST if isinstance(block, stock)).__module__.partition(".")[0]
+        return f"{type(block).__name__} is a subclass of a {library} block and may compute something else"
     if "forward" in block.__dict__:
         return "its forward is bound to the instance"
     return None
@@ -148,8 +149,8 @@ def _stage(backend: str, device_type: str, dtype: torch.dtype, stage: int | str)
 
 def _nothing_to_do(model: nn.Module, strict: bool) -> None:
     message = (
-        f"optimize: {type(model).__name__} has no torchvision BasicBlock or Bottleneck, so nothing was changed "
-        f"(frozen models have none either)"
+        f"optimize: {type(model).__name__} has no BasicBlock or Bottleneck of torchvision or timm, so nothing was "
+        "changed (frozen models have none either)"
     )
     if strict:
         raise ValueError(message)

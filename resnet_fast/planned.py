@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -263,8 +264,11 @@ class PlannedStage(_Planned, FrozenStage):
         return self[0].convs[0].weight.dtype
 
 
-class PlannedResNet(_Planned, ResNet):
-    """A frozen torchvision ResNet: stem and stages as one plan, then its own average pool and classifier."""
+class PlannedNetwork(_Planned):
+    """What whole ResNets share: stem and stages as one plan, then the network's own pool and classifier."""
+
+    frozen_activation: ClassVar[str] = "relu"
+    """The child that was the stem's ReLU, and is inside its convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
@@ -298,9 +302,6 @@ class PlannedResNet(_Planned, ResNet):
     def _whole(self, engine: Engine, x: Tensor) -> Tensor:
         return self._behind(engine(x))
 
-    def _behind(self, y: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(y), 1))
-
     def _captures(self, x: Tensor) -> bool:
         return self.cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
@@ -315,21 +316,39 @@ class PlannedResNet(_Planned, ResNet):
         return engine.graph(x)
 
     def _section(self) -> Section:
-        return Section.of_resnet(self)
+        return Section.of_resnet(self, self.frozen_activation)
 
     def _has_head(self) -> bool:
-        """Whether average pool and classifier, as torchvision has them, are part of the AMX network.
+        """Whether average pool and classifier are usual ones, which are then part of the AMX network.
 
         Not in float32: one sum of 2,048 terms is less exact than PyTorch's, which adds up in parts.
         """
-        pool, fc = self.avgpool, self.fc
-        if self._weight_dtype() != torch.bfloat16:
+        if self._weight_dtype() != torch.bfloat16 or type(self.fc) is not nn.Linear:
             return False
-        usual = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and type(fc) is nn.Linear
-        return usual and not any("forward" in module.__dict__ for module in (pool, fc))
+        head = [*self._pool().modules(), self.fc]
+        return self._pools_usually() and not any("forward" in module.__dict__ for module in head)
+
+    def _pool(self) -> nn.Module:
+        return self.avgpool
+
+    def _pools_usually(self) -> bool:
+        """Whether the pool gives (N, C) means."""
+        pool = self._pool()
+        return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
 
     def _weight_dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
+
+
+class PlannedResNet(PlannedNetwork, ResNet):
+    """A frozen torchvision ResNet."""
+
+    def _behind(self, y: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(y), 1))
+
+
+PLANNED: dict[type, type] = {ResNet: PlannedResNet}
+"""Network type -> what it is once frozen, as `blocks.FAST`."""
 
 
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:

@@ -49,15 +49,15 @@ class Section:
     classifier: nn.Linear | None = None
 
     @classmethod
-    def of_resnet(cls, model: nn.Module) -> "Section":
-        """All of a frozen torchvision ResNet.
+    def of_resnet(cls, model: nn.Module, activation: str = "relu") -> "Section":
+        """All of a frozen ResNet of torchvision or timm; activation: the child that was the stem's ReLU.
 
         Raises:
-            ValueError: a layer is not what `freeze` makes of torchvision's, or has hooks.
+            ValueError: a layer is not what `freeze` makes of theirs, or has hooks.
         """
         stages = [(name, getattr(model, name)) for name in ("layer1", "layer2", "layer3", "layer4")]
         pool = model.maxpool
-        wanted = [("bn1", model.bn1, nn.Identity), ("relu", model.relu, nn.Identity)]  # both are inside conv1
+        wanted = [(name, getattr(model, name), nn.Identity) for name in ("bn1", activation)]  # both are inside conv1
         wanted += [("maxpool", pool, FrozenMaxPool2d), *((name, stage, FrozenStage) for name, stage in stages)]
         for name, module, kind in wanted:
             if (reason := _why_not_module(name, module, kind)) is not None:
@@ -65,7 +65,7 @@ class Section:
         if (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) != (3, 2, 1, 1, False):
             raise ValueError(f"maxpool is {pool}, not 3x3 with stride 2 and padding 1")
         blocks = [(f"{name}.{index}", block) for name, stage in stages for index, block in enumerate(stage)]
-        return cls(("conv1", model.conv1), True, blocks, model.fc)
+        return cls(("conv1", model.conv1), True, blocks, model.fc if isinstance(model.fc, nn.Linear) else None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,10 +1,11 @@
-"""torchvision's ResNet with its stem fused: conv1, bn1, relu and maxpool as one op, in training one autograd node.
+"""A ResNet with its stem fused: conv1, bn1, ReLU and maxpool as one op, in training one autograd node.
 
 The stem's activations are the largest of the network: stock training keeps the convolution's output, the ReLU's and the
 pooling's 8-byte indices for the backward pass, and this keeps the first of them.
 """
 
 import logging
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +27,35 @@ from .layers import (
 _POOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False}
 
 
-class FastResNet(ResNet):
-    """torchvision's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
+class FastStem:
+    """What networks with a fused stem share, whose ReLU is the child named `fast_activation`."""
 
     fast_backend: str = "auto"
+    fast_activation: ClassVar[str] = "relu"
 
     def why_stock_stem(self, x: Tensor | None = None) -> str | None:
         """Why the stem would run stock (for input `x`, if given); None where it is fused."""
-        reason = why_not_stem(self)
+        reason = why_not_stem(self, self.fast_activation)
         if reason is None and x is not None:
             op = "stem_train" if has_batch_statistics(self.bn1) else "stem"
             reason = why_not_called(op, x, self.conv1, self.fast_backend) or why_not_normalised([self.bn1], x)
         return reason
+
+    def _fused_stem(self, x: Tensor) -> Tensor | None:
+        """The stem's output (N, K, P / 2, Q / 2), or None where the stock forward has to compute it."""
+        reason = self.why_stock_stem(x)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _log.once(f"{type(self).__name__} runs its stock stem: {reason}", logging.INFO)
+            return None
+        layer, group = conv_bn(self.conv1, self.bn1), group_name([self.bn1])
+        y = stem(x, layer, group=group, backend=self.fast_backend)
+        count_batch([self.bn1])
+        return y
+
+
+class FastResNet(FastStem, ResNet):
+    """torchvision's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting() or isinstance(x, torch.fx.Proxy):
@@ -46,22 +64,21 @@ class FastResNet(ResNet):
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        reason = self.why_stock_stem(x)
-        if reason is not None:
-            if not torch.compiler.is_compiling():
-                _log.once(f"FastResNet runs its stock stem: {reason}", logging.INFO)
+        y = self._fused_stem(x)
+        if y is None:
             return super()._forward_impl(x)
-        layer, group = conv_bn(self.conv1, self.bn1), group_name([self.bn1])
-        x = stem(x, layer, group=group, backend=self.fast_backend)
-        count_batch([self.bn1])
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        return self.fc(torch.flatten(self.avgpool(y), 1))
 
 
-def why_not_stem(model: ResNet) -> str | None:
+FAST_NETWORKS: dict[type, type] = {ResNet: FastResNet}
+"""Stock network type -> its fast subclass, as `blocks.FAST`."""
+
+
+def why_not_stem(model: nn.Module, activation: str) -> str | None:
     """Why the children of `model` that make its stem, as they are now, cannot be fused; None where they can."""
     reason = why_not_stage("conv1", model.conv1, "bn1", model.bn1)
-    reason = reason or why_not_module("relu", model.relu, (nn.ReLU,))
+    reason = reason or why_not_module(activation, getattr(model, activation), (nn.ReLU,))
     reason = reason or why_not_module("maxpool", model.maxpool, (nn.MaxPool2d,))
     if reason is not None:
         return reason

@@ -163,7 +163,7 @@ def test_resnet_is_built_from_fast_blocks(fast, stock, backend, monkeypatch):
 
 @pytest.mark.parametrize("fast", [FastBasicBlock, FastBottleneck])
 def test_same_constructor_errors(fast):
-    stock = fast.__mro__[2] if fast.__mro__[1] is resnet_fast.blocks._FastBlock else fast.__mro__[1]
+    [stock] = [stock for stock, known in resnet_fast.blocks.FAST.items() if known is fast]
     for arguments in ({"groups": 0}, {"norm_layer": 3}, {"dilation": 2, "stride": "a"}):
         outcomes = []
         for block in (fast, stock):

@@ -82,9 +82,9 @@ def test_optimizing_twice_changes_nothing_and_says_so(backend):
 def test_no_residual_blocks(said):
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     assert optimize(model) is model
-    assert [message for message in said() if "Sequential has no torchvision BasicBlock or Bottleneck" in message]
+    assert [message for message in said() if "Sequential has no BasicBlock or Bottleneck" in message]
     assert len(model.resnet_fast_report) == 0
-    with pytest.raises(ValueError, match="no torchvision BasicBlock or Bottleneck"):
+    with pytest.raises(ValueError, match="no BasicBlock or Bottleneck of torchvision or timm"):
         optimize(model, strict=True)
 
 

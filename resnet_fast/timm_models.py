@@ -1,0 +1,117 @@
+"""timm's ResNets (timm.models.resnet): their residual blocks, stems and frozen networks, beside torchvision's.
+
+Imported by `libraries` where something has imported timm. The layers are named as in torchvision but for the ReLUs, and
+a block may have more: anti-aliasing and attention, which are not fused, and DropBlock and DropPath, which do nothing in
+eval mode and are not fused in training. What is not fused runs as timm has it.
+"""
+
+from typing import ClassVar
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from .blocks import FAST, BasicStages, BottleneckStages, FastBlock
+from .layers import why_not_module
+from .planned import PLANNED, PlannedNetwork
+from .resnet import FAST_NETWORKS, FastStem
+
+
+class _FastTimmBlock(FastBlock):
+    """What both blocks share."""
+
+    def _why_not_others(self) -> str | None:
+        for name, module in self._modules.items():
+            if name.startswith("act"):
+                reason = why_not_module(name, module, (nn.ReLU,))
+            elif name in ("aa", "se"):
+                reason = why_not_module(name, module, (nn.Identity, type(None)))
+            elif name in ("drop_block", "drop_path") and module is not None and self.training:
+                reason = why_not_module(name, module, (nn.Identity,))
+            else:
+                continue
+            if reason is not None:
+                return reason
+        return None
+
+
+class FastTimmBasicBlock(BasicStages, _FastTimmBlock, BasicBlock):
+    """timm's BasicBlock, fused: x (N, Cin, H, W) -> (N, planes, H / stride, W / stride)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output; dtype, layout and running statistics as BasicBlock's."""
+        if not torch.jit.is_scripting():
+            out = self._fused_or_none(x)
+            return super().forward(x) if out is None else out
+        shortcut = x  # TorchScript compiles only this copy of BasicBlock.forward
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
+
+
+class FastTimmBottleneck(BottleneckStages, _FastTimmBlock, Bottleneck):
+    """timm's Bottleneck, fused: x (N, Cin, H, W) -> (N, 4 planes, H / stride, W / stride)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output; dtype, layout and running statistics as Bottleneck's."""
+        if not torch.jit.is_scripting():
+            out = self._fused_or_none(x)
+            return super().forward(x) if out is None else out
+        shortcut = x  # TorchScript compiles only this copy of Bottleneck.forward
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act3(x)
+
+
+class FastTimmResNet(FastStem, ResNet):
+    """timm's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
+
+    fast_activation: ClassVar[str] = "act1"
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) -> the last stage's output."""
+        if torch.jit.is_scripting() or isinstance(x, torch.fx.Proxy):
+            return super().forward_features(x)
+        return self._features_fused(x)
+
+    @torch.jit.unused
+    def _features_fused(self, x: Tensor) -> Tensor:
+        y = None if self.grad_checkpointing else self._fused_stem(x)
+        return super().forward_features(x) if y is None else self.layer4(self.layer3(self.layer2(self.layer1(y))))
+
+
+class PlannedTimmResNet(PlannedNetwork, ResNet):
+    """A frozen timm ResNet."""
+
+    frozen_activation: ClassVar[str] = "act1"
+
+    def _behind(self, y: Tensor) -> Tensor:
+        return self.forward_head(y)
+
+    def _pool(self) -> nn.Module:
+        return self.global_pool
+
+    def _pools_usually(self) -> bool:
+        pool = self._pool()
+        return type(pool) is SelectAdaptivePool2d and pool.pool_type == "avg" and type(pool.flatten) is nn.Flatten
+
+
+FAST |= {BasicBlock: FastTimmBasicBlock, Bottleneck: FastTimmBottleneck}
+FAST_NETWORKS[ResNet] = FastTimmResNet
+PLANNED[ResNet] = PlannedTimmResNet
