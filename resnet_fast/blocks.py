@@ -59,6 +59,8 @@ class FastBlock:
 
     def _fused_or_none(self, x: Tensor) -> Tensor | None:
         """The block's output, or None where the stock forward has to compute it."""
+        if isinstance(x, torch.fx.Proxy):  # of which nothing is known; the graph is of the stock forward
+            return None
         reason = why_not_worth_it(x, self.fast_backend) or self.why_stock(x)
         if reason is None:
             return self._fused(x)

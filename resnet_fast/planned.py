@@ -134,7 +134,7 @@ class _Planned:
         if network is None:
             return super().forward(x)
         with torch.no_grad():
-            return self._behind(network.run(x))
+            return self.behind(network.run(x))
 
     def network_of(self, x: Tensor) -> object | None:
         """The `resnet_fast._C.FrozenNetwork` for the shape of x (N, C, H, W) and the threads in use, for which oneDNN's
@@ -159,7 +159,7 @@ class _Planned:
             networks.move_to_end(key)
             return networks[key]
 
-    def _behind(self, y: Tensor) -> Tensor:
+    def behind(self, y: Tensor) -> Tensor:
         """What follows the last block."""
         return y
 
@@ -269,6 +269,8 @@ class PlannedNetwork(_Planned):
 
     frozen_activation: ClassVar[str] = "relu"
     """The child that was the stem's ReLU, and is inside its convolution."""
+    frozen_pool: ClassVar[str] = "avgpool"
+    """The child that pools what the last stage gives."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
@@ -276,7 +278,7 @@ class PlannedNetwork(_Planned):
         x = x.to(self._weight_dtype())
         if (network := self.program_of(x)) is not None:
             y = network(x)
-            return y if network.head else self._behind(y)
+            return y if network.head else self.behind(y)
         engine = self._engine(x)
         if engine is None:
             return self._by_library(x)
@@ -300,7 +302,7 @@ class PlannedNetwork(_Planned):
             self.resnet_fast_report = replace(report, blocks=tuple(_layers_row(row, blocks) for row in report))
 
     def _whole(self, engine: Engine, x: Tensor) -> Tensor:
-        return self._behind(engine(x))
+        return self.behind(engine(x))
 
     def _captures(self, x: Tensor) -> bool:
         return self.cuda_graph and x.is_cuda and not torch.cuda.is_current_stream_capturing()
@@ -316,7 +318,7 @@ class PlannedNetwork(_Planned):
         return engine.graph(x)
 
     def _section(self) -> Section:
-        return Section.of_resnet(self, self.frozen_activation)
+        return Section.of_resnet(self)
 
     def _has_head(self) -> bool:
         """Whether average pool and classifier are usual ones, which are then part of the AMX network.
@@ -325,15 +327,12 @@ class PlannedNetwork(_Planned):
         """
         if self._weight_dtype() != torch.bfloat16 or type(self.fc) is not nn.Linear:
             return False
-        head = [*self._pool().modules(), self.fc]
+        head = [*getattr(self, self.frozen_pool).modules(), self.fc]
         return self._pools_usually() and not any("forward" in module.__dict__ for module in head)
-
-    def _pool(self) -> nn.Module:
-        return self.avgpool
 
     def _pools_usually(self) -> bool:
         """Whether the pool gives (N, C) means."""
-        pool = self._pool()
+        pool = getattr(self, self.frozen_pool)
         return type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
 
     def _weight_dtype(self) -> torch.dtype:
@@ -343,7 +342,7 @@ class PlannedNetwork(_Planned):
 class PlannedResNet(PlannedNetwork, ResNet):
     """A frozen torchvision ResNet."""
 
-    def _behind(self, y: Tensor) -> Tensor:
+    def behind(self, y: Tensor) -> Tensor:
         return self.fc(torch.flatten(self.avgpool(y), 1))
 
 

@@ -49,15 +49,16 @@ class Section:
     classifier: nn.Linear | None = None
 
     @classmethod
-    def of_resnet(cls, model: nn.Module, activation: str = "relu") -> "Section":
-        """All of a frozen ResNet of torchvision or timm; activation: the child that was the stem's ReLU.
+    def of_resnet(cls, model: nn.Module) -> "Section":
+        """All of a frozen ResNet of torchvision or timm.
 
         Raises:
             ValueError: a layer is not what `freeze` makes of theirs, or has hooks.
         """
         stages = [(name, getattr(model, name)) for name in ("layer1", "layer2", "layer3", "layer4")]
         pool = model.maxpool
-        wanted = [(name, getattr(model, name), nn.Identity) for name in ("bn1", activation)]  # both are inside conv1
+        inside = "bn1", getattr(model, "frozen_activation", "relu")  # conv1
+        wanted = [(name, getattr(model, name, None), nn.Identity) for name in inside]
         wanted += [("maxpool", pool, FrozenMaxPool2d), *((name, stage, FrozenStage) for name, stage in stages)]
         for name, module, kind in wanted:
             if (reason := _why_not_module(name, module, kind)) is not None:

@@ -43,6 +43,8 @@ class FastStem:
 
     def _fused_stem(self, x: Tensor) -> Tensor | None:
         """The stem's output (N, K, P / 2, Q / 2), or None where the stock forward has to compute it."""
+        if isinstance(x, torch.fx.Proxy):
+            return None
         reason = self.why_stock_stem(x)
         if reason is not None:
             if not torch.compiler.is_compiling():
@@ -58,9 +60,11 @@ class FastResNet(FastStem, ResNet):
     """torchvision's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or isinstance(x, torch.fx.Proxy):
-            return super()._forward_impl(x)
-        return self._forward_fused(x)
+        if not torch.jit.is_scripting():
+            return self._forward_fused(x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # TorchScript compiles only this copy of ResNet's
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:

@@ -86,9 +86,10 @@ class FastTimmResNet(FastStem, ResNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) -> the last stage's output."""
-        if torch.jit.is_scripting() or isinstance(x, torch.fx.Proxy):
-            return super().forward_features(x)
-        return self._features_fused(x)
+        if not torch.jit.is_scripting():
+            return self._features_fused(x)
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))  # TorchScript compiles only this copy of ResNet's
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     @torch.jit.unused
     def _features_fused(self, x: Tensor) -> Tensor:
@@ -100,15 +101,13 @@ class PlannedTimmResNet(PlannedNetwork, ResNet):
     """A frozen timm ResNet."""
 
     frozen_activation: ClassVar[str] = "act1"
+    frozen_pool: ClassVar[str] = "global_pool"
 
-    def _behind(self, y: Tensor) -> Tensor:
+    def behind(self, y: Tensor) -> Tensor:
         return self.forward_head(y)
 
-    def _pool(self) -> nn.Module:
-        return self.global_pool
-
     def _pools_usually(self) -> bool:
-        pool = self._pool()
+        pool = self.global_pool
         return type(pool) is SelectAdaptivePool2d and pool.pool_type == "avg" and type(pool.flatten) is nn.Flatten
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import fresh
 import pytest
@@ -11,7 +12,7 @@ from models import assert_trains_alike, count_fused_calls, lively, pair
 from numerics import assert_matches
 
 import resnet_fast
-from resnet_fast import FusionError, freeze, optimize, restore
+from resnet_fast import FusionError, cli, freeze, optimize, restore
 
 timm = pytest.importorskip("timm")
 
@@ -174,3 +175,16 @@ def test_checkpointing_compiling_and_scripting(native):
         assert_matches("scripted", torch.jit.script(fast)(x), stock(x), exact)
     with resnet_fast.disabled(), torch.no_grad():
         assert torch.equal(fast(x), stock(x))
+
+
+def test_on_the_command_line(capsys):
+    assert cli.main(["profile", "--model", "timm/resnet26", "--gpu", "h200", "-b", "2"]) == 0
+    assert "timm/resnet26, batch 2" in capsys.readouterr().out
+    assert cli.main(["bench", "--model", "timm/resnet51"]) == 2
+    assert "not one of timm's ResNets; did you mean timm/resnet50" in capsys.readouterr().err
+
+
+def test_the_command_line_without_timm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert cli.main(["bench", "--model", "timm/resnet50"]) == 2
+    assert "pip install timm" in capsys.readouterr().err

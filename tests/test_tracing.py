@@ -8,7 +8,8 @@ import torch
 from cases import draw
 from models import lively
 from torch.func import functional_call, grad, jvp, vmap
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, resnet18
 
 from resnet_fast import FastBasicBlock, FastBottleneck, optimize, restore
 
@@ -49,6 +50,21 @@ def test_torchscript_trace_records_plain_pytorch(block, backend):
     assert "resnet_fast::" not in str(traced.inlined_graph)
     other = draw((3, 16, 8, 8), torch.float64)
     torch.testing.assert_close(traced(other), stock(other))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_networks_scripted_and_traced_symbolically(training, backend):
+    """TorchScript compiles a copy of the forward, torch.fx records the stock one, as feature extractors need."""
+    torch.manual_seed(2)
+    stock = lively(resnet18(num_classes=5)).double().train(training)
+    fast = optimize(copy.deepcopy(stock), backend=backend, strict=True)
+    x = draw((2, 3, 33, 33), torch.float64)
+    for of_fast, of_stock in (
+        (torch.jit.script(copy.deepcopy(fast)), copy.deepcopy(stock)),
+        (torch.fx.symbolic_trace(copy.deepcopy(fast)), copy.deepcopy(stock)),
+        (create_feature_extractor(fast, ["layer2", "fc"]), create_feature_extractor(stock, ["layer2", "fc"])),
+    ):
+        torch.testing.assert_close(of_fast(x), of_stock(x))
 
 
 def test_torchscript_of_blocks_built_fast():

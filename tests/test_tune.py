@@ -143,7 +143,7 @@ def test_every_problem_that_a_planner_weighs_is_measured(monkeypatch, model):
 
     monkeypatch.setattr(planner, "choose", watching)
     with torch.device("meta"):
-        section = planner.Section.of_resnet(freeze(tune.models.get_model(model).eval(), dtype=torch.bfloat16))
+        section = planner.Section.of_resnet(freeze(tune.networks.untrained(model).eval(), dtype=torch.bfloat16))
     for fusion in planner.FUSIONS:
         planner.build(section, (2, 3, 64, 64), "bfloat16", H200, fusion=fusion)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""torchvision's ResNets with batch-norm statistics that are nowhere trivial, for checks and timings."""
+"""ResNets of torchvision and timm with batch-norm statistics that are nowhere trivial, for checks and timings."""
 
 import copy
 import difflib
@@ -13,6 +13,8 @@ from . import UserError
 from .checks import randomise_batch_norm
 
 FAMILIES = ("resnet", "resnext", "wide_resnet")
+TIMM = "timm/"
+"""Before the names of timm's networks."""
 
 
 def names() -> list[str]:
@@ -20,21 +22,30 @@ def names() -> list[str]:
     return [name for name in models.list_models(models) if name.startswith(FAMILIES)]
 
 
+def timm_names() -> list[str]:
+    """timm's, as "timm/resnet50"; a UserError without timm."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("--model timm/...: timm is not installed: pip install timm") from None
+    return [f"{TIMM}{name}" for name in timm.list_models(module="resnet")]
+
+
 def check_name(name: str) -> str:
     """`name`, or a UserError that lists what is near it."""
-    known = names()
+    library, known = ("timm", timm_names()) if name.startswith(TIMM) else ("torchvision", names())
     if name in known:
         return name
     near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"--model {name} is not one of torchvision's ResNets; {hint}")
+    raise UserError(f"--model {name} is not one of {library}'s ResNets; {hint}")
 
 
 def build(name: str, images: Tensor, weights: str | None = None, seed: int = 0) -> nn.Module:
     """A network in eval mode, channels_last, float32, on the images' device.
 
     Without `weights` its parameters are random, and its running statistics are those of `images` (N, 3, H, W), so that
-    its outputs depend on every statistic. With `weights` (a torchvision name) they are the trained ones.
+    its outputs depend on every statistic. With `weights`, a torchvision name, they are the trained ones.
     """
     device = images.device
     if weights is not None:
@@ -46,12 +57,21 @@ def build(name: str, images: Tensor, weights: str | None = None, seed: int = 0) 
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = models.get_model(name, weights=None)
+            model = untrained(name)
             randomise_batch_norm(model, torch.default_generator)
     model = model.to(device, memory_format=torch.channels_last)
     if weights is None:
         calibrate(model, images)
     return model.eval()
+
+
+def untrained(name: str) -> nn.Module:
+    """The network as its library makes it, where `torch.device` says."""
+    if not name.startswith(TIMM):
+        return models.get_model(name, weights=None)
+    import timm
+
+    return timm.create_model(name.removeprefix(TIMM), pretrained=False)
 
 
 def find_weights(name: str, weights: str):

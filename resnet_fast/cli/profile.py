@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torchvision import models
 
 from .. import freeze, gpus
 from ..engine import fitted
@@ -151,7 +150,7 @@ def measure(make: Callable[[], Plan], stock: nn.Module, frozen: nn.Module, devic
         engine = fitted(make, x)
         plan, features = engine.plan, engine(x)
         few = images[:CHECKED_IMAGES]
-        comparison = networks.compare_logits(_logits(frozen, features[:CHECKED_IMAGES]), stock, few, x.dtype)
+        comparison = networks.compare_logits(frozen.behind(features[:CHECKED_IMAGES]), stock, few, x.dtype)
         progress.update(line, description="measuring the ceilings")
         measured = ceilings.measured(plan.gpu, device, plan.dtype)
         if not comparison.match:
@@ -228,19 +227,15 @@ def _stock(args: argparse.Namespace, device: str | None) -> nn.Module:
     """The network to plan: shapes alone suffice, unless it is to be run."""
     if device is None:
         with torch.device("meta"):
-            return models.get_model(args.model, weights=None).eval()
+            return networks.untrained(args.model).eval()
     generator = torch.Generator().manual_seed(0)
     return networks.build(args.model, torch.randn(4, 3, args.img_size, args.img_size, generator=generator).to(device))
 
 
-def _logits(frozen: nn.Module, features: Tensor) -> Tensor:
-    return frozen.fc(frozen.avgpool(features).flatten(1))
-
-
 def _head_launches(plan: Plan, frozen: nn.Module, features: Tensor) -> list[tuple[Step, Callable[[], Tensor]]]:
-    pool, linear = plan.head
-    pooled = frozen.avgpool(features).flatten(1)
-    return [(pool, lambda: frozen.avgpool(features)), (linear, lambda: frozen.fc(pooled))]
+    (pool, linear), module = plan.head, getattr(frozen, frozen.frozen_pool)
+    pooled = module(features).flatten(1)
+    return [(pool, lambda: module(features)), (linear, lambda: frozen.fc(pooled))]
 
 
 def _stage(step: Step, plan: Plan) -> str:

@@ -140,7 +140,7 @@ def total(rows: Sequence[Row], batch_size: int, seconds: float) -> Total:
     )
 
 
-_HEAD = ("avgpool", "fc")
+_HEAD = ("avgpool", "global_pool", "fc")
 _NOT_SETTINGS = ("command", "version", "json", "csv", "png", "gpu", "fusion")
 
 

@@ -10,24 +10,26 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
+from .. import libraries
 from ..backends.triton_conv import why_library
 from ..blocks import fast_type
 from ..layers import conv_of
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
 from ..shapes import Conv
+from . import networks
 
 
 def of_network(name: str, shape: tuple[int, int, int, int], dtype: str) -> Iterator[Problem]:
-    """Of all blocks of torchvision's `name` for images of `shape`, some more than once."""
+    """Of all blocks of the network `name` for images of `shape`, some more than once."""
     inputs: dict[nn.Module, tuple[int, ...]] = {}
 
     def note(block: nn.Module, arguments: tuple[Tensor]) -> None:
         inputs[block] = tuple(arguments[0].shape)
 
     with torch.device("meta"), torch.no_grad():
-        model = models.get_model(name, weights=None).eval()
+        model = networks.untrained(name).eval()
+        libraries.load()
         for block in model.modules():
             if fast_type(block):
                 block.register_forward_pre_hook(note)

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from torchvision import models
 
 from .. import cpus, freeze, gpus, planner
 from ..amx.network import why_not_packable
@@ -347,7 +346,7 @@ def _cpu(args: argparse.Namespace) -> Cpu:
 @functools.cache
 def _section(name: str, dtype: str) -> planner.Section:
     with torch.device("meta"):
-        model = models.get_model(name, weights=None).eval()
+        model = networks.untrained(name).eval()
     return planner.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
 
 
