@@ -154,7 +154,10 @@ def _freeze_stem(module: nn.Module, dtype) -> None:
         return
     children = dict(module.named_children())
     if set(stem) <= children.keys():
-        _replace_run(module, [(name, children[name]) for name in stem], dtype)
+        run = [(module, name) for name in stem]
+        if type(module.conv1) is nn.Sequential and len(module.conv1):  # timm's deep stem, whose last layer this is
+            run[0] = module.conv1, list(dict(module.conv1.named_children()))[-1]
+        _replace_run(run, dtype)
     if type(children.get("maxpool")) is nn.MaxPool2d:
         module.maxpool.__class__ = FrozenMaxPool2d
 
@@ -163,18 +166,19 @@ def _freeze_runs(module: nn.Module, dtype) -> None:
     """Every Conv2d-BatchNorm2d(-ReLU) run of a Sequential (segmentation heads, for one)."""
     if type(module).forward is not nn.Sequential.forward:
         return
-    children = list(module.named_children())
-    for start in range(len(children) - 1):
-        _replace_run(module, children[start : start + 3], dtype)
+    names = [(module, name) for name, _ in module.named_children()]
+    for start in range(len(names) - 1):
+        _replace_run(names[start : start + 3], dtype)
 
 
-def _replace_run(parent: nn.Module, run: list[tuple[str, nn.Module]], dtype) -> None:
-    (conv_name, conv), (bn_name, bn), *rest = run
-    if why_not_stage(conv_name, conv, bn_name, bn) is not None or not _has_statistics(bn):
+def _replace_run(run: list[tuple[nn.Module, str]], dtype) -> None:
+    """Of a convolution, a batch norm and, perhaps, a ReLU, each by its parent and its name there."""
+    conv, bn, *rest = (getattr(parent, name) for parent, name in run)
+    if why_not_stage(run[0][1], conv, run[1][1], bn) is not None or not _has_statistics(bn):
         return
-    relu = bool(rest) and type(rest[0][1]) is nn.ReLU and not rest[0][1]._forward_hooks
-    setattr(parent, conv_name, FrozenConv2d(conv, bn, relu, dtype))
-    for name, _ in run[1:3] if relu else run[1:2]:
+    relu = bool(rest) and type(rest[0]) is nn.ReLU and not rest[0]._forward_hooks
+    setattr(*run[0], FrozenConv2d(conv, bn, relu, dtype))
+    for parent, name in run[1:3] if relu else run[1:2]:
         setattr(parent, name, nn.Identity())
 
 

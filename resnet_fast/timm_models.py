@@ -111,6 +111,6 @@ class PlannedTimmResNet(PlannedNetwork, ResNet):
         return type(pool) is SelectAdaptivePool2d and pool.pool_type == "avg" and type(pool.flatten) is nn.Flatten
 
 
-FAST |= {BasicBlock: FastTimmBasicBlock, Bottleneck: FastTimmBottleneck}
+FAST.update({BasicBlock: FastTimmBasicBlock, Bottleneck: FastTimmBottleneck})
 FAST_NETWORKS[ResNet] = FastTimmResNet
 PLANNED[ResNet] = PlannedTimmResNet

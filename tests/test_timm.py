@@ -51,6 +51,7 @@ def test_inference(name, backend):
         assert_matches("features", fast.forward_features(x), stock.forward_features(x), features)
         assert_matches("frozen features", frozen.forward_features(x), stock.forward_features(x), features)
     assert all(row.fused for row in frozen.resnet_fast_report)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
     assert (type(frozen).__name__ == "PlannedTimmResNet") == (name in PLAIN)
 
 
