@@ -8,7 +8,7 @@ eval mode and are not fused in training. What is not fused runs as timm has it.
 from typing import ClassVar
 
 import torch
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import DropBlock2d, DropPath, SelectAdaptivePool2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -17,21 +17,20 @@ from .layers import why_not_module
 from .planned import PLANNED, PlannedNetwork
 from .resnet import FAST_NETWORKS, FastStem
 
+_NOTHING_IN_EVAL_MODE = (DropBlock2d, DropPath)
+
 
 class _FastTimmBlock(FastBlock):
     """What both blocks share."""
 
     def _why_not_others(self) -> str | None:
         for name, module in self._modules.items():
-            if name.startswith("act"):
-                reason = why_not_module(name, module, (nn.ReLU,))
-            elif name in ("aa", "se"):
-                reason = why_not_module(name, module, (nn.Identity, type(None)))
-            elif name in ("drop_block", "drop_path") and module is not None and self.training:
-                reason = why_not_module(name, module, (nn.Identity,))
-            else:
+            if module is None or name == "downsample" or name.startswith(("conv", "bn")):
                 continue
-            if reason is not None:
+            types = (nn.ReLU,) if name.startswith("act") else (nn.Identity,)
+            if name.startswith("drop") and not module.training:
+                types = (*types, *_NOTHING_IN_EVAL_MODE)
+            if (reason := why_not_module(name, module, types)) is not None:
                 return reason
         return None
 

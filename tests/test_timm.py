@@ -154,6 +154,18 @@ def test_what_only_training_drops_is_fused_in_eval_mode(backend):
     assert {None, "drop_path is DropPath, not Identity", "drop_block is DropBlock2d, not Identity"} == reasons
 
 
+@pytest.mark.parametrize("child", ["aa", "drop_block", "act2"])
+def test_a_hook_on_any_child_is_called(child, said):
+    torch.manual_seed(0)
+    block = optimize(lively(BasicBlock(16, 16)).eval())
+    seen = []
+    getattr(block, child).register_forward_hook(lambda *call: seen.append(call))
+    with torch.no_grad():
+        block(draw((2, 16, 8, 8), torch.float32))
+    assert len(seen) == 1
+    assert any(f"{child} has hooks" in message for message in said())
+
+
 def test_a_subclass_is_left_alone():
     class Mine(BasicBlock):
         pass
