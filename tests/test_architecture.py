@@ -4,6 +4,7 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import fresh
 import pytest
 
 import resnet_fast
@@ -49,3 +50,30 @@ def test_a_circle_is_found(tmp_path, late):
     (package / "two.py").write_text(f"def a():\n    {late}\n")
     with pytest.raises(CycleError):
         TopologicalSorter(imports(package)).prepare()
+
+
+def test_only_what_launches_imports_triton():
+    """Every module that is imported where Triton is not: all but the kernels and what calls them."""
+    code = """
+import importlib, pkgutil, sys, torch, torchvision
+sys.modules["triton"] = None  # which makes its import an error
+import resnet_fast
+failed = []
+for module in pkgutil.walk_packages(resnet_fast.__path__, "resnet_fast."):
+    if module.name.endswith(("__main__", "timm_models", "._C")):
+        continue
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        assert error.name == "triton" or "triton" in str(error), error
+        failed.append(module.name.removeprefix("resnet_fast."))
+print(*sorted(failed))
+"""
+    done = fresh.python(code)
+    assert done.returncode == 0, done.stderr
+    names = set(done.stdout.split())
+    others = {name for name in names if not name.startswith(("kernels.", "backends.triton_"))}
+    assert others == {"backends.primitives.triton", "cli.workloads.training"}
+    chosen_without = ("config_types", "configs", "cost", "direct", "selection", "tables", "winograd")
+    assert not names & {f"kernels.{name}" for name in chosen_without}
+    assert {"backends.triton_launch", "kernels.conv_tma"} <= names

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _log, gpus
 from ..kernels import selection
-from ..kernels.configs import Config, group_shape, pixel_tiles
+from ..kernels.configs import Config, pixel_tiles, why_not_in_training
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, dtype_name
 from ..shapes import Conv
 from ..training import EPILOGUE, PROLOGUE
@@ -233,7 +233,7 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
 
 def _in_own_kernel(problem: Problem, x: Tensor, run: Callable[[Config], Result], instead: str) -> Result | None:
     """What `run(config)` returns, or None, with the reason logged, where another path is to be taken."""
-    gpu, reason = gpus.of_tensor(x), why_library(problem)
+    gpu, reason = gpus.of_tensor(x), why_not_in_training(problem)
     if reason is None:
         choice = selection.choose(problem, gpu)
         if choice.config is not None:
@@ -245,13 +245,6 @@ def _in_own_kernel(problem: Problem, x: Tensor, run: Callable[[Config], Result],
                 selection.refuse(problem, gpu, f"{type(error).__name__}: {error}")
         reason = selection.choose(problem, gpu).reason
     _log.once(f"triton: {problem.key} takes {instead}: {reason}", logging.INFO)
-    return None
-
-
-def why_library(problem: Problem) -> str | None:
-    """Why the library's path is taken for `problem` whatever was measured; None where there is a choice."""
-    if isinstance(problem, ConvProblem) and group_shape(problem)[0] != problem.conv.groups:
-        return "small groups are packed together only in frozen models"
     return None
 
 

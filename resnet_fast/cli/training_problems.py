@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import libraries
-from ..backends.triton_conv import why_library
 from ..blocks import fast_type
+from ..kernels.configs import why_not_in_training
 from ..layers import conv_of
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
 from ..shapes import Conv
@@ -41,7 +41,7 @@ def of_network(name: str, shape: tuple[int, int, int, int], dtype: str) -> Itera
 def of_block(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:
     """Of one block, stock or fast, for an input of `x_shape`."""
     found = (*_main(block, x_shape, dtype), *_shortcut(block, x_shape, dtype))
-    yield from (problem for problem in found if why_library(problem) is None)
+    yield from (problem for problem in found if why_not_in_training(problem) is None)
 
 
 def _main(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:

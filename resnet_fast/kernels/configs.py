@@ -71,6 +71,7 @@ __all__ = [
     "shared_memory",
     "to_dict",
     "why_not",
+    "why_not_in_training",
 ]
 
 _ON_CPUS = (WinogradConfig, DirectConfig, TileConfig, ProgramConfig)
@@ -84,6 +85,13 @@ def why_not(config: Config, problem: Problem, device: Device) -> str | None:
     if isinstance(config, _ON_CPUS) != isinstance(device, Cpu):
         return f"{kernel_name(config)} does not run on a {device.kind.upper()}"
     return _why_not_on_cpu(config, problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
+
+
+def why_not_in_training(problem: Problem) -> str | None:
+    """Why the library takes `problem` in training, whatever was measured; None where there is a choice."""
+    if isinstance(problem, ConvProblem) and group_shape(problem)[0] != problem.conv.groups:
+        return "small groups are packed together only in frozen models"
+    return None
 
 
 def of_cpu(problem: Problem) -> tuple[Config, ...]:
