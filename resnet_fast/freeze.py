@@ -13,9 +13,9 @@ from .amx.network import why_not_packable
 from .backends import units, winograd
 from .blocks import fast_type, why_not_downsample, why_not_fusable
 from .frozen import FrozenBlock, FrozenConv2d, FrozenMaxPool2d, FrozenStage, onednn_runs
-from .layers import why_not_stage
+from .layers import why_not_module, why_not_stage
 from .optimize import restore_classes
-from .planned import PLANNED, PlannedStage
+from .planned import PLANNED, PlannedNetwork, PlannedStage
 from .planner import FUSIONS, Section
 from .report import BlockReport, Report
 
@@ -149,14 +149,14 @@ def _freeze_stem(module: nn.Module, dtype) -> None:
     """conv1-bn1-ReLU-maxpool of a ResNet, or of the layers that a segmentation or detection model takes from one."""
     if type(module) is not IntermediateLayerGetter and type(module) not in PLANNED:
         return
-    stem = "conv1", "bn1", getattr(PLANNED.get(type(module)), "frozen_activation", "relu")
+    stem = "conv1", "bn1", PLANNED.get(type(module), PlannedNetwork).frozen_activation
     if set(stem) & set(getattr(module, "return_layers", ())):
         return
     children = dict(module.named_children())
     if set(stem) <= children.keys():
         run = [(module, name) for name in stem]
-        if type(module.conv1) is nn.Sequential and len(module.conv1):  # timm's deep stem, whose last layer this is
-            run[0] = module.conv1, list(dict(module.conv1.named_children()))[-1]
+        if why_not_module("conv1", module.conv1, (nn.Sequential,)) is None and len(module.conv1):  # timm's deep stem
+            run[0] = module.conv1, [name for name, _ in module.conv1.named_children()][-1]
         _replace_run(run, dtype)
     if type(children.get("maxpool")) is nn.MaxPool2d:
         module.maxpool.__class__ = FrozenMaxPool2d

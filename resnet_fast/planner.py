@@ -58,7 +58,8 @@ class Section:
         stages = [(name, getattr(model, name)) for name in ("layer1", "layer2", "layer3", "layer4")]
         pool = model.maxpool
         inside = "bn1", getattr(model, "frozen_activation", "relu")  # conv1
-        wanted = [(name, getattr(model, name, None), nn.Identity) for name in inside]
+        wanted = [("conv1", model.conv1, FrozenConv2d)]
+        wanted += [(name, getattr(model, name, None), nn.Identity) for name in inside]
         wanted += [("maxpool", pool, FrozenMaxPool2d), *((name, stage, FrozenStage) for name, stage in stages)]
         for name, module, kind in wanted:
             if (reason := _why_not_module(name, module, kind)) is not None:

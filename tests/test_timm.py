@@ -166,6 +166,18 @@ def test_a_hook_on_any_child_is_called(child, said):
     assert any(f"{child} has hooks" in message for message in said())
 
 
+def test_a_hook_on_a_deep_stem_sees_what_it_saw():
+    stock = network("resnet26d").eval()
+    seen = []
+    stock.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    frozen, x = freeze(stock), draw((2, 3, 64, 64), torch.float32)
+    with torch.no_grad():
+        frozen(x)
+        stock(x)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-4)
+    assert seen[0].min() < 0, "no ReLU is in it"
+
+
 def test_a_subclass_is_left_alone():
     class Mine(BasicBlock):
         pass
@@ -195,6 +207,16 @@ def test_on_the_command_line(capsys):
     assert "timm/resnet26, batch 2" in capsys.readouterr().out
     assert cli.main(["bench", "--model", "timm/resnet51"]) == 2
     assert "not one of timm's ResNets; did you mean timm/resnet50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [
+    ["profile", "--img-size", "64", "-b", "1"],
+    ["profile", "--gpu", "h200", "-b", "1"],
+    ["tune", "--list", "--device", "cpu", "--dtype", "float32", "-b", "1"],
+], ids=["profile", "plan", "tune"])  # fmt: skip
+def test_a_network_that_is_no_plan_is_told_so(command, capsys):
+    assert cli.main([*command, "--model", "timm/resnet26d"]) == 2
+    assert "conv1 is Sequential, not FrozenConv2d" in capsys.readouterr().err
 
 
 def test_the_command_line_without_timm(monkeypatch, capsys):

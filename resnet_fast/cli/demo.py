@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import freeze, optimize
+from ..problems import dtype_name
 from . import UserError, bench, contenders, environment, harness, networks, output
 
 MODELS = ("resnet50", "resnet18")
@@ -143,7 +144,7 @@ def _photos(result: Result, name: str, stock: nn.Module, images: Tensor, titles:
 
 def _throughput(result: Result, name: str, stock: nn.Module, images: Tensor, dtype: torch.dtype, rounds: int) -> None:
     """Logits against float64 and images per second, one dtype."""
-    word = str(dtype).removeprefix("torch.")
+    word = dtype_name(dtype)
     setting = contenders.Setting(stock, images, None if dtype == torch.float32 else dtype)
     with output.progress() as progress:
         line = progress.add_task(f"{name} {word}: float64 reference", total=None)

@@ -24,6 +24,7 @@ from ..backends import direct, units, winograd
 from ..kernels import tables
 from ..kernels.winograd import NAME as WINOGRAD
 from ..kernels.winograd import NAME_OF_DOTS
+from ..problems import dtype_name
 from . import checks, environment, output
 
 
@@ -109,7 +110,7 @@ def _tuned() -> list[dict]:
 def _frozen_cpu() -> dict[str, str]:
     """What computes a frozen ResNet here, by dtype: AMX, AVX-512, or the library, with Winograd, and why."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-    return {str(dtype).removeprefix("torch."): _frozen_cpu_by(dtype) for dtype in dtypes}
+    return {dtype_name(dtype): _frozen_cpu_by(dtype) for dtype in dtypes}
 
 
 def _frozen_cpu_by(dtype: torch.dtype) -> str:
@@ -120,7 +121,7 @@ def _frozen_cpu_by(dtype: torch.dtype) -> str:
     name = NAME_OF_DOTS if winograd.by_dots(dtype) else WINOGRAD
     if (reason := winograd.why_not()) is not None:
         return f"{text}; no {name}: {reason}"
-    measured = tables.count(cpus.here(), str(dtype).removeprefix("torch.")) > 0
+    measured = tables.count(cpus.here(), dtype_name(dtype)) > 0
     others = ", others directly," if dtype == direct.DTYPE else ""
     return f"{text}; 3x3s by {name}{others} where {'measured' if measured else 'predicted'} to be faster"
 
@@ -138,7 +139,7 @@ def _backends() -> list[dict]:
                     if reason is None:
                         by_request = dispatch.why_not_auto(backend, op, device, dtype)
                         kernel = "; ".join(filter(None, (dispatch.load(backend).kernel(op, device, dtype), by_request)))
-                    row = {"backend": backend, "device": device, "dtype": str(dtype).removeprefix("torch."), "op": op}
+                    row = {"backend": backend, "device": device, "dtype": dtype_name(dtype), "op": op}
                     rows.append(row | {"usable": reason is None, "kernel": kernel, "reason": reason})
     return rows
 

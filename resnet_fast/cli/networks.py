@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from .. import numerics
+from .. import freeze, libraries, numerics
 from ..numerics import Comparison
+from ..planned import PlannedNetwork
+from ..planner import Section
 from . import UserError
 from .checks import randomise_batch_norm
 
@@ -71,7 +73,18 @@ def untrained(name: str) -> nn.Module:
         return models.get_model(name, weights=None)
     import timm
 
+    libraries.load()
     return timm.create_model(name.removeprefix(TIMM), pretrained=False)
+
+
+def frozen_whole(name: str, stock: nn.Module, dtype: torch.dtype) -> PlannedNetwork:
+    """`stock`, which is called `name`, frozen; a UserError that says why where not all of it is one plan."""
+    try:
+        frozen = freeze(stock, dtype=dtype)
+        Section.of_resnet(frozen)
+    except ValueError as error:
+        raise UserError(f"--model {name} is not one plan when frozen ({error}); `bench` times any network") from None
+    return frozen
 
 
 def find_weights(name: str, weights: str):

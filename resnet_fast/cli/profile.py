@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import freeze, gpus
+from .. import gpus
 from ..engine import fitted
 from ..gpus import Gpu
 from ..kernels.configs import Config, to_dict
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
         return profile_cpu.run(args)
     stock = _stock(args, device)
-    frozen = freeze(stock, dtype=getattr(torch, args.dtype))
+    frozen = networks.frozen_whole(args.model, stock, getattr(torch, args.dtype))
     shape = (args.batch_size, 3, args.img_size, args.img_size)
     try:
         make = functools.partial(build, Section.of_resnet(frozen), shape, args.dtype, gpu)

@@ -19,8 +19,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import freeze
 from ..numerics import Comparison
+from ..problems import dtype_name
 from . import cpu_ceilings, environment, networks, output
 from .contenders import CHECKED_IMAGES
 from .cpu_ceilings import Ceilings
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     images = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
     stock = networks.build(args.model, torch.randn(4, *shape[1:], generator=generator))
     dtype = getattr(torch, args.dtype)
-    frozen = freeze(stock, dtype=dtype)
+    frozen = networks.frozen_whole(args.model, stock, dtype)
     with output.progress() as progress:
         line = progress.add_task("verifying against float64", total=None)
         with torch.inference_mode():
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         few = images[:CHECKED_IMAGES]
         comparison = networks.compare_logits(logits[:CHECKED_IMAGES], stock, few, dtype)
         progress.update(line, description="measuring the ceilings")
-        computing = str(computed_by(frozen, images).conv1.weight.dtype).removeprefix("torch.")
+        computing = dtype_name(computed_by(frozen, images).conv1.weight.dtype)
         dtypes = args.dtype if computing == args.dtype else f"{args.dtype}, computed in {computing},"
         on = environment.device_name("cpu")
         title = f"{args.model}, batch {args.batch_size}, {args.img_size} px, {dtypes} on {on}"

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .. import libraries
 from ..blocks import fast_type
-from ..kernels.configs import why_not_in_training
+from ..kernels.configs import why_only_frozen
 from ..layers import conv_of
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem
 from ..shapes import Conv
@@ -29,7 +28,6 @@ def of_network(name: str, shape: tuple[int, int, int, int], dtype: str) -> Itera
 
     with torch.device("meta"), torch.no_grad():
         model = networks.untrained(name).eval()
-        libraries.load()
         for block in model.modules():
             if fast_type(block):
                 block.register_forward_pre_hook(note)
@@ -41,7 +39,7 @@ def of_network(name: str, shape: tuple[int, int, int, int], dtype: str) -> Itera
 def of_block(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:
     """Of one block, stock or fast, for an input of `x_shape`."""
     found = (*_main(block, x_shape, dtype), *_shortcut(block, x_shape, dtype))
-    yield from (problem for problem in found if why_not_in_training(problem) is None)
+    yield from (problem for problem in found if why_only_frozen(problem) is None)
 
 
 def _main(block: nn.Module, x_shape: tuple[int, ...], dtype: str) -> Iterator[Problem]:

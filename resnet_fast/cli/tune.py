@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from .. import cpus, freeze, gpus, planner
+from .. import cpus, gpus, planner
 from ..amx.network import why_not_packable
 from ..amx.program import problem_of
 from ..backends import triton as triton_backend
@@ -347,7 +347,7 @@ def _cpu(args: argparse.Namespace) -> Cpu:
 def _section(name: str, dtype: str) -> planner.Section:
     with torch.device("meta"):
         model = networks.untrained(name).eval()
-    return planner.Section.of_resnet(freeze(model, dtype=getattr(torch, dtype)))
+    return planner.Section.of_resnet(networks.frozen_whole(name, model, getattr(torch, dtype)))
 
 
 def _print_list(chosen: Sequence[Problem], target: Device) -> None:

@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 
 from .. import BackendUnavailable, dispatch, freeze, numerics, optimize
+from ..problems import dtype_name
 from . import UserError, checks, environment, networks, output
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -154,7 +155,7 @@ def _print(rows: list[dict], match: bool, seconds: float) -> None:
 
 def _describe(op, case, mode, dtype, channels_last, backend, device) -> dict:
     layout = "channels_last" if channels_last else "contiguous"
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return {"op": op, "case": case, "mode": mode, "dtype": name, "layout": layout, "backend": backend, "device": device}
 
 
