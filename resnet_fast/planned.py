@@ -160,7 +160,7 @@ class _Planned:
             return networks[key]
 
     def behind(self, y: Tensor) -> Tensor:
-        """What follows the last block."""
+        """What follows the last block: y, its output (N, C, P, Q), or of a whole network its logits."""
         return y
 
     def _look_at_children(self) -> None:

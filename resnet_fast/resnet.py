@@ -55,6 +55,9 @@ class FastStem:
         count_batch([self.bn1])
         return y
 
+    def _staged(self, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
 
 class FastResNet(FastStem, ResNet):
     """torchvision's ResNet, what `optimize` makes of one: the blocks are fused for themselves, and here the stem."""
@@ -63,16 +66,15 @@ class FastResNet(FastStem, ResNet):
         if not torch.jit.is_scripting():
             return self._forward_fused(x)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # TorchScript compiles only this copy of ResNet's
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self._behind_stem(x)
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
         y = self._fused_stem(x)
-        if y is None:
-            return super()._forward_impl(x)
-        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
-        return self.fc(torch.flatten(self.avgpool(y), 1))
+        return super()._forward_impl(x) if y is None else self._behind_stem(y)
+
+    def _behind_stem(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.avgpool(self._staged(x)), 1))
 
 
 FAST_NETWORKS: dict[type, type] = {ResNet: FastResNet}

@@ -34,6 +34,16 @@ class _FastTimmBlock(FastBlock):
                 return reason
         return None
 
+    def _joined(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """What of timm's forward lies between the last batch norm and the last ReLU, for TorchScript."""
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        return x + shortcut
+
 
 class FastTimmBasicBlock(BasicStages, _FastTimmBlock, BasicBlock):
     """timm's BasicBlock, fused: x (N, Cin, H, W) -> (N, planes, H / stride, W / stride)."""
@@ -43,17 +53,9 @@ class FastTimmBasicBlock(BasicStages, _FastTimmBlock, BasicBlock):
         if not torch.jit.is_scripting():
             out = self._fused_or_none(x)
             return super().forward(x) if out is None else out
-        shortcut = x  # TorchScript compiles only this copy of BasicBlock.forward
-        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
-        x = self.bn2(self.conv2(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act2(x)
+        # TorchScript compiles only this copy of BasicBlock.forward
+        out = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        return self.act2(self._joined(self.bn2(self.conv2(out)), x))
 
 
 class FastTimmBottleneck(BottleneckStages, _FastTimmBlock, Bottleneck):
@@ -64,18 +66,10 @@ class FastTimmBottleneck(BottleneckStages, _FastTimmBlock, Bottleneck):
         if not torch.jit.is_scripting():
             out = self._fused_or_none(x)
             return super().forward(x) if out is None else out
-        shortcut = x  # TorchScript compiles only this copy of Bottleneck.forward
-        x = self.act1(self.bn1(self.conv1(x)))
-        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
-        x = self.bn3(self.conv3(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act3(x)
+        # TorchScript compiles only this copy of Bottleneck.forward
+        out = self.act1(self.bn1(self.conv1(x)))
+        out = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(out)))))
+        return self.act3(self._joined(self.bn3(self.conv3(out)), x))
 
 
 class FastTimmResNet(FastStem, ResNet):
@@ -88,12 +82,12 @@ class FastTimmResNet(FastStem, ResNet):
         if not torch.jit.is_scripting():
             return self._features_fused(x)
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))  # TorchScript compiles only this copy of ResNet's
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self._staged(x)
 
     @torch.jit.unused
     def _features_fused(self, x: Tensor) -> Tensor:
         y = None if self.grad_checkpointing else self._fused_stem(x)
-        return super().forward_features(x) if y is None else self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        return super().forward_features(x) if y is None else self._staged(y)
 
 
 class PlannedTimmResNet(PlannedNetwork, ResNet):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _log, gpus
 from ..kernels import selection, tables
-from ..kernels.configs import group_shape
+from ..kernels.configs import why_only_frozen
 from ..layout import memory_format
 from ..problems import KERNEL_DTYPES, ConvProblem, dtype_name
 from ..shapes import Conv
@@ -287,10 +287,7 @@ def _in_one_kernel(problem: ConvProblem, x: Tensor, layout: torch.memory_format,
 def _why_library(problem: ConvProblem, layout: torch.memory_format) -> str | None:
     if layout != torch.channels_last:
         return "the convolution kernels read channels_last, and x and the weight are contiguous"
-    if problem.conv.groups > 1 and group_shape(problem)[0] != problem.conv.groups:
-        # Between groups packed together stand zero weights, and NaN or Inf times zero is NaN.
-        return "small groups are packed together only in frozen models"
-    return None
+    return why_only_frozen(problem)
 
 
 def _out_layout(x: Tensor, conv_weight: Tensor) -> torch.memory_format:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _log, gpus
 from ..kernels import selection
-from ..kernels.configs import Config, pixel_tiles, why_not_in_training
+from ..kernels.configs import Config, pixel_tiles, why_only_frozen
 from ..problems import ConvProblem, GramDgradProblem, Problem, PrologueProblem, dtype_name
 from ..shapes import Conv
 from ..training import EPILOGUE, PROLOGUE
@@ -233,7 +233,7 @@ def _dgrad(dconv_out, x, conv_weight, geometry: Geometry, add) -> Tensor | None:
 
 def _in_own_kernel(problem: Problem, x: Tensor, run: Callable[[Config], Result], instead: str) -> Result | None:
     """What `run(config)` returns, or None, with the reason logged, where another path is to be taken."""
-    gpu, reason = gpus.of_tensor(x), why_not_in_training(problem)
+    gpu, reason = gpus.of_tensor(x), why_only_frozen(problem)
     if reason is None:
         choice = selection.choose(problem, gpu)
         if choice.config is not None:

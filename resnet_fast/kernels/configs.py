@@ -71,7 +71,7 @@ __all__ = [
     "shared_memory",
     "to_dict",
     "why_not",
-    "why_not_in_training",
+    "why_only_frozen",
 ]
 
 _ON_CPUS = (WinogradConfig, DirectConfig, TileConfig, ProgramConfig)
@@ -87,9 +87,10 @@ def why_not(config: Config, problem: Problem, device: Device) -> str | None:
     return _why_not_on_cpu(config, problem) if isinstance(device, Cpu) else _why_not_on_gpu(config, problem, device)
 
 
-def why_not_in_training(problem: Problem) -> str | None:
-    """Why the library takes `problem` in training, whatever was measured; None where there is a choice."""
+def why_only_frozen(problem: Problem) -> str | None:
+    """Why only frozen models compute `problem` by a kernel; None where others may, too."""
     if isinstance(problem, ConvProblem) and group_shape(problem)[0] != problem.conv.groups:
+        # Between groups packed together stand zero weights, and NaN or Inf times zero is NaN.
         return "small groups are packed together only in frozen models"
     return None
 
