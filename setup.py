@@ -38,7 +38,8 @@ CXX_FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitia
 CXX_FLAGS += ["-Wno-stringop-overflow"]
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Every csrc/cpu/kernels/*.cpp is compiled once per row; ops.cpp picks one at run time (at::get_cpu_capability).
+# Every csrc/cpu/kernels/*.cpp is compiled once per row, and picked at run time (at::get_cpu_capability); those of
+# csrc/cpu/conv_kernels are not for DEFAULT, where the library's convolutions are faster.
 # DEFAULT comes first, in compiling and in linking: where an inline function of the standard library is emitted in
 # several of them, the linker keeps the first, so code that any CPU may reach never holds AVX instructions.
 ISA_FLAGS = {
@@ -49,10 +50,9 @@ ISA_FLAGS = {
 # csrc/cpu/amx/*.cpp, compiled once where the compiler knows them; run only where the CPU and the system have AMX.
 AMX_VECTOR_FLAGS = ["-mavx512bf16", *ISA_FLAGS["AVX512"]]
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", *AMX_VECTOR_FLAGS]
-# The same files with tests/csrc/amx_tiles.h for tiles, and what stands in for the question whether the CPU has any.
-EMULATED_AMX_FLAGS = ["-include", str(ROOT / "tests" / "csrc" / "amx_tiles.h"), *AMX_VECTOR_FLAGS]
+# What stands in for the question whether the CPU has them where they are emulated.
 EMULATED_AMX_SOURCES = {"csrc/cpu/program/usable.cpp": "tests/csrc/amx_usable.cpp"}
-# What most of csrc/ and of csrc/cpu/kernels includes, and half of what it takes to compile.
+# What most of csrc/ and of the kernels of each instruction set includes, and half of what it takes to compile.
 COMMON_HEADERS = ("ATen/core/Tensor.h", "ATen/Parallel.h", "ATen/ops/empty.h", "ATen/ops/zeros.h")
 KERNEL_HEADERS = ("ATen/cpu/vec/functional.h", "ATen/cpu/vec/vec.h")
 # Commands that only describe the package must not pay for importing torch, nor need it.
@@ -75,7 +75,7 @@ def isas() -> list[str]:
 
 
 def kernel_defines(isa: str) -> list[str]:
-    """What tells csrc/cpu/kernels and PyTorch's vec headers the instruction set."""
+    """What tells the kernels and PyTorch's vec headers the instruction set."""
     return [f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}"]
 
 
@@ -86,6 +86,15 @@ def has_amx() -> bool:
         return False
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *AMX_FLAGS, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def emulated_amx_flags() -> list[str]:
+    """For csrc/cpu/amx/*.cpp with tiles, and on a CPU without AVX-512's bfloat16 that as well, of tests/csrc."""
+    headers, cpu = ROOT / "tests" / "csrc", Path("/proc/cpuinfo").read_text()
+    tiles = ["-include", str(headers / "amx_tiles.h")]
+    if "avx512_bf16" in cpu:
+        return [*tiles, *AMX_VECTOR_FLAGS]
+    return ["-include", str(headers / "avx512.h"), *tiles, "-ffp-contract=off", *ISA_FLAGS["AVX2"]]
 
 
 def why_no_cpp() -> str | None:
@@ -313,8 +322,8 @@ def native_commands(plan: Plan) -> dict:
             return ["-include", str(header)]
 
         def kernel_objects(self, ext) -> Iterator[str]:
-            kernels = sources("cpu/kernels/*.cpp")
-            for isa in isas() if kernels else []:
+            for isa in isas():
+                kernels = sources("cpu/kernels/*.cpp") + (sources("cpu/conv_kernels/*.cpp") if isa != "DEFAULT" else [])
                 flags = [*kernel_defines(isa), *ISA_FLAGS[isa], *self.header_flags[isa]]
                 yield from self.objects(ext, kernels, isa, flags)
             if has_amx():
@@ -347,7 +356,7 @@ def native_commands(plan: Plan) -> dict:
             self.force = True  # setuptools looks at sources only; ninja looks at headers and flags as well
 
         def amx_objects(self, ext) -> list[str]:
-            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", EMULATED_AMX_FLAGS)
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", emulated_amx_flags())
 
         def build_extension(self, ext) -> None:
             ext.sources = [EMULATED_AMX_SOURCES.get(source, source) for source in ext.sources]

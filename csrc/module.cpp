@@ -13,6 +13,7 @@
 
 #include "cpu/activation_pool.h"
 #include "cpu/frozen_network.h"
+#include "cpu/conv_kernels.h"
 #include "cpu/kernels.h"
 #ifdef WITH_AMX
 #include "cpu/amx/amx.h"

@@ -1,4 +1,4 @@
-"""Mutants of the vector kernels in csrc/cpu/kernels: copies in namespaces of their own, compiled into one library."""
+"""Mutants of csrc/cpu/conv_kernels: copies in namespaces of their own, compiled into one library."""
 
 import ctypes
 import subprocess
@@ -11,7 +11,7 @@ from host_compiler import host_compiler
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ROOT / "csrc" / "cpu" / "kernels"
+KERNELS = ROOT / "csrc" / "cpu" / "conv_kernels"
 
 ORIGINAL = "original"
 

@@ -96,7 +96,7 @@ MUTANTS = {  # name -> (before, after)
 
 
 class Conv(ctypes.Structure):
-    """`DirectConv` of csrc/cpu/kernels.h."""
+    """`DirectConv` of csrc/cpu/conv_kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "zeros", "scale", "bias", "residual", "y")),
@@ -108,7 +108,7 @@ class Conv(ctypes.Structure):
 
 
 class Weight(ctypes.Structure):
-    """`DirectWeight` of csrc/cpu/kernels.h."""
+    """`DirectWeight` of csrc/cpu/conv_kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "packed")),

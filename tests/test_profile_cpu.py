@@ -234,6 +234,7 @@ def test_programs_are_timed_step_by_step(dtype, images, monkeypatch):
     if (reason := why_no_unit(dtype)) is not None:
         pytest.skip(reason)
     monkeypatch.setattr(winograd, "takes_folded", lambda conv: False)  # which does less work
+    monkeypatch.setattr(twin, "bfloat16_is_slow", lambda: False)
     frozen = freeze(_network(), dtype=dtype)
     found = {each.name: each for each in layer_timings.layer_timings(frozen, images, repeats=2)}
     for module in (frozen, *(m for m in frozen.modules() if isinstance(m, FrozenConv2d))):

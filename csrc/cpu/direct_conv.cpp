@@ -17,7 +17,7 @@
 #include "direct_sizes.h"
 #include "guards.h"
 #include "integers.h"
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "max_pool.h"
 #include "scratch.h"
 
@@ -162,16 +162,16 @@ void multiply_packed(const Operands& of, const Tensor& packed) {
     return;
   }
   const int64_t terms = terms_of(of.conv), panel_values = terms * kDirectPanel, part = part_fetching_least(of);
-  if (kernels().direct_conv_copied == nullptr || terms < kLongSum || packed.numel() <= kPartValues) {
+  if (conv_kernels().direct_conv_copied == nullptr || terms < kLongSum || packed.numel() <= kPartValues) {
     share_out(of, part, kDirectRows, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-      kernels().direct_conv(of.conv, weight + begin * panel_values, begin, end, first, last);
+      conv_kernels().direct_conv(of.conv, weight + begin * panel_values, begin, end, first, last);
     });
     return;
   }
   const Scratch copies(kDirectCopied * round_up(terms, kDirectChunk), at::kFloat);
   share_out(of, part, kDirectCopied, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
     const float* weights = weight + begin * panel_values;
-    kernels().direct_conv_copied(of.conv, weights, begin, end, first, last, static_cast<float*>(copies.mine()));
+    conv_kernels().direct_conv_copied(of.conv, weights, begin, end, first, last, static_cast<float*>(copies.mine()));
   });
 }
 
@@ -202,8 +202,8 @@ Tensor direct_conv(
   const Tensor laid_out = weight.is_contiguous(kRowsLayout) ? weight : weight.contiguous();
   share_out(of, part, kDirectRows, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
     const DirectWeight packing = packing_of(laid_out, static_cast<float*>(packed.mine()));
-    kernels().direct_pack(packing, begin, end);
-    kernels().direct_conv(of.conv, packing.packed, begin, end, first, last);
+    conv_kernels().direct_pack(packing, begin, end);
+    conv_kernels().direct_conv(of.conv, packing.packed, begin, end, first, last);
   });
   return of.y;
 }
@@ -219,7 +219,7 @@ Tensor direct_pack(const Tensor& weight) {
   Tensor packed = at::empty(shape, weight.options());
   const Tensor laid_out = weight.is_contiguous(kRowsLayout) ? weight : weight.contiguous();
   const DirectWeight packing = packing_of(laid_out, packed.mutable_data_ptr<float>());
-  kernels().direct_pack(packing, 0, panels);
+  conv_kernels().direct_pack(packing, 0, panels);
   return packed;
 }
 

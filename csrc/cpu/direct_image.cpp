@@ -36,7 +36,7 @@ void image_conv(const DirectConv& conv, int64_t images, const float* packed) {
   bands_of(images, conv.out_height, kMostRows).each(images, [&](const Band& band) {
     const int64_t pixel = (band.image * conv.out_height + band.first) * conv.out_width;
     float* const rows = static_cast<float*>(copied.mine());
-    kernels().direct_conv_image(conv, packed, band.image, band.first, band.last, pixel, rows);
+    conv_kernels().direct_conv_image(conv, packed, band.image, band.first, band.last, pixel, rows);
   });
 }
 
@@ -53,7 +53,7 @@ void image_conv_max_pool(const DirectConv& conv, int64_t images, const float* pa
     DirectConv part = conv;
     part.y = y;
     const int64_t pixel = (begin - above) * conv.out_width;
-    kernels().direct_conv_image(part, packed, band.image, begin, end, pixel, static_cast<float*>(copied.mine()));
+    conv_kernels().direct_conv_image(part, packed, band.image, begin, end, pixel, static_cast<float*>(copied.mine()));
     MaxPoolArgs here = pool;
     here.x = y;
     here.first_row = above;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "conv_kernels.h"
 
 namespace resnet_fast::cpu {
 

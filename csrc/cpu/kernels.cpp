@@ -3,7 +3,6 @@
 #include <ATen/Version.h>
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "integers.h"
@@ -76,7 +75,5 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
-
-bool has_vectors() { return std::strcmp(kernels().name, "DEFAULT") != 0; }
 
 }  // namespace resnet_fast::cpu

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "guards.h"
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "moments.h"
 #include "scratch.h"
 #include "winograd_points.h"
@@ -34,7 +34,7 @@ constexpr int64_t kSum = 32, kNarrowSum = 16, kNarrow = 128;
 constexpr int64_t kFewTiles = 64;
 
 bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
-  const Kernels& k = kernels();
+  const ConvKernels& k = conv_kernels();
   const WinogradScratch scratch(conv, kWinogradElements, step, at::get_num_threads());
   std::atomic<bool> finite{true};
   at::parallel_for(0, div_up(tiles, step), 1, [&](int64_t begin, int64_t end) {
@@ -51,7 +51,7 @@ bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
 // All tiles as one slab that all threads share; `multiply` makes its products of its transformed input.
 template <typename F>
 bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
-  const Kernels& k = kernels();
+  const ConvKernels& k = conv_kernels();
   const WinogradScratch scratch(conv, kWinogradElements, tiles, 1);
   const auto slab = scratch.slab(0, 0, tiles);
   std::atomic<bool> finite{true};
@@ -65,7 +65,7 @@ bool run_together(const WinogradConv& conv, int64_t tiles, const F& multiply) {
 
 // Products by a weight that is packed part by part.
 void multiply_packing(const WinogradConv& conv, const WinogradWeight& weight, const WinogradSlab& slab) {
-  const Kernels& k = kernels();
+  const ConvKernels& k = conv_kernels();
   const Scratch parts(kWinogradElements * kWinogradBlock * kWinogradPanel, at::kFloat);
   at::parallel_for(0, conv.panels, 1, [&](int64_t begin, int64_t end) {
     auto* packed = static_cast<float*>(parts.mine());
@@ -141,7 +141,7 @@ bool run(const Operands& of) {
   if (is_small(of)) {
     return run_together(conv, of.tiles, [&](const WinogradSlab& slab) {
       at::parallel_for(0, kWinogradElements * conv.panels, 1, [&](int64_t begin, int64_t end) {
-        kernels().winograd_product(conv, slab, begin, end);
+        conv_kernels().winograd_product(conv, slab, begin, end);
       });
     });
   }
@@ -172,7 +172,7 @@ Tensor pack(WinogradWeight weight) {
   if (packed.numel() == 0) return packed;
   weight.packed = packed.mutable_data_ptr<float>();
   at::parallel_for(0, weight.channels, 1, [&](int64_t begin, int64_t end) {
-    kernels().winograd_pack(weight, begin, end);
+    conv_kernels().winograd_pack(weight, begin, end);
   });
   return packed;
 }

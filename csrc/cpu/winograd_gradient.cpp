@@ -10,7 +10,7 @@
 #include <atomic>
 
 #include "guards.h"
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "winograd_points.h"
 #include "winograd_shapes.h"
 
@@ -34,7 +34,7 @@ void check(const Tensor& dy, const Tensor& x, const Tensor& weight) {
 
 // All slabs' products, summed up.
 void sum_up(const WinogradGradient& conv, int64_t tiles) {
-  const Kernels& k = kernels();
+  const ConvKernels& k = conv_kernels();
   const int64_t blocks = div_up(conv.channels, kWinogradBlock);
   const int64_t tile_floats = kWinogradGradientElements * (blocks * kWinogradBlock + conv.panels * kWinogradPanel);
   const int64_t most = std::max(kFewestTiles, kSlab / (tile_floats * static_cast<int64_t>(sizeof(float))));
@@ -73,7 +73,7 @@ std::tuple<Tensor, bool> winograd_weight_gradient(
   sum_up(conv, x.size(0) * conv.tile_rows * conv.tile_columns);
   std::atomic<bool> finite{true};
   at::parallel_for(0, conv.channels, 1, [&](int64_t begin, int64_t end) {
-    if (!kernels().winograd_gradient_output(conv, begin, end)) finite = false;
+    if (!conv_kernels().winograd_gradient_output(conv, begin, end)) finite = false;
   });
   return {dweight, finite};
 }

@@ -6,7 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "integers.h"
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "winograd_points.h"
 
 namespace resnet_fast::cpu {

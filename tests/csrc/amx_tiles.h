@@ -1,4 +1,4 @@
-// AMX's tiles in AVX-512, in place of the compiler's intrinsics: included before the sources of csrc/cpu/amx, which are
+// AMX's tiles in AVX2, in place of the compiler's intrinsics: included before the sources of csrc/cpu/amx, which are
 // then compiled without the AMX flags. Never part of a build that is installed: see `emulate_amx` in setup.py.
 //
 // What Intel's manual says (Software Developer's Manual, volume 2, TDPBF16PS and LDTILECFG), bit by bit: a tile's product
@@ -68,35 +68,45 @@ inline void store(int tile, void* memory, int64_t stride) {
   for (int i = 0; i < kRows; ++i) std::memcpy(static_cast<char*>(memory) + i * stride, rows[i], kRowBytes);
 }
 
-// The first numbers of 16 pairs of bfloat16s, and the second.
-inline __m512 first(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-inline __m512 second(__m512i pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-}
+// A tile's pairs of bfloat16s as their first numbers and their second.
+struct Numbers {
+  explicit Numbers(const uint8_t (&tile)[kRows][kRowBytes]) {
+    uint32_t pairs[kRows][kRows];
+    std::memcpy(pairs, tile, sizeof(pairs));
+    for (int row = 0; row < kRows; ++row) {
+      for (int i = 0; i < kRows; ++i) {
+        const uint32_t both[2] = {pairs[row][i] << 16, pairs[row][i] & 0xffff0000};
+        std::memcpy(&of[0][row][i], &both[0], sizeof(float));
+        std::memcpy(&of[1][row][i], &both[1], sizeof(float));
+      }
+    }
+  }
+  alignas(64) float of[2][kRows][kRows];
+};
 
 // Not inlined, so that nothing of it is moved out from between the two writes of MXCSR.
 __attribute__((noinline)) inline void add_product(
     uint8_t (&sum)[kRows][kRowBytes], const uint8_t (&a)[kRows][kRowBytes], const uint8_t (&b)[kRows][kRowBytes]) {
-  constexpr int kTogether = 4;  // rows, whose chains hide each other's latency
-  alignas(64) float numbers[2][kRows][kRows];
-  for (int m = 0; m < kRows; ++m) {
-    const __m512i pairs = _mm512_load_si512(a[m]);
-    _mm512_store_ps(numbers[0][m], first(pairs));
-    _mm512_store_ps(numbers[1][m], second(pairs));
-  }
+  constexpr int kTogether = 2, kVectors = 2, kVector = 8;  // rows, whose chains hide each other's latency, and halves
+  const Numbers left(a), right(b);
   for (int m = 0; m < kRows; m += kTogether) {
-    __m512 chain[2][kTogether];
-    for (int i = 0; i < kTogether; ++i) chain[0][i] = chain[1][i] = _mm512_setzero_ps();
+    __m256 chain[2][kTogether][kVectors] = {};
     for (int k = 0; k < kRows; ++k) {
-      const __m512i pairs = _mm512_load_si512(b[k]);
-      for (int i = 0; i < kTogether; ++i) {
-        chain[0][i] = _mm512_fmadd_ps(_mm512_set1_ps(numbers[0][m + i][k]), first(pairs), chain[0][i]);
-        chain[1][i] = _mm512_fmadd_ps(_mm512_set1_ps(numbers[1][m + i][k]), second(pairs), chain[1][i]);
+      for (int which = 0; which < 2; ++which) {
+        for (int i = 0; i < kTogether; ++i) {
+          const __m256 factor = _mm256_set1_ps(left.of[which][m + i][k]);
+          for (int v = 0; v < kVectors; ++v) {
+            const __m256 values = _mm256_load_ps(right.of[which][k] + v * kVector);
+            chain[which][i][v] = _mm256_fmadd_ps(factor, values, chain[which][i][v]);
+          }
+        }
       }
     }
     for (int i = 0; i < kTogether; ++i) {
-      float* row = reinterpret_cast<float*>(sum[m + i]);
-      _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), _mm512_add_ps(chain[0][i], chain[1][i])));
+      for (int v = 0; v < kVectors; ++v) {
+        float* row = reinterpret_cast<float*>(sum[m + i]) + v * kVector;
+        _mm256_store_ps(row, _mm256_add_ps(_mm256_load_ps(row), _mm256_add_ps(chain[0][i][v], chain[1][i][v])));
+      }
     }
   }
 }

@@ -1,13 +1,13 @@
-// The kernels of csrc/cpu/kernels/direct_conv*.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
+// The kernels of csrc/cpu/conv_kernels/direct_conv*.cpp, original and mutated: compiled by tests/test_direct_mutants.py, which
 // writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "cpu/conv_kernels/conv_kernels.h"
 #include "cpu/direct_sizes.h"
 #include "cpu/kernels/blocks.h"
-#include "cpu/kernels/kernels.h"
 #include MUTANT_COPIES
 
 using namespace resnet_fast::cpu;

@@ -1,4 +1,4 @@
-// The Winograd kernels of csrc/cpu/kernels/winograd*, original and mutated: compiled by tests/test_winograd_mutants.py,
+// The Winograd kernels of csrc/cpu/conv_kernels/winograd*, original and mutated: compiled by tests/test_winograd_mutants.py,
 // which writes the copies, each in a namespace of its own, to MUTANT_COPIES, and their names to MUTANT_NAMES(entry).
 #include <algorithm>
 #include <array>
@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/conv_kernels/conv_kernels.h"
 #include "cpu/kernels/blocks.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/kernels/normalize.h"
 #include "cpu/winograd_points.h"
 #include MUTANT_COPIES

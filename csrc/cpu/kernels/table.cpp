@@ -2,7 +2,6 @@
 #include <c10/util/Half.h>
 
 #include "kernels.h"
-#include "products.h"
 
 #define RF_STRINGIFY_(x) #x
 #define RF_STRINGIFY(x) RF_STRINGIFY_(x)
@@ -10,12 +9,6 @@
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
-
-namespace {
-
-constexpr bool kCopies = products::kWide == 2;  // NOTES.md, "AVX2 alone"
-
-}  // namespace
 
 const Kernels& table() {
   // constexpr: filled in by the linker, so that no code of this instruction set runs before it is chosen.
@@ -29,17 +22,6 @@ const Kernels& table() {
       RF_ALL_DTYPES(backward_apply_eval),
       RF_ALL_DTYPES(max_pool),
       RF_ALL_DTYPES(max_unpool),
-      &winograd_input,
-      &winograd_product,
-      &winograd_output,
-      &winograd_pack,
-      &winograd_gradient_input,
-      &winograd_gradient_product,
-      &winograd_gradient_output,
-      &direct_conv,
-      kCopies ? &direct_conv_copied : nullptr,
-      &direct_conv_image,
-      &direct_pack,
   };
   return kernels;
 }

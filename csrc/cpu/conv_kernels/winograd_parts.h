@@ -4,8 +4,9 @@
 #include <array>
 #include <utility>
 
+#include "../kernels/normalize.h"
 #include "../winograd_points.h"
-#include "normalize.h"
+#include "conv_kernels.h"
 #include "products.h"
 
 namespace resnet_fast::cpu {

@@ -1,4 +1,4 @@
-// The gradient of a 3x3 kernel by Winograd: the two passes over a slab of tiles and the last. See kernels.h for what they
+// The gradient of a 3x3 kernel by Winograd: the two passes over a slab of tiles and the last. See conv_kernels.h for what they
 // read and write.
 //
 // A tile of 4x2 gradients and the 6x4 pixels of x that they see: dw = G' [sum (A dy A2') . (B' x B2)] G2, by rows with the
@@ -6,7 +6,7 @@
 // too large (benchmarks/NOTES.md).
 #include <algorithm>
 
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "winograd_parts.h"
 
 namespace resnet_fast::cpu {

@@ -1,5 +1,5 @@
 // The direct convolution by weights that do not stay in the second cache level: pixels are copied, all terms of each together,
-// and more of them at a time multiplied by weights that stay in the first. See kernels.h for what is read and written.
+// and more of them at a time multiplied by weights that stay in the first. See conv_kernels.h for what is read and written.
 #include <cstring>
 
 #include "direct_parts.h"

@@ -1,4 +1,4 @@
-// Winograd's F(4x4, 3x3): a weight packed, and the three passes over a slab of tiles. See kernels.h for what they read
+// Winograd's F(4x4, 3x3): a weight packed, and the three passes over a slab of tiles. See conv_kernels.h for what they read
 // and write.
 //
 // A tile of 6x6 pixels gives 4x4 outputs: y = A' [(G w G') . (B' x B)] A, with the points 0, +-5/8, +-3/2 and infinity.
@@ -6,7 +6,7 @@
 // rows of G are powers of a point, divided.
 #include "winograd_parts.h"
 
-#include "kernels.h"
+#include "conv_kernels.h"
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {

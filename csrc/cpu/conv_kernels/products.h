@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "blocks.h"
+#include "../kernels/blocks.h"
 
 namespace resnet_fast::cpu {
 namespace CPU_CAPABILITY {
@@ -18,8 +18,7 @@ constexpr int64_t kStep = kWide * Vec::size();    // columns, that is outputs
 constexpr int64_t kLine = 64 / sizeof(float);
 
 // Terms that are one run of instructions with hardly anything between the products: where another hardware thread takes half
-// of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone"). AVX-512's sums leave no registers for it,
-// and where there is neither, in which nothing is measured, the code becomes so long that it takes minutes to compile.
+// of a core's issue, every other instruction costs time (NOTES.md, "AVX2 alone"). AVX-512's sums leave no registers for it.
 #ifdef CPU_CAPABILITY_AVX2
 constexpr int kRun = 16;
 #else

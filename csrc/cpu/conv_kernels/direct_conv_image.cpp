@@ -1,5 +1,5 @@
 // The direct convolution of few channels, as of an image: rows are copied with their padding, where a row of the kernel's
-// taps lies one behind the other. See kernels.h for what is read and written.
+// taps lies one behind the other. See conv_kernels.h for what is read and written.
 #include <cstring>
 
 #include "direct_parts.h"

@@ -1,5 +1,5 @@
 // The direct convolution in float32: six pixels by as many outputs as the registers hold, summed up over taps and
-// channels, with scale, bias, residual and ReLU on the way to memory. See kernels.h for what is read and written.
+// channels, with scale, bias, residual and ReLU on the way to memory. See conv_kernels.h for what is read and written.
 #include <type_traits>
 
 #include "direct_parts.h"

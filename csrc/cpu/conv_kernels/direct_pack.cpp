@@ -1,4 +1,4 @@
-// A weight of the direct convolutions, in the order that they read it in. See kernels.h for what is read and written.
+// A weight of the direct convolutions, in the order that they read it in. See conv_kernels.h for what is read and written.
 #include <cstring>
 
 #include "direct_parts.h"

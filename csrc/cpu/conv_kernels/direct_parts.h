@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../direct_sizes.h"
-#include "kernels.h"
+#include "conv_kernels.h"
 #include "products.h"
 
 namespace resnet_fast::cpu {
