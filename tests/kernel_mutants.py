@@ -19,12 +19,14 @@ Mutants = Mapping[str, tuple[str, str]]
 """Name -> what stands once in the sources, and what instead of it; both empty for ORIGINAL, the first."""
 
 
-def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], harness: str) -> ctypes.CDLL:
-    """All copies in one library: most of the time goes into PyTorch's headers. Skips where there is nothing to compile.
-
-    For AVX2, whose loops are the longest.
+def compile_mutants(
+    folder: Path, mutants: Mutants, sources: Sequence[Path], harness: str, sizes: tuple[str, str, str]
+) -> ctypes.CDLL:
+    """All copies in one library, for AVX2, whose loops are the longest. Skips where there is nothing to compile.
 
     harness: a file of tests/csrc, which includes MUTANT_COPIES and makes MUTANT_NAMES(entry) callable.
+    sizes: a header of csrc/cpu and what stands in it, and instead of it, for all copies: of fewer rows at once there is
+        less to compile.
     """
     compiler = host_compiler()
     if not KERNELS.is_dir():
@@ -32,11 +34,16 @@ def compile_mutants(folder: Path, mutants: Mutants, sources: Sequence[Path], har
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("this CPU has no AVX2")
     copies, target = folder / "copies.h", folder / "mutants.so"
+    header, before, after = sizes
+    text = (ROOT / "csrc" / "cpu" / header).read_text()
+    assert text.count(before) == 1, f"{header} is out of date"
+    (folder / "cpu").mkdir()
+    (folder / "cpu" / header).write_text(text.replace(before, after))
     copies.write_text("\n".join(_copy(name, sources, *mutation) for name, mutation in mutants.items()))
     entries = " ".join(f"entry({name})" for name in mutants)
     defines = ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", f"-DMUTANT_NAMES(entry)={entries}"]
     defines += [f'-DMUTANT_COPIES="{copies}"']
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", *include_paths())]  # folder first, for its sizes
     flags = ["-O0", "-std=c++20", "-shared", "-fPIC", "-w", "-mavx2", "-mfma", "-mf16c"]
     source = ROOT / "tests" / "csrc" / harness
     subprocess.run([*compiler, *flags, *defines, *includes, str(source), "-o", str(target)], check=True, timeout=300)

@@ -8,6 +8,7 @@ from cases import draw
 from kernel_mutants import KERNELS, close, compile_mutants, guarded, notices
 from torch.nn import functional as F
 
+SIZES = ("direct_sizes.h", "kDirectRows = 6", "kDirectRows = 3")
 SOURCES = [
     KERNELS / name
     for name in (
@@ -119,7 +120,7 @@ class Weight(ctypes.Structure):
 
 @pytest.fixture
 def kernels(tmp_path):
-    return compile_mutants(tmp_path, MUTANTS, SOURCES, "direct.cpp")
+    return compile_mutants(tmp_path, MUTANTS, SOURCES, "direct.cpp", SIZES)
 
 
 # images, channels, outputs, rows and columns, all of them odd

@@ -8,6 +8,7 @@ from cases import draw
 from kernel_mutants import KERNELS, close, compile_mutants, guarded, notices
 from torch.nn import functional as F
 
+SIZES = ("winograd_points.h", "kWinogradRows = 6", "kWinogradRows = 3")
 SOURCES = [KERNELS / name for name in ("products.h", "winograd_parts.h", "winograd.cpp", "winograd_gradient.cpp")]
 
 MUTANTS = {  # name -> (before, after)
@@ -58,7 +59,7 @@ MUTANTS = {  # name -> (before, after)
 
 @pytest.fixture
 def kernels(tmp_path):
-    library = compile_mutants(tmp_path, MUTANTS, SOURCES, "winograd.cpp")
+    library = compile_mutants(tmp_path, MUTANTS, SOURCES, "winograd.cpp", SIZES)
     for name in MUTANTS:
         for part in ("conv", "gradient"):
             getattr(library, f"{name}_{part}").restype = ctypes.c_bool

@@ -1,6 +1,8 @@
 // The direct convolution in float32: six pixels by as many outputs as the registers hold, summed up over taps and
 // channels, with scale, bias, residual and ReLU on the way to memory. See conv_kernels.h for what is read and written.
+#include <array>
 #include <type_traits>
+#include <utility>
 
 #include "direct_parts.h"
 
@@ -88,9 +90,11 @@ void outputs_of(
 }
 
 using OutputsOf = void (*)(const DirectConv&, const Places&, const Places*, const float*, int64_t, int64_t);
-// By the number of pixels, less one.
-constexpr OutputsOf kByRows[kRows] = {&outputs_of<1>, &outputs_of<2>, &outputs_of<3>,
-                                      &outputs_of<4>, &outputs_of<5>, &outputs_of<6>};
+template <int... i>
+constexpr std::array<OutputsOf, kRows> by_rows(std::integer_sequence<int, i...>) {
+  return {&outputs_of<i + 1>...};
+}
+constexpr auto kByRows = by_rows(std::make_integer_sequence<int, kRows>());  // of pixels, less one
 
 }  // namespace
 

@@ -1,6 +1,8 @@
 // The direct convolution by weights that do not stay in the second cache level: pixels are copied, all terms of each together,
 // and more of them at a time multiplied by weights that stay in the first. See conv_kernels.h for what is read and written.
+#include <array>
 #include <cstring>
+#include <utility>
 
 #include "direct_parts.h"
 
@@ -48,9 +50,11 @@ void multiply(const DirectConv& conv, const Tile& tile) {
 }
 
 using Multiply = void (*)(const DirectConv&, const Tile&);
-// By the number of pixels, less one.
-constexpr Multiply kMultiply[kRows] = {&multiply<1>, &multiply<2>, &multiply<3>,
-                                       &multiply<4>, &multiply<5>, &multiply<6>};
+template <int... i>
+constexpr std::array<Multiply, kRows> multiply_by_rows(std::integer_sequence<int, i...>) {
+  return {&multiply<i + 1>...};
+}
+constexpr auto kMultiply = multiply_by_rows(std::make_integer_sequence<int, kRows>());  // of pixels, less one
 
 int64_t bounded(int64_t value, int64_t most) { return value < 0 ? 0 : smaller(value, most); }
 

@@ -1,6 +1,8 @@
 // The direct convolution of few channels, as of an image: rows are copied with their padding, where a row of the kernel's
 // taps lies one behind the other. See conv_kernels.h for what is read and written.
+#include <array>
 #include <cstring>
+#include <utility>
 
 #include "direct_parts.h"
 
@@ -50,9 +52,11 @@ void of_windows(
 }
 
 using OfWindows = void (*)(const DirectConv&, const float*, int64_t, const float*, int64_t, int64_t);
-// By the number of pixels, less one.
-constexpr OfWindows kOfWindows[kRows] = {&of_windows<1>, &of_windows<2>, &of_windows<3>,
-                                         &of_windows<4>, &of_windows<5>, &of_windows<6>};
+template <int... i>
+constexpr std::array<OfWindows, kRows> windows_by_rows(std::integer_sequence<int, i...>) {
+  return {&of_windows<i + 1>...};
+}
+constexpr auto kOfWindows = windows_by_rows(std::make_integer_sequence<int, kRows>());  // of pixels, less one
 
 }  // namespace
 
