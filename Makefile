@@ -17,7 +17,7 @@ PYTEST_WORKERS ?= auto
 EMULATE_AMX ?= marked
 # pytest exits with 5 where it runs nothing: a failure, unless PYTEST_ARGS chose tests and these are not among them.
 NONE_CHOSEN := [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses=8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses=8 --dist worksteal
 
 help: ## this list
 	@echo "resnet_fast: fused residual blocks for PyTorch ResNets"

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "cpu/activation_pool.h"
-#include "cpu/frozen_network.h"
 #include "cpu/conv_kernels.h"
+#include "cpu/frozen_network.h"
 #include "cpu/kernels.h"
 #ifdef WITH_AMX
 #include "cpu/amx/amx.h"

@@ -4,8 +4,8 @@
 // channels_last or contiguous memory format, which the outputs follow; per-channel tensors are (C,). SymInt in a schema
 // matches the public ops; kernels take plain integers.
 //
-// Those from bn_statistics on are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean, var, weight
-// and bias, empty for none; those of convolutions take x in channels_last.
+// Those from bn_statistics on are the primitives of resnet_fast/backends/primitives/native.py. A norm is the list of mean,
+// var, weight and bias, empty for none; those of convolutions take x in channels_last.
 #include <torch/library.h>
 
 #include "autocast.h"

@@ -7,10 +7,12 @@ from torch.nn import Parameter
 
 def plain_pytorch_reason() -> str | None:
     """Why the current context (tracing, torch.func, forward-mode AD) forbids fused ops; None where it does not."""
+    if torch.onnx.is_in_onnx_export():  # by torch.export or by tracing
+        return "ONNX has plain PyTorch's ops only"
     if torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return "TorchScript or ONNX tracing records plain PyTorch"
+    if torch.jit.is_tracing():
+        return "TorchScript's tracing records plain PyTorch"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms see through plain PyTorch only"
     if torch.autograd.forward_ad._current_level >= 0:

@@ -84,6 +84,32 @@ def test_export_keeps_one_op_a_block(block, backend):
     torch.testing.assert_close(exported.module()(x), stock(x))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_export_is_saved_and_loaded(training, dynamic, backend):
+    """With parameters that learn, and with the running statistics that a step of training leaves."""
+    fast, stock, x = block_and_input(backend)
+    fast.train(training), stock.train(training)
+    sizes = ({0: torch.export.Dim("images", min=2, max=64)},) if dynamic else None
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(fast, (x,), dynamic_shapes=sizes), buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    x = draw((5, *x.shape[1:]), torch.float64) if dynamic else x
+    torch.testing.assert_close(loaded(x), stock(x))
+    torch.testing.assert_close(loaded.state_dict(), dict(stock.state_dict()))
+
+
+@BOTH
+def test_onnx_export_sees_plain_pytorch(block, backend, monkeypatch):
+    """Without onnxscript: as torch.onnx.export does it, by torch.export and a flag."""
+    fast, stock, x = block_and_input(backend, block)
+    monkeypatch.setattr("torch.onnx._internal.exporter._flags._is_onnx_exporting", True)
+    exported = torch.export.export(fast, (x,))
+    assert not any("resnet_fast" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), stock(x))
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compile_fullgraph(training, backend):
     fast, stock, x = block_and_input(backend)

@@ -281,19 +281,25 @@ def _plain(x, running_mean, running_var, weight, bias, residual, training, momen
     return F.relu(y) if relu else y
 
 
-@torch.no_grad()
 def update_running(rows: Iterable[tuple]) -> None:
     """What (running_mean, running_var, mean, var, count, momentum) of each layer becomes, in a few launches for all.
 
     (1 - momentum) * running + momentum * batch, in which the large product is not rounded before it is added, as in
     PyTorch. Not lerp, whose other forms of the same sum differ where the batch is infinite.
     """
+    rows = [row for row in rows if row[0] is not None]
+    if torch.compiler.is_exporting():  # torch.export.save cannot save a region without gradients that returns nothing
+        _update_running([(*row[:2], row[2].detach(), row[3].detach(), *row[4:]) for row in rows])
+    elif rows:
+        with torch.no_grad():
+            _update_running(rows)
+
+
+def _update_running(rows: Iterable[tuple]) -> None:
     alike: dict[float, tuple[list[Tensor], list[Tensor], list[float]]] = {}
     for running_mean, running_var, mean, var, count, momentum in rows:
-        if running_mean is None:
-            continue
         unbiased = count / (count - 1)
-        if isinstance(unbiased, Tensor):
+        if not isinstance(unbiased, float):  # a tensor's, or a symbol's, which torch.export.save takes in no list
             var, unbiased = var * unbiased, 1.0
         running, batch, weights = alike.setdefault(momentum, ([], [], []))
         running += [running_mean, running_var]
