@@ -149,9 +149,14 @@ def fast_type(block: nn.Module) -> type | None:
     return FAST.get(type(block)) or (type(block) if type(block) in FAST.values() else None)
 
 
+def _layout(block: nn.Module) -> type:
+    """The class that says where the block's layers are: of a fast block its own, which may be somebody's subclass."""
+    return fast_type(block) or type(block)
+
+
 def why_not_fusable(block: nn.Module) -> str | None:
     """Why `block`'s children, as they are now, cannot be fused; None where they can. Its own type is not looked at."""
-    fast = fast_type(block)
+    fast = _layout(block)
     for number, (conv, bn) in enumerate(fast._stages(block), 1):
         reason = why_not_stage(f"conv{number}", conv, f"bn{number}", bn)
         if reason is not None:
@@ -169,7 +174,7 @@ def why_not_downsample(downsample: nn.Module) -> str | None:
 
 def batch_norms(block: nn.Module) -> list[nn.Module]:
     """Those of the block's layers, and of a downsample that is fused."""
-    norms = [bn for _, bn in fast_type(block)._stages(block)]
+    norms = [bn for _, bn in _layout(block)._stages(block)]
     if block.downsample is not None and why_not_downsample(block.downsample) is None:
         norms.append(block.downsample[1])
     return norms
@@ -180,7 +185,7 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     op = "residual_block_train" if block.training else "conv_bn_act"
     reason = why_not_called(op, x, block.conv1, block.fast_backend)
     if reason is None and block.training and training.requested(block.fast_train_stage) is None:
-        convs = [conv for conv, _ in fast_type(block)._stages(block)]
+        convs = [conv for conv, _ in _layout(block)._stages(block)]
         reason = why_not_worth_training(x, convs, block.fast_backend)
     return reason or why_not_normalised(batch_norms(block), x)
 

@@ -161,6 +161,30 @@ def test_resnet_is_built_from_fast_blocks(fast, stock, backend, monkeypatch):
     assert calls() > 0
 
 
+class Doubled(FastBottleneck):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_subclass_is_fused_inside_and_left_as_it_is(training, backend):
+    """Of a fast class: its layers are where its parent's are, and what it does with them is not known."""
+    torch.manual_seed(1)
+    fast = lively(Doubled(16, 8, downsample=down(16, 32))).double().train(training)
+    fast.fast_backend = backend
+    stock = lively(Bottleneck(16, 8, downsample=down(16, 32))).double().train(training)
+    stock.load_state_dict(fast.state_dict())
+    x = draw((3, 16, 7, 7), torch.float64)
+    with count_fused_calls() as calls:
+        torch.testing.assert_close(fast(x), 2 * stock(x))
+    assert calls() >= 1
+    last = lively(Bottleneck(32, 8)).double()
+    network, expected = nn.Sequential(fast, last).eval(), 2 * stock.eval()(x)
+    for changed in (resnet_fast.optimize(copy.deepcopy(network)), resnet_fast.freeze(network)):
+        assert [type(module) for module in changed.modules()].count(Doubled) == 1
+        torch.testing.assert_close(changed(x), last(expected))
+
+
 @pytest.mark.parametrize("fast", [FastBasicBlock, FastBottleneck])
 def test_same_constructor_errors(fast):
     [stock] = [stock for stock, known in resnet_fast.blocks.FAST.items() if known is fast]
