@@ -96,6 +96,8 @@ def pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
         pair = list(value)
     else:
         pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if len(pair) == 1:  # as conv2d takes it
+        pair *= 2
     if len(pair) != 2 or isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be an int or two ints (rows, columns)")
     if min(pair) < least:

@@ -4,12 +4,17 @@ Each backward is one op too. Under create_graph=True it is computed again in dif
 backward is right rather than silently absent.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import ops
 from .backends import inference
+from .context import is_batched
 
 _ops = torch.ops.resnet_fast
 
@@ -205,6 +210,20 @@ def _differentiable_grads(z_input, inputs, dy, y, weight, bias, mean, var, eps, 
     return *(next(grads) if wants else None for wants in mask[:-1]), dz if mask[-1] else None
 
 
+def seen_through(backward: Callable) -> Callable:
+    """`backward`, in differentiable PyTorch where vmap has to see what becomes of the gradients: is_grads_batched."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads, **rest):
+        if torch.is_grad_enabled() or not any(isinstance(grad, Tensor) and is_batched(grad) for grad in grads):
+            return backward(ctx, *grads, **rest)
+        with torch.enable_grad():
+            found = backward(ctx, *grads, **rest)
+        return tree_map_only(Tensor, torch.clone, found)  # without their graph; is_grads_batched knows no detach
+
+    return run
+
+
 def _save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)  # the statistics have no gradient; zeros for them would be memory traffic
@@ -224,4 +243,5 @@ for _name, _setup, _backward in (
     ("stem", _setup_stem, _stem_backward),
     ("conv_bn_act_train", _setup_conv_bn_act_train, _conv_bn_act_train_backward),
 ):
+    _backward = seen_through(_backward)
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops
+from .autograd import seen_through
 from .training import GRAM, RECORD
 
 _ops = torch.ops.resnet_fast
@@ -160,6 +161,9 @@ def _grads(value: Tensor, inputs, dvalue: Tensor, wanted: list[bool]) -> list[Te
     return result
 
 
+_block_backward = seen_through(_residual_block_train_backward)
+
+
 class ResidualBlockTrain(torch.autograd.Function):
     """`ops.residual_block_train` and its gradient, called straight: y and the records.
 
@@ -181,7 +185,7 @@ class ResidualBlockTrain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *drecords):
         """Of x, the residual, the weights of convolutions and norms, and the biases."""
-        dx, dresidual, *columns = _residual_block_train_backward(ctx, dy, drecords, _run_backward)
+        dx, dresidual, *columns = _block_backward(ctx, dy, drecords, run=_run_backward)
         return dx, dresidual, *(grad for column in columns[:5] for grad in column), *columns[5:]
 
 
@@ -194,7 +198,7 @@ def _run_backward(*arguments) -> list[Tensor]:
 
 
 for _name, _setup, _backward in (
-    ("residual_block_train", _setup_residual_block_train, _residual_block_train_backward),
-    ("stem_train", _setup_stem_train, _stem_train_backward),
+    ("residual_block_train", _setup_residual_block_train, _block_backward),
+    ("stem_train", _setup_stem_train, seen_through(_stem_train_backward)),
 ):
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)

@@ -59,7 +59,7 @@ class FastBlock:
 
     def _fused_or_none(self, x: Tensor) -> Tensor | None:
         """The block's output, or None where the stock forward has to compute it."""
-        if isinstance(x, torch.fx.Proxy):  # of which nothing is known; the graph is of the stock forward
+        if not isinstance(x, Tensor):  # torch.fx's Proxy, whose graph is of the stock forward, or a mistake
             return None
         reason = why_not_worth_it(x, self.fast_backend) or self.why_stock(x)
         if reason is None:
@@ -161,7 +161,7 @@ def why_not_fusable(block: nn.Module) -> str | None:
         reason = why_not_stage(f"conv{number}", conv, f"bn{number}", bn)
         if reason is not None:
             return reason
-    return fast._why_not_others(block)
+    return fast._why_not_others(block) or _why_not_shortcut(block.downsample)
 
 
 def why_not_downsample(downsample: nn.Module) -> str | None:
@@ -187,7 +187,18 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     if reason is None and block.training and training.requested(block.fast_train_stage) is None:
         convs = [conv for conv, _ in _layout(block)._stages(block)]
         reason = why_not_worth_training(x, convs, block.fast_backend)
-    return reason or why_not_normalised(batch_norms(block), x)
+    norms = batch_norms(block)
+    reason = reason or why_not_normalised(norms, x)
+    if reason is None and group_name(norms) and any(conv.bias is not None for conv, _ in _layout(block)._stages(block)):
+        reason = "SyncBatchNorm behind a convolution with a bias"
+    return reason
+
+
+def _why_not_shortcut(shortcut: nn.Module | None) -> str | None:
+    """Why a shortcut cannot run before the convolutions that read the same input; None where it can."""
+    while isinstance(shortcut, nn.Sequential) and len(shortcut):
+        shortcut = shortcut[0]
+    return "downsample changes the block's input in place" if getattr(shortcut, "inplace", False) else None
 
 
 def _say(block: nn.Module, reason: str) -> None:

@@ -9,15 +9,24 @@ def plain_pytorch_reason() -> str | None:
     """Why the current context (tracing, torch.func, forward-mode AD) forbids fused ops; None where it does not."""
     if torch.onnx.is_in_onnx_export():  # by torch.export or by tracing
         return "ONNX has plain PyTorch's ops only"
-    if torch.compiler.is_compiling():
-        return None
-    if torch.jit.is_tracing():
-        return "TorchScript's tracing records plain PyTorch"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transforms():
         return "torch.func transforms see through plain PyTorch only"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode AD needs plain PyTorch: a fused op has no jvp"
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return "TorchScript's tracing records plain PyTorch"
     return None
+
+
+@torch.compiler.assume_constant_result  # asked by torch.compile as it traces; it guards what the answer depends on
+def _transforms() -> bool:
+    """Whether this is inside a torch.func transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x is one of many that vmap, or `is_grads_batched`, which has a vmap of its own, computes at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
 
 
 def is_traced(x: Tensor) -> bool:

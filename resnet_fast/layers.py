@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from . import dispatch
+from . import arguments, dispatch
 from .backends import native
 from .context import autocasts, conv_dtype, plain_pytorch_reason
 from .functional import ConvBn
@@ -95,7 +95,8 @@ def why_not_worth_training(x: Tensor, convs: Sequence[nn.Conv2d], backend: str) 
     if not x.is_cpu or _depth["any_size"] or torch.compiler.is_compiling() or dispatch.requested(backend) != "auto":
         return None
     dtype = conv_dtype(x)
-    least = native.least_training_bytes(dtype, all(conv.kernel_size == (3, 3) for conv in convs), convs[0].stride[0])
+    stride = arguments.pair("stride", convs[0].stride, 1)[0]
+    least = native.least_training_bytes(dtype, all(conv.kernel_size == (3, 3) for conv in convs), stride)
     if x.numel() * dtype.itemsize >= least:
         return None
     return f"training on an input of less than {least / 2**20:g} MiB: calls set the time (or name backend, train_stage)"

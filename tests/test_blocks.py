@@ -241,3 +241,42 @@ def test_input_is_not_changed_in_place(backend):
     before = x.clone()
     fast_block.train()(x).sum().backward()
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("x", [None, [1.0], "x"], ids=repr)
+def test_what_is_no_tensor_raises_as_stock(x, backend):
+    for module in (BasicBlock(8, 8), ResNet(BasicBlock, [1, 1, 1, 1])):
+        fast = resnet_fast.optimize(nn.Sequential(module), backend=backend)
+        with pytest.raises(TypeError, match="conv2d"):
+            fast(x)
+
+
+@torch.no_grad()
+def test_a_downsample_in_place_changes_what_it_changes_in_stock(backend):
+    """Its input is the block's, which the convolutions have read by then."""
+    torch.manual_seed(1)
+    stock = Bottleneck(16, 8, downsample=nn.Sequential(nn.ReLU(inplace=True), *down(16, 32)))
+    stock = nn.Sequential(lively(stock)).double().eval()
+    fast = resnet_fast.optimize(copy.deepcopy(stock), backend=backend)
+    x = draw((3, 16, 7, 7), torch.float64)
+    torch.testing.assert_close(fast(x.clone()), stock(x.clone()))
+    assert "in place" in fast[0].why_stock()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_geometry_of_one_number(training, backend):
+    """As conv2d takes it; nn.Conv2d's constructor makes two of it."""
+    torch.manual_seed(1)
+    stock = lively(BasicBlock(8, 8)).double().train(training)
+    stock.conv1.stride, stock.conv1.padding, stock.conv2.dilation = 1, [1], (1,)
+    x = draw((3, 8, 7, 7), torch.float64)
+    for name in (backend, "auto"):
+        fast = resnet_fast.optimize(nn.Sequential(copy.deepcopy(stock)), backend=name)
+        torch.testing.assert_close(fast(x), copy.deepcopy(stock)(x))
+
+
+def test_statistics_over_processes_need_convolutions_without_bias():
+    x, weight, ones = torch.randn(2, 4, 5, 5), torch.randn(4, 4, 3, 3), torch.ones(4)
+    layer = resnet_fast.functional.ConvBn(weight, ones, ones, conv_bias=ones, padding=1, training=True)
+    with pytest.raises(ValueError, match="conv_bias"):
+        resnet_fast.functional.residual_block(x, [layer], group="world")

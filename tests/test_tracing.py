@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import draw
 from models import lively
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, resnet18
@@ -231,3 +232,44 @@ def test_meta_device(name, monkeypatch):
     fast = block_and_input("reference", dtype=torch.float32)[0].to("meta")
     fast.fast_backend = name
     assert fast(torch.empty(2, 16, 6, 6, device="meta")).shape == (2, 32, 3, 3)
+
+
+def tangent_of(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+COMPILED = {  # name -> (function, compile, x) -> what a transform makes of it
+    "compiled grad": lambda f, compile, x: compile(grad(lambda x: f(x).square().sum()))(x),
+    "compiled vmap": lambda f, compile, x: compile(vmap(f))(x[None]),
+    "vmap of compiled": lambda f, compile, x: vmap(compile(f))(x[None]),
+    "tangent of compiled": lambda f, compile, x: tangent_of(compile(f), x),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_transforms_with_compile_see_plain_pytorch(name, backend):
+    fast, stock, x = block_and_input(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), stock(x))  # which is fused, and must not be taken for the other
+    ours = COMPILED[name](fast, lambda f: torch.compile(f, backend="eager"), x)
+    torch.testing.assert_close(ours, COMPILED[name](stock, lambda f: f, x))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("network", [False, True], ids=["block", "network"])
+def test_gradients_of_a_batch_of_outputs(network, training, backend):
+    """is_grads_batched, as of autograd.functional's vectorized Jacobians."""
+    fast, stock, x = block_and_input(backend)
+    if network:
+        stock = lively(resnet18(num_classes=3)).double()
+        fast, x = optimize(copy.deepcopy(stock), backend=backend, strict=True), draw((2, 3, 33, 33), torch.float64)
+    found = []
+    for module in (fast.train(training), stock.train(training)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf).flatten(1)[0, :3]
+        wanted = [leaf, *module.parameters()]
+        found.append(torch.autograd.grad(y, wanted, torch.eye(3, dtype=y.dtype), is_grads_batched=True))
+    torch.testing.assert_close(*found)
+    assert not any(grad.requires_grad for grad in found[0])

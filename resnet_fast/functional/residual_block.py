@@ -61,7 +61,7 @@ def residual_block(
 
     Raises:
         As `conv_bn_act`; and ValueError where `main` is empty, `train_stage` is no stage, shapes do not fit each other,
-        or a process of a group has an empty batch.
+        a process of a group has an empty batch, or a convolution of a group a bias.
     """
     if not main:
         raise ValueError("main must have at least one convolution, but is empty")
@@ -73,6 +73,8 @@ def residual_block(
     learns = learns_any(x, residual, *(tensor for layer in layers for tensor in layer.tensors))
     has_bias = any(layer.conv_bias is not None for layer in layers)
     inference = not (learns or any(layer.training for layer in layers))
+    if group and has_bias:
+        raise ValueError("group: statistics over processes are only taken of convolutions without a conv_bias")
     # By name, Triton has to have a kernel for each convolution, which is told when each is an op of its own.
     if needs_plain_pytorch(x) or has_bias or (inference and dispatch.requested(backend) == "triton"):
         return _layer_by_layer(x, main, shortcut, backend)
