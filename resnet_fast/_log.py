@@ -4,7 +4,11 @@ import logging
 import os
 
 logger = logging.getLogger("resnet_fast")
-logger.setLevel(os.environ.get("RESNET_FAST_LOG", "WARNING").upper())
+_level = (os.environ.get("RESNET_FAST_LOG") or "WARNING").upper()
+if _level not in logging.getLevelNamesMapping():
+    logger.warning("RESNET_FAST_LOG=%r is unknown; valid: %s", _level, ", ".join(logging.getLevelNamesMapping()))
+    _level = "WARNING"
+logger.setLevel(_level)
 
 _said: set[str] = set()
 

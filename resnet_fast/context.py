@@ -39,6 +39,11 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def is_followed(x: Tensor) -> bool:
+    """Whether somebody follows PyTorch's ops from x on, and would not see others: `is_traced`, tracers, transforms."""
+    return is_traced(x) or plain_pytorch_reason() is not None
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether conv2d would cast x: autocast is on, and x is not float64. The meta device has no autocast."""
     device_type = x.device.type

@@ -128,11 +128,16 @@ def _plan_whole(parent: nn.Module, settings: dict) -> None:
     """Frozen ResNets with the usual stem run as one plan on a GPU, and elsewhere every frozen stage does."""
     for child in parent.children():
         planned = PlannedStage if type(child) is FrozenStage else PLANNED.get(type(child))
-        if planned is PlannedStage or (planned is not None and _has_usual_stem(child)):
+        if planned is PlannedStage or (planned is not None and _has_usual_stem(child) and not _goes_its_own_way(child)):
             child.__class__ = planned
             child.__dict__ |= settings
         else:
             _plan_whole(child, settings)
+
+
+def _goes_its_own_way(module: nn.Module) -> bool:
+    """Whether somebody gave this instance another forward than its class has."""
+    return not {"forward", "_forward_impl", "forward_features"}.isdisjoint(module.__dict__)
 
 
 def _has_usual_stem(network: nn.Module) -> bool:
@@ -140,14 +145,14 @@ def _has_usual_stem(network: nn.Module) -> bool:
 
 
 def _freeze_downsample(downsample: nn.Module | None, dtype) -> nn.Module | None:
-    if downsample is None or why_not_downsample(downsample) is not None:
+    if downsample is None or why_not_downsample(downsample) is not None or not _has_statistics(downsample[1]):
         return downsample
     return FrozenConv2d(downsample[0], downsample[1], False, dtype)
 
 
 def _freeze_stem(module: nn.Module, dtype) -> None:
     """conv1-bn1-ReLU-maxpool of a ResNet, or of the layers that a segmentation or detection model takes from one."""
-    if type(module) is not IntermediateLayerGetter and type(module) not in PLANNED:
+    if (type(module) is not IntermediateLayerGetter and type(module) not in PLANNED) or _goes_its_own_way(module):
         return
     stem = "conv1", "bn1", PLANNED.get(type(module), PlannedNetwork).frozen_activation
     if set(stem) & set(getattr(module, "return_layers", ())):
@@ -166,7 +171,7 @@ def _freeze_runs(module: nn.Module, dtype) -> None:
     """Every Conv2d-BatchNorm2d(-ReLU) run of a Sequential (segmentation heads, for one)."""
     if type(module).forward is not nn.Sequential.forward:
         return
-    names = [(module, name) for name, _ in module.named_children()]
+    names = [(module, name) for name in module._modules]  # not named_children(), which has what is used twice once
     for start in range(len(names) - 1):
         _replace_run(names[start : start + 3], dtype)
 
@@ -176,7 +181,7 @@ def _replace_run(run: list[tuple[nn.Module, str]], dtype) -> None:
     conv, bn, *rest = (getattr(parent, name) for parent, name in run)
     if why_not_stage(run[0][1], conv, run[1][1], bn) is not None or not _has_statistics(bn):
         return
-    relu = bool(rest) and type(rest[0]) is nn.ReLU and not rest[0]._forward_hooks
+    relu = bool(rest) and why_not_module("relu", rest[0], (nn.ReLU,)) is None
     setattr(*run[0], FrozenConv2d(conv, bn, relu, dtype))
     for parent, name in run[1:3] if relu else run[1:2]:
         setattr(parent, name, nn.Identity())
@@ -184,7 +189,10 @@ def _replace_run(run: list[tuple[nn.Module, str]], dtype) -> None:
 
 def _why_not_frozen(block: nn.Module) -> str | None:
     reason = why_not_fusable(block)
-    if reason is None and not all(_has_statistics(bn) for _, bn in fast_type(block)._stages(block)):
+    if reason is None and _goes_its_own_way(block):
+        reason = "it has a forward of its own, bound to the instance"
+    training = any(module.training for module in block.modules())  # the shortcut too, which eval() would change
+    if reason is None and (training or not all(_has_statistics(bn) for _, bn in fast_type(block)._stages(block))):
         reason = "a batch norm is in training mode or keeps no running statistics, so there is nothing to fold"
     return reason
 

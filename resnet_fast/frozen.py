@@ -12,10 +12,12 @@ together and the stem's weights are padded with, so that a NaN or Inf may spread
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.utils import _pair
 
 from . import cpus, dispatch
 from .backends import direct, native, winograd
+from .context import is_followed
 from .kernels import selection
 from .kernels.config_types import Config, DirectConfig, WinogradConfig
 from .kernels.direct import NAME as DIRECT
@@ -31,7 +33,8 @@ _NAMES = {WinogradConfig: WINOGRAD, DirectConfig: DIRECT, type(None): "oneDNN"}
 
 def raise_for_gradient(x: Tensor) -> None:
     """Raise RuntimeError where a gradient of x is wanted."""
-    if x.requires_grad and torch.is_grad_enabled():
+    forward_mode = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_mode or (x.requires_grad and torch.is_grad_enabled()):
         raise RuntimeError("a frozen model computes no gradients: run it under torch.no_grad(), or detach the input")
 
 
@@ -70,7 +73,7 @@ class FrozenConv2d(Frozen):
         """`residual` (N, Cout, P, Q) is added before the activation; its memory may become the output's if allowed."""
         raise_for_gradient(x)
         x = x.to(self.weight.dtype)
-        if torch.compiler.is_compiling():  # which cannot enter the pool's context
+        if is_followed(x):
             with torch.no_grad():
                 return self._conv2d(x, residual)
         with torch.no_grad(), pooled():
@@ -78,6 +81,8 @@ class FrozenConv2d(Frozen):
                 return self._conv_native(x, residual)
             if not self.runs_onednn():
                 return self._conv2d(x, residual)
+            if x.dim() != 4 or x.shape[1] != self.weight.shape[1] * self.groups:
+                raise RuntimeError(f"input is {tuple(x.shape)}, not (N, {self.weight.shape[1] * self.groups}, H, W)")
             config = self._config(x.shape, residual is not None)
             y = None if config is None else self.by_kernel(config, x, residual)
             return self.by_onednn(x, residual, overwrite_residual) if y is None else y
@@ -138,8 +143,6 @@ class FrozenConv2d(Frozen):
 
     def _config(self, shape: torch.Size, residual: bool) -> Config | None:
         if dispatch.requested(self.backend) == "reference":
-            return None
-        if len(shape) != 4 or shape[1] != self.weight.shape[1] * self.groups:  # oneDNN says what is wrong with it
             return None
         asked, chosen = (shape, residual), self._chosen
         if chosen is None or chosen[0] != asked:
@@ -231,7 +234,7 @@ class FrozenMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As MaxPool2d's."""
-        if torch.compiler.is_compiling():
+        if is_followed(x):
             return super().forward(x)
         with pooled():
             y = native.max_pool(x) if self._is_stems() and not (x.requires_grad and torch.is_grad_enabled()) else None

@@ -20,6 +20,7 @@ from . import _log, cpu_network, dispatch, gpus
 from .amx.network import AmxNetwork
 from .backends.units import why_no_unit
 from .capture import CapturedCall
+from .context import is_followed
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
 from .frozen import FrozenConv2d, FrozenStage, raise_for_gradient
@@ -41,6 +42,7 @@ _NOT_COPIED = (
     "_float32_twin",
     "_amx",
     "_cpu_networks",
+    "_cpu_weights",
     "_weights_inside",
     "_told_shape",
 )
@@ -67,7 +69,7 @@ class _Planned:
 
     def _engine(self, x: Tensor) -> Engine | None:
         """The engine for x's shape, built when it is first seen; None, with the reason said, where there is none."""
-        if torch.compiler.is_compiling():  # which sees the layers one by one
+        if is_followed(x):  # by who sees the layers one by one
             return None
         reason = self.why_not_planned(x)
         if reason is None:
@@ -83,7 +85,7 @@ class _Planned:
 
     def amx_network(self, x: Tensor) -> AmxNetwork | None:
         """The network that computes this module on a CPU by bfloat16 products; None where x goes another way."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        if is_followed(x) or x.device.type != "cpu" or x.numel() == 0:
             return None
         if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
             return None
@@ -119,7 +121,7 @@ class _Planned:
 
     def _by_library(self, x: Tensor) -> Tensor:
         """By oneDNN and the like; in float32 where the CPU is faster so, unless somebody watches the layers."""
-        if torch.compiler.is_compiling() or self._hooked():
+        if is_followed(x) or self._hooked():
             return super().forward(x)
         twin = float32_twin(self, x, self._weight_dtype())
         y = self._as_one(x) if twin is None else twin(x.float()).to(x.dtype)
@@ -143,7 +145,10 @@ class _Planned:
             return None
         self._look_at_children()
         with _building:
-            networks = self.__dict__.setdefault("_cpu_networks", OrderedDict())
+            networks, weights = self.__dict__.setdefault("_cpu_networks", OrderedDict()), _versions(self._weights)
+            if self.__dict__.get("_cpu_weights") != weights:  # load_state_dict into a part
+                networks.clear()
+                self.__dict__["_cpu_weights"] = weights
             key = x.shape, torch.get_num_threads()
             if key not in networks:
                 try:
@@ -255,7 +260,7 @@ class PlannedStage(_Planned, FrozenStage):
         return self._by_library(x) if engine is None else engine(x)
 
     def _section(self) -> Section:
-        return Section(None, False, list(self.named_children()))
+        return Section(None, False, list(self._modules.items()))
 
     def _has_head(self) -> bool:
         return False
@@ -291,7 +296,7 @@ class PlannedNetwork(_Planned):
         report = self.__dict__.get("resnet_fast_report")
         if report is not None:  # else this is a part of the frozen model, which has the report
             blocks = dict(self.named_modules())
-            rows = tuple(_row(row, blocks[row.name], plan) for row in report)
+            rows = tuple(_row(row, blocks[row.name], plan) if row.name in blocks else row for row in report)
             self.resnet_fast_report = replace(report, blocks=rows)
 
     def _tell_layers(self, network: nn.Module) -> None:
@@ -357,6 +362,8 @@ def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
 
 def _layers_row(row: BlockReport, blocks: dict[str, nn.Module]) -> BlockReport:
     """`row` with what computed each convolution of its block, and why."""
+    if row.name not in blocks:  # removed since
+        return row
     inside = blocks[row.name].named_modules()
     convs = [(f"{name} {conv.kernel}", conv.reason) for name, conv in inside if isinstance(conv, FrozenConv2d)]
     kernels = [f"{kernel} ({reason})" if reason else kernel for kernel, reason in convs]
