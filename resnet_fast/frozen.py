@@ -31,11 +31,16 @@ _mkldnn = torch.ops.mkldnn
 _NAMES = {WinogradConfig: WINOGRAD, DirectConfig: DIRECT, type(None): "oneDNN"}
 
 
-def raise_for_gradient(x: Tensor) -> None:
-    """Raise RuntimeError where a gradient of x is wanted."""
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. Raises TypeError where it is no tensor of floats, RuntimeError where a gradient of it is wanted."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a tensor, not {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"input is {x.dtype}; a frozen model takes float dtypes and computes in {dtype}")
     forward_mode = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     if forward_mode or (x.requires_grad and torch.is_grad_enabled()):
         raise RuntimeError("a frozen model computes no gradients: run it under torch.no_grad(), or detach the input")
+    return x.to(dtype)
 
 
 class Frozen(nn.Module):
@@ -71,8 +76,7 @@ class FrozenConv2d(Frozen):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """`residual` (N, Cout, P, Q) is added before the activation; its memory may become the output's if allowed."""
-        raise_for_gradient(x)
-        x = x.to(self.weight.dtype)
+        x = as_input(x, self.weight.dtype)
         if is_followed(x):
             with torch.no_grad():
                 return self._conv2d(x, residual)

@@ -23,7 +23,7 @@ from .capture import CapturedCall
 from .context import is_followed
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
-from .frozen import FrozenConv2d, FrozenStage, raise_for_gradient
+from .frozen import FrozenConv2d, FrozenStage, as_input
 from .plan import Plan
 from .planner import Section, build
 from .report import BlockReport
@@ -252,8 +252,7 @@ class PlannedStage(_Planned, FrozenStage):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) of any float dtype -> the last block's output."""
-        raise_for_gradient(x)
-        x = x.to(self._weight_dtype())
+        x = as_input(x, self._weight_dtype())
         if (network := self.program_of(x)) is not None:
             return network(x)
         engine = self._engine(x)
@@ -279,8 +278,7 @@ class PlannedNetwork(_Planned):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
-        raise_for_gradient(x)
-        x = x.to(self._weight_dtype())
+        x = as_input(x, self._weight_dtype())
         if (network := self.program_of(x)) is not None:
             y = network(x)
             return y if network.head else self.behind(y)

@@ -78,6 +78,14 @@ def test_info_fails_where_a_backend_is_wrong(capsys, monkeypatch):
     assert "self-test" in json.loads(capsys.readouterr().out)["broken"][0]
 
 
+@pytest.mark.parametrize("variable", ["RESNET_FAST_BACKEND", "RESNET_FAST_TRAIN"])
+def test_a_variable_that_names_nothing_is_one_line(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "nine")
+    assert run("verify", "--quick") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{variable}='nine'" in line
+
+
 def test_verify_quick(capsys, tmp_path, backend):
     assert run("verify", "--quick", "--backend", backend, "--json", tmp_path / "verify.json") == 0
     report = json.loads((tmp_path / "verify.json").read_text())

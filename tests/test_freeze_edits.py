@@ -160,6 +160,14 @@ def test_a_wrong_input_is_told(shape):
             freeze(model)(torch.randn(shape))
 
 
+@pytest.mark.parametrize(
+    "x", [None, [1.0], torch.zeros(1, 3, 40, 40, dtype=torch.uint8)], ids=["None", "list", "uint8"]
+)
+def test_what_is_no_tensor_of_floats(x):
+    with pytest.raises(TypeError, match="input"):
+        freeze(network())(x)
+
+
 @pytest.mark.parametrize(("level", "told"), [("", False), ("info", False), ("loud", True)])
 def test_a_log_level_that_there_is_not(level, told):
     done = fresh.python("import resnet_fast", environment=os.environ | {"RESNET_FAST_LOG": level})

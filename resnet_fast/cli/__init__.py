@@ -49,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .. import BackendUnavailable, FusionError, dispatch
+    from .. import BackendUnavailable, FusionError, dispatch, training
 
     try:
         if args.command != "info":  # which explains it instead
             try:
                 dispatch.requested()
+                training.requested()
             except ValueError as error:
                 raise UserError(str(error)) from None
         return _module(args.command).run(args)
