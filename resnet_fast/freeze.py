@@ -33,7 +33,8 @@ def freeze(
     """A copy of `model` for inference: batch norm folded, ReLU and residual fused into the convolutions.
 
     Residual blocks, a ResNet's stem and every Conv2d-BatchNorm(-ReLU) run of a Sequential are frozen; the rest of the
-    model is copied as it is. `model` itself, stock or optimized, is not touched.
+    model is copied as it is. `model` itself, stock or optimized, is not touched. A convolution's output is then batch
+    norm's and the ReLU's: who reads between them in a forward of their own reads that.
 
     Args:
         model: in eval mode (the running statistics are what is folded).
