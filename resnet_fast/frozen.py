@@ -77,11 +77,14 @@ class FrozenConv2d(Frozen):
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """`residual` (N, Cout, P, Q) is added before the activation; its memory may become the output's if allowed."""
         x = as_input(x, self.weight.dtype)
+        by_name = not torch.compiler.is_compiling() and x.is_cuda and dispatch.requested(self.backend) == "native"
+        if by_name:  # raises BackendUnavailable where the extension or its CUDA part cannot run
+            dispatch.select("conv_epilogue", "cuda", x.dtype, "native")
         if is_followed(x):
             with torch.no_grad():
                 return self._conv2d(x, residual)
         with torch.no_grad(), pooled():
-            if x.is_cuda and dispatch.requested(self.backend) == "native":
+            if by_name:
                 return self._conv_native(x, residual)
             if not self.runs_onednn():
                 return self._conv2d(x, residual)
@@ -98,8 +101,6 @@ class FrozenConv2d(Frozen):
         return y.relu_() if self.relu else y
 
     def _conv_native(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Raises BackendUnavailable where the extension or its CUDA part cannot run."""
-        dispatch.select("conv_epilogue", "cuda", x.dtype, "native")
         conv = (self.stride, self.padding, self.dilation, self.groups)
         return native.conv_epilogue(x, self.weight, self.bias, [], 0.0, residual, *conv, self.relu, "auto")
 
