@@ -243,5 +243,6 @@ for _name, _setup, _backward in (
     ("stem", _setup_stem, _stem_backward),
     ("conv_bn_act_train", _setup_conv_bn_act_train, _conv_bn_act_train_backward),
 ):
-    _backward = seen_through(_backward)
-    torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=ops.library)
+    torch.library.register_autograd(
+        f"resnet_fast::{_name}", seen_through(_backward), setup_context=_setup, lib=ops.library
+    )

@@ -187,11 +187,7 @@ def _why_not_now(block: nn.Module, x: Tensor) -> str | None:
     if reason is None and block.training and training.requested(block.fast_train_stage) is None:
         convs = [conv for conv, _ in _layout(block)._stages(block)]
         reason = why_not_worth_training(x, convs, block.fast_backend)
-    norms = batch_norms(block)
-    reason = reason or why_not_normalised(norms, x)
-    if reason is None and group_name(norms) and any(conv.bias is not None for conv, _ in _layout(block)._stages(block)):
-        reason = "SyncBatchNorm behind a convolution with a bias"
-    return reason
+    return reason or why_not_normalised(batch_norms(block), x)
 
 
 def _why_not_shortcut(shortcut: nn.Module | None) -> str | None:

@@ -64,6 +64,8 @@ def why_not_stage(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) 
         return reason
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"{conv_name} pads {conv.padding!r} with {conv.padding_mode!r}; only zero padding by numbers is fused"
+    if conv.bias is not None and process_group(bn) is not None:
+        return f"{bn_name} takes its statistics over processes, which is not fused behind {conv_name}'s bias"
     return None
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
 
 from resnet_fast import disabled, optimize
+from resnet_fast.blocks import why_not_downsample
 from resnet_fast.training import GRAM, LIBRARY, STAGES
 
 SHARES = (3, 2)  # images of each process: not equal
@@ -55,6 +56,16 @@ def synchronised(rank: int, backend: str) -> None:
                 close(grad, twin.get_parameter(name).grad, name)
             for name, buffer in fast.named_buffers():
                 close(buffer, twin.get_buffer(name), name)
+
+
+def behind_a_bias(rank: int, backend: str) -> None:
+    """What is not fused: the block where a bias is in the main path, else the shortcut alone."""
+    for name in ("conv1", "downsample.0"):
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(block())
+        synced.get_submodule(name).bias = nn.Parameter(torch.zeros(synced.get_submodule(name).out_channels).double())
+        fast = optimize(nn.Sequential(synced), backend=backend)[0]
+        reason = fast.why_stock() if name == "conv1" else why_not_downsample(fast.downsample)
+        assert f"behind {name}'s bias" in reason, reason
 
 
 def one_group_each(rank: int, backend: str) -> None:
@@ -117,7 +128,7 @@ def close(ours, theirs, name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=lambda message: f"{name}: {message}")
 
 
-CHECKS = (synchronised, one_group_each, an_empty_share, data_parallel, no_second_derivative)
+CHECKS = (synchronised, behind_a_bias, one_group_each, an_empty_share, data_parallel, no_second_derivative)
 
 if __name__ == "__main__":
     rank, world, store, backend = sys.argv[1:]
