@@ -42,7 +42,7 @@ _NOT_COPIED = (
     "_float32_twin",
     "_amx",
     "_cpu_networks",
-    "_cpu_weights",
+    "_known_weights",
     "_weights_inside",
     "_told_shape",
 )
@@ -69,8 +69,6 @@ class _Planned:
 
     def _engine(self, x: Tensor) -> Engine | None:
         """The engine for x's shape, built when it is first seen; None, with the reason said, where there is none."""
-        if is_followed(x):  # by who sees the layers one by one
-            return None
         reason = self.why_not_planned(x)
         if reason is None:
             with _building:  # threads that come at once wait for one plan
@@ -85,21 +83,18 @@ class _Planned:
 
     def amx_network(self, x: Tensor) -> AmxNetwork | None:
         """The network that computes this module on a CPU by bfloat16 products; None where x goes another way."""
-        if is_followed(x) or x.device.type != "cpu" or x.numel() == 0:
+        if x.device.type != "cpu" or x.numel() == 0:
             return None
         if dispatch.requested(self.backend) not in ("auto", "native") or self._hooked():
             return None
         if (reason := why_no_unit(self._weight_dtype())) is not None:
             _log.once(f"freeze: no AMX or AVX-512 program: {reason}", logging.INFO)
             return None
-        self._look_at_children()
         with _building:
-            weights = _versions(self._weights)
-            known, network = self.__dict__.get("_amx", (None, None))
-            if known != weights:
-                network = self._make_amx_network()
-                self.__dict__["_amx"] = weights, network
-        return network
+            self._look_at_weights()
+            if "_amx" not in self.__dict__:
+                self.__dict__["_amx"] = self._make_amx_network()
+            return self.__dict__["_amx"]
 
     def program_of(self, x: Tensor) -> AmxNetwork | None:
         """`amx_network`, where x is to be its input."""
@@ -121,8 +116,8 @@ class _Planned:
 
     def _by_library(self, x: Tensor) -> Tensor:
         """By oneDNN and the like; in float32 where the CPU is faster so, unless somebody watches the layers."""
-        if is_followed(x) or self._hooked():
-            return super().forward(x)
+        if self._hooked():
+            return self._layer_by_layer(x)
         twin = float32_twin(self, x, self._weight_dtype())
         y = self._as_one(x) if twin is None else twin(x.float()).to(x.dtype)
         if x.device.type == "cpu" and self.__dict__.get("_told_shape") != x.shape:
@@ -130,11 +125,14 @@ class _Planned:
             self._tell_layers(twin or self)
         return y
 
+    def _layer_by_layer(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
     def _as_one(self, x: Tensor) -> Tensor:
         """All layers in one call, else one by one."""
         network = self.network_of(x)
         if network is None:
-            return super().forward(x)
+            return self._layer_by_layer(x)
         with torch.no_grad():
             return self.behind(network.run(x))
 
@@ -143,12 +141,9 @@ class _Planned:
         weights are packed, built when they are first seen; None, with the reason said, where there is none."""
         if x.device.type != "cpu" or x.numel() == 0 or dispatch.requested(self.backend) not in ("auto", "native"):
             return None
-        self._look_at_children()
         with _building:
-            networks, weights = self.__dict__.setdefault("_cpu_networks", OrderedDict()), _versions(self._weights)
-            if self.__dict__.get("_cpu_weights") != weights:  # load_state_dict into a part
-                networks.clear()
-                self.__dict__["_cpu_weights"] = weights
+            self._look_at_weights()
+            networks = self.__dict__.setdefault("_cpu_networks", OrderedDict())
             key = x.shape, torch.get_num_threads()
             if key not in networks:
                 try:
@@ -172,6 +167,14 @@ class _Planned:
         """Forget what was made of a layer that was replaced."""
         if self.__dict__.get("_planned_children") != self._two_generations():
             self._forget()
+
+    def _look_at_weights(self) -> None:
+        """The same, and what was made of weights that were edited since, as by `load_state_dict` into a part."""
+        self._look_at_children()
+        weights = _versions(self._weights)
+        if self.__dict__.setdefault("_known_weights", weights) != weights:
+            self._forget()
+            self.__dict__["_known_weights"] = _versions(self._weights)
 
     def _two_generations(self) -> tuple[nn.Module, ...]:
         """The children and theirs: of a ResNet the stages and their blocks. More would take longer than it helps."""
@@ -253,6 +256,8 @@ class PlannedStage(_Planned, FrozenStage):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, Cin, H, W) of any float dtype -> the last block's output."""
         x = as_input(x, self._weight_dtype())
+        if is_followed(x):
+            return self._layer_by_layer(x)
         if (network := self.program_of(x)) is not None:
             return network(x)
         engine = self._engine(x)
@@ -279,6 +284,8 @@ class PlannedNetwork(_Planned):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any float dtype -> logits (N, classes)."""
         x = as_input(x, self._weight_dtype())
+        if is_followed(x):
+            return self._layer_by_layer(x)
         if (network := self.program_of(x)) is not None:
             y = network(x)
             return y if network.head else self.behind(y)
