@@ -7,7 +7,8 @@ RESNET_FAST_BUILD chooses what is compiled:
 MAX_JOBS limits the compilers run at once (default: the cores). TORCH_CUDA_ARCH_LIST says what GPUs to compile for
 (default: those of this machine; without one, "8.0;9.0+PTX").
 
-The command emulate_amx makes an extension whose AMX kernels run on CPUs without AMX, for tests: tests/emulation.py.
+The command emulate_amx makes an extension whose AMX kernels run on CPUs without AMX, for tests: tests/emulation.py,
+which gives it the compiler's flags in RESNET_FAST_EMULATED_AMX_FLAGS.
 """
 
 import functools
@@ -48,8 +49,7 @@ ISA_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 # csrc/cpu/amx/*.cpp, compiled once where the compiler knows them; run only where the CPU and the system have AMX.
-AMX_VECTOR_FLAGS = ["-mavx512bf16", *ISA_FLAGS["AVX512"]]
-AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", *AMX_VECTOR_FLAGS]
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", *ISA_FLAGS["AVX512"]]
 # What stands in for the question whether the CPU has them where they are emulated.
 EMULATED_AMX_SOURCES = {"csrc/cpu/program/usable.cpp": "tests/csrc/amx_usable.cpp"}
 # What most of csrc/ and of the kernels of each instruction set includes, and half of what it takes to compile.
@@ -86,15 +86,6 @@ def has_amx() -> bool:
         return False
     command = [*shlex.split(os.environ.get("CXX") or "c++"), *AMX_FLAGS, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def emulated_amx_flags() -> list[str]:
-    """For csrc/cpu/amx/*.cpp with tiles, and on a CPU without AVX-512's bfloat16 that as well, of tests/csrc."""
-    headers, cpu = ROOT / "tests" / "csrc", Path("/proc/cpuinfo").read_text()
-    tiles = ["-include", str(headers / "amx_tiles.h")]
-    if "avx512_bf16" in cpu:
-        return [*tiles, *AMX_VECTOR_FLAGS]
-    return ["-include", str(headers / "avx512.h"), *tiles, "-ffp-contract=off", *ISA_FLAGS["AVX2"]]
 
 
 def why_no_cpp() -> str | None:
@@ -352,11 +343,12 @@ def native_commands(plan: Plan) -> dict:
             super().finalize_options()
             if not has_amx():
                 raise SystemExit("resnet-fast build: there is no AMX to emulate in a build of this system and compiler")
+            self.emulated_flags = shlex.split(os.environ["RESNET_FAST_EMULATED_AMX_FLAGS"])
             self.build_lib = str(ROOT / "build" / "emulated-amx")
             self.force = True  # setuptools looks at sources only; ninja looks at headers and flags as well
 
         def amx_objects(self, ext) -> list[str]:
-            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", emulated_amx_flags())
+            return self.objects(ext, sources("cpu/amx/*.cpp"), "AMX-emulated", self.emulated_flags)
 
         def build_extension(self, ext) -> None:
             ext.sources = [EMULATED_AMX_SOURCES.get(source, source) for source in ext.sources]

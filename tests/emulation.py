@@ -8,12 +8,14 @@ The extension is what `setup.py emulate_amx` makes of the build's objects: secon
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from host_compiler import emulated_amx_flags
 
 from resnet_fast.cli import environment
 
@@ -52,7 +54,8 @@ def concerns(item: pytest.Item) -> bool:
 def build() -> None:
     """Raises UsageError with what the build said where it fails."""
     command = [sys.executable, "setup.py", "-q", "emulate_amx"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    variables = os.environ | {"RESNET_FAST_EMULATED_AMX_FLAGS": shlex.join(emulated_amx_flags())}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise pytest.UsageError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
