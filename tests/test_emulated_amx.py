@@ -22,9 +22,10 @@ NATIVE = ("-mamx-tile", "-mamx-bf16", *BFLOAT16_FLAGS)
 
 MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
-    "stride": ("a_bytes = args_.x_row * 2", "a_bytes = 64"),
-    "pixels": ("_tile_loadd(5, a1 + offset, a_bytes);", "_tile_loadd(5, a0 + offset, a_bytes);"),
-    "sum": ("{0, 16, 512, 528}", "{0, 16, 528, 512}"),
+    "stride": ("a_bytes = args.x_row * 2", "a_bytes = 64"),
+    "pixels": ("_tile_dpbf16ps(2, 5, 6);\n  between();", "_tile_dpbf16ps(2, 4, 6);\n  between();"),
+    "sum": ("_tile_stored(2, summed.sums + 512, 128);", "_tile_stored(2, summed.sums + 528, 128);"),
+    "row": ("y_ += wanted ? args_.y_row : args_.y_gap;", "y_ += args_.y_gap;"),
 }
 
 

@@ -21,11 +21,7 @@ extern "C" void without_configuration() { _tile_zero(0); }
 // apart.
 extern "C" void conv(const uint16_t* x, const uint16_t* weight, const float* bias, uint16_t* y, int64_t step) {
   alignas(64) float scratch[amx::kScratchFloats];
-  amx::Tile tiles[2];
-  for (int64_t tile = 0; tile < 2; ++tile) {
-    tiles[tile] = {tile * 16 * step, {}, 0xffff};
-    for (int64_t i = 0; i < 16; ++i) tiles[tile].y[i] = static_cast<int32_t>((tile * 16 + i) * step);
-  }
+  const amx::Tile tiles[2] = {{0, 0, 0xffff}, {16 * step, 16 * step, 0xffff}};
   const int64_t offset = 0;
   amx::ConvArgs args = {};
   args.planes = 1;
@@ -36,6 +32,7 @@ extern "C" void conv(const uint16_t* x, const uint16_t* weight, const float* bia
   args.weight = weight;
   args.bias = bias;
   args.y = y;
+  args.y_row = step;
   amx::configure_tiles();
   amx::conv(args, tiles, 2, 0, 1, scratch);
   amx::release_tiles();

@@ -32,11 +32,10 @@ const char* name();
 void configure_tiles();
 void release_tiles();
 
-// Where 16 rows are read, one step after the other, and where each is written, in values from the image's first pixel.
-// Bit i of `rows`: row i is written.
+// Where 16 rows are read, and where the first is written, each a step behind the one before, in values from the image's
+// first pixel. Bit i of `rows`: row i is written.
 struct Tile {
-  int64_t x;
-  int32_t y[kTileRows];
+  int64_t x, y;
   uint32_t rows;
 };
 
@@ -64,6 +63,7 @@ struct ConvArgs {
   const uint16_t* residual;         // strided as y, or null
   uint16_t* y;
   int64_t y_plane, y_block;
+  int64_t y_row, y_gap;             // of conv(): from a row that is written to the next, and from one that is not
   bool relu;                        // keeps NaN
   bool pixels_first;                // pixels stay in the first cache level while weights pass, else the other way round
 };

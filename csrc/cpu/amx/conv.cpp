@@ -2,8 +2,8 @@
 // bias, residual and ReLU are applied to before they leave the first cache level. No im2col: a tap is an offset.
 //
 // A core multiplies 4 KiB of tiles in the time that 3 KiB take from the second cache level, so half of them must come
-// from the first: taps are innermost, where a tap reads what the last one has read; and sums over many channels of single
-// taps are taken in chunks, each for several output blocks, with the sums put aside in between.
+// from the first: taps are innermost, where a tap reads what the last one has read; and sums are taken in chunks, each for
+// several output blocks or pairs of tiles, with the sums put aside in between.
 #include "amx.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -12,12 +12,148 @@ namespace resnet_fast::cpu::amx {
 namespace {
 
 constexpr int64_t kTogether = 3;  // output blocks, or pairs of tiles, whose sums are taken in turn
-constexpr int64_t kSlots = kTogether + 2;  // and those whose epilogue is not done
-constexpr int64_t kSums = 1024;            // floats: two tiles of pixels by 32 channels
-constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};
-static_assert(kScratchFloats == kSlots * kSums);
+constexpr int64_t kWaiting = 2;   // units whose epilogue is not done
+constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
+static_assert(kScratchFloats == (kTogether + kWaiting) * kSums);
 
-// Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights.
+// A sum begins with a load from here: tiles that are loaded are renamed, one that is zeroed waits for its last product.
+alignas(64) constexpr float kZeros[256] = {};
+
+// Two tiles of pixels, of which the other may be missing, and an output block.
+struct Unit {
+  const Tile *one, *other;
+  float* sums;
+  int64_t block;
+};
+
+// What is left of a unit: bias, residual and ReLU, row by row between the products of the units behind it. The two are
+// computed by different parts of a core, at the same time as long as neither is more than some hundred instructions ahead.
+template <int planes, bool residual>
+class Epilogue {
+ public:
+  explicit Epilogue(const ConvArgs& args)
+      : args_(args), floor_(_mm512_set1_ps(args.relu ? 0.0f : -__builtin_inff())), scale0_(_mm512_set1_ps(1.0f)),
+        scale1_(scale0_) {}
+
+  [[gnu::always_inline]] inline void start(const Unit& unit) {
+    sums_ = unit.sums;
+    other_ = unit.other;
+    left_ = unit.other == nullptr ? kTileRows : 2 * kTileRows;
+    wanted_ = unit.one->rows;
+    if (other_ != nullptr) wanted_ |= other_->rows << kTileRows;
+    offset_ = unit.block * args_.y_block;
+    place(unit.one->y);
+    const float* bias = args_.bias + unit.block * kVector;
+    bias0_ = _mm512_loadu_ps(bias), bias1_ = _mm512_loadu_ps(bias + 16);
+    if (args_.scale != nullptr) {
+      const float* scale = args_.scale + unit.block * kVector;
+      scale0_ = _mm512_loadu_ps(scale), scale1_ = _mm512_loadu_ps(scale + 16);
+    }
+  }
+
+  bool done() const { return left_ == 0; }
+
+  // The next `rows`, a divisor of a tile's.
+  template <int rows>
+  [[gnu::always_inline]] inline void advance() {
+    if (done()) return;
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; ++row) {
+      const bool wanted = wanted_ >> row & 1;
+      if (wanted) finish(sums_ + row * kVector);
+      y_ += wanted ? args_.y_row : args_.y_gap;
+      if constexpr (residual) residual_ += wanted ? args_.y_row : args_.y_gap;
+    }
+    sums_ += rows * kVector;
+    wanted_ >>= rows;
+    left_ -= rows;
+    if (left_ == kTileRows) place(other_->y);
+  }
+
+ private:
+  void place(int64_t y) {
+    y_ = args_.y + offset_ + y;
+    if constexpr (residual) residual_ = args_.residual + offset_ + y;
+  }
+
+  [[gnu::always_inline]] inline void finish(const float* sums) const {
+    __m512 first = _mm512_fmadd_ps(_mm512_load_ps(sums), scale0_, bias0_);
+    __m512 second = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), scale1_, bias1_);
+    if constexpr (residual) {
+      first = _mm512_add_ps(first, load<planes>(residual_, args_.y_plane));
+      second = _mm512_add_ps(second, load<planes>(residual_ + 16, args_.y_plane));
+    }
+    first = _mm512_max_ps(floor_, first);  // which is the second operand where one is NaN
+    second = _mm512_max_ps(floor_, second);
+    if constexpr (planes == 1) {
+      _mm512_storeu_si512(y_, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    } else {
+      store<planes>(y_, args_.y_plane, first);
+      store<planes>(y_ + 16, args_.y_plane, second);
+    }
+  }
+
+  const ConvArgs& args_;
+  const __m512 floor_;
+  __m512 scale0_, scale1_, bias0_ = {}, bias1_ = {};
+  const float* sums_ = nullptr;
+  const Tile* other_ = nullptr;
+  int64_t left_ = 0, offset_ = 0;
+  uint32_t wanted_ = 0;
+  uint16_t* y_ = nullptr;
+  const uint16_t* residual_ = nullptr;
+};
+
+// The sums of the last unit leave the tiles, each just before the first product of this unit, whose sums come: from its
+// last chunk, or as zeros.
+struct Sums {
+  float* last;
+  const float* next;
+  int64_t bytes, right, lower;  // of `next`: from row to row, and from tile 0 to the tiles 1 and 2
+
+  // Intrinsics take tiles by number.
+  template <int tile>
+  [[gnu::always_inline]] inline void exchange() const {
+    static_assert(tile >= 0 && tile < 4);
+    if constexpr (tile == 0) {
+      _tile_stored(0, last, 128);
+      _tile_loadd(0, next, bytes);
+    } else if constexpr (tile == 1) {
+      _tile_stored(1, last + 16, 128);
+      _tile_loadd(1, next + right, bytes);
+    } else if constexpr (tile == 2) {
+      _tile_stored(2, last + 512, 128);
+      _tile_loadd(2, next + lower, bytes);
+    } else {
+      _tile_stored(3, last + 528, 128);
+      _tile_loadd(3, next + lower + right, bytes);
+    }
+  }
+};
+
+// Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights. Whatever else there is to do is done by
+// `between`, called at even distances.
+template <bool first, typename Between>
+[[gnu::always_inline]] inline void multiply_one(
+    const Sums& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight,
+    const Between& between) {
+  _tile_loadd(6, weight, 64);
+  _tile_loadd(4, a0, a_bytes);
+  if constexpr (first) sums.exchange<0>();
+  _tile_dpbf16ps(0, 4, 6);
+  between();
+  _tile_loadd(7, weight + kBlockValues / 2, 64);
+  if constexpr (first) sums.exchange<1>();
+  _tile_dpbf16ps(1, 4, 7);
+  between();
+  _tile_loadd(5, a1, a_bytes);
+  if constexpr (first) sums.exchange<2>();
+  _tile_dpbf16ps(2, 5, 6);
+  between();
+  if constexpr (first) sums.exchange<3>();
+  _tile_dpbf16ps(3, 5, 7);
+  between();
+}
 
 // The products of the tiles that are loaded, and the next weights; `half`: of the first half they are done.
 inline void multiply_then_weights(const uint16_t* weight, bool half) {
@@ -42,8 +178,16 @@ inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t
 
 // The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free
 // after two of four products, so that its load is hidden by the other two.
-inline void multiply_planes(
-    const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight) {
+template <bool first, typename Between>
+[[gnu::always_inline]] inline void multiply_planes(
+    const Sums& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
+    const Between& between) {
+  if constexpr (first) {
+    sums.exchange<0>();
+    sums.exchange<1>();
+    sums.exchange<2>();
+    sums.exchange<3>();
+  }
   const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
   _tile_loadd(6, weight2, 64);
   _tile_loadd(4, a0, a_bytes);
@@ -52,202 +196,133 @@ inline void multiply_planes(
   _tile_dpbf16ps(2, 5, 6);
   _tile_loadd(7, weight2 + kBlockValues / 2, 64);
   multiply_then_weights(weight1, true);
+  between();
   multiply_then_pixels(a0 + plane, a1 + plane, a_bytes);
+  between();
   multiply_then_weights(weight0, false);
+  between();
   multiply_then_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
+  between();
   multiply_then_pixels(a0, a1, a_bytes);
+  between();
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(3, 5, 7);
+  between();
 }
 
-// A sum leaves its tile, if there is one, and the next begins: from an earlier chunk's, or from zero. A macro because
-// the intrinsics want the tile's number in letters.
-#define RF_STORE_SUM(tile) \
-  if (summed_.sums != nullptr) _tile_stored(tile, summed_.sums + kSumsOffset[tile], 128)
-#define RF_START_SUM(tile)                                 \
-  RF_STORE_SUM(tile);                                      \
-  if (sums != nullptr) {                                   \
-    _tile_loadd(tile, sums + kSumsOffset[tile], 128);      \
-  } else {                                                 \
-    _tile_zero(tile);                                      \
-  }
+// How often `between` is called in a step.
+constexpr int calls(int planes) { return planes == 3 ? 6 : 4; }
 
-template <int planes, bool residual, bool relu_after>
-class Kernel {
+// The weights to come, which are in memory, fetched into the second cache level while other tiles are multiplied: by the
+// loads of tiles alone a core has too few lines under way.
+class Ahead {
  public:
-  Kernel(const ConvArgs& args, float* scratch) : args_(args), scratch_(scratch) {}
-
-  void run(const Tile* tile, int64_t tiles, int64_t begin, int64_t end) {
-    const int64_t pairs = (tiles + 1) / 2, blocks = end - begin;
-    const int64_t outer = args_.pixels_first ? pairs : blocks, inner = args_.pixels_first ? blocks : pairs;
-    const int64_t chunks = (args_.steps + args_.chunk - 1) / args_.chunk, together = chunks == 1 ? 1 : kTogether;
-    for (int64_t i = 0; i < outer; ++i) {
-      if (!args_.pixels_first && i + 1 < blocks) fetch_weights(begin + i + 1, pairs);
-      for (int64_t first = 0; first < inner; first += together) {
-        const int64_t behind = first + together < inner ? first + together : inner;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          for (int64_t j = first; j < behind; ++j) {
-            const int64_t number = 2 * (args_.pixels_first ? i : j), block = begin + (args_.pixels_first ? j : i);
-            const Tile *one = tile + number, *other = number + 1 < tiles ? one + 1 : one;
-            float* sums = scratch_ + (slot_ + j - first) % kSlots * kSums;
-            const int64_t rows = one == other ? kTileRows : 2 * kTileRows;
-            sum_up({one, other, sums, block, 0, chunk + 1 < chunks ? 0 : rows}, chunk);
-          }
-        }
-        slot_ = (slot_ + behind - first) % kSlots;
-      }
+  void start(const uint16_t* weight, int64_t values, int64_t steps) {
+    next_ = weight;
+    end_ = weight + values;
+    lines_ = (values / kVector + steps - 1) / steps;
+  }
+  void fetch() {
+    for (int64_t n = 0; n < lines_ && next_ < end_; ++n, next_ += kVector) {
+      _mm_prefetch(reinterpret_cast<const char*>(next_), _MM_HINT_T1);
     }
-    finish_rows(2 * kTileRows);
-    RF_STORE_SUM(0);
-    RF_STORE_SUM(1);
-    RF_STORE_SUM(2);
-    RF_STORE_SUM(3);
-    waiting_ = summed_;
-    finish_rows(2 * kTileRows);
   }
 
  private:
-  // Sums of two tiles of pixels and an output block: of its `rows`, which have no epilogue yet, those from `next` on.
-  struct Unit {
-    const Tile *one, *other;
-    float* sums;
-    int64_t block, next, rows;
-  };
-
-  // The sums stay in their tiles until the next unit, each, takes them; their epilogue is done between its products.
-  void sum_up(const Unit& unit, int64_t chunk) {
-    const uint16_t* x = args_.x + unit.block / args_.outputs_per_group * args_.blocks * args_.x_block;
-    const uint16_t *a0 = x + unit.one->x, *a1 = x + unit.other->x;
-    const int64_t begin = chunk * args_.chunk, a_bytes = args_.x_row * 2, plane = args_.x_plane;
-    const int64_t end = begin + args_.chunk < args_.steps ? begin + args_.chunk : args_.steps;
-    const uint16_t* weight = args_.weight + (unit.block * args_.steps + begin) * planes * kBlockValues;
-    finish_rows(2 * kTileRows);  // whatever the last unit had no products for
-    const int64_t offset = args_.offsets[begin];
-    const float* sums = chunk == 0 ? nullptr : unit.sums;
-    if constexpr (planes == 3) {
-      RF_START_SUM(0);
-      RF_START_SUM(1);
-      RF_START_SUM(2);
-      RF_START_SUM(3);
-      multiply_planes(a0 + offset, a1 + offset, a_bytes, plane, weight);
-    } else {
-      _tile_loadd(6, weight, 64);
-      _tile_loadd(4, a0 + offset, a_bytes);
-      RF_START_SUM(0);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, weight + kBlockValues / 2, 64);
-      RF_START_SUM(1);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a1 + offset, a_bytes);
-      RF_START_SUM(2);
-      _tile_dpbf16ps(2, 5, 6);
-      RF_START_SUM(3);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    waiting_ = summed_;
-    summed_ = unit;
-    const int64_t left = end - begin - 1, even = left > 0 ? (2 * kTileRows + left - 1) / left : 0;
-    const int64_t rows = planes == 1 && even < 8 ? 8 : even;
-    for (int64_t step = begin + 1; step < end; ++step) {
-      weight += planes * kBlockValues;
-      const int64_t next = args_.offsets[step];
-      if constexpr (planes == 3) {
-        multiply_planes(a0 + next, a1 + next, a_bytes, plane, weight);
-      } else {
-        multiply(a0 + next, a1 + next, a_bytes, weight, weight + kBlockValues / 2);
-      }
-      finish_rows(rows);
-      fetch_ahead();
-    }
-  }
-
-  // From now on, step by step, fetch an output block's weights, which come from memory, while the one before it passes by
-  // all pairs: by the loads of tiles alone a core has too few lines under way.
-  void fetch_weights(int64_t block, int64_t pairs) {
-    const int64_t values = args_.steps * planes * kBlockValues, steps = pairs * args_.steps;
-    ahead_ = {args_.weight + block * values, args_.weight + (block + 1) * values, (values / kVector + steps - 1) / steps};
-  }
-
-  void fetch_ahead() {
-    for (int64_t n = 0; n < ahead_.lines && ahead_.next < ahead_.end; ++n, ahead_.next += kVector) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead_.next), _MM_HINT_T1);
-    }
-  }
-
-  // So many of the waiting rows, as far as there are any.
-  void finish_rows(int64_t rows) {
-    const int64_t begin = waiting_.next;
-    if (begin == waiting_.rows) return;
-    const int64_t end = begin + rows < waiting_.rows ? begin + rows : waiting_.rows;
-    waiting_.next = end;
-    if (begin < kTileRows) finish_part(*waiting_.one, waiting_.sums, begin, end < kTileRows ? end : kTileRows);
-    if (end > kTileRows) {
-      finish_part(*waiting_.other, waiting_.sums + 512, begin > kTileRows ? begin - kTileRows : 0, end - kTileRows);
-    }
-  }
-
-  void finish_part(const Tile& tile, const float* sums, int64_t begin, int64_t end) const {
-    const int64_t y_plane = args_.y_plane, first = waiting_.block * args_.y_block;
-    uint16_t* const y = args_.y + first;
-    const uint16_t* const r = residual ? args_.residual + first : nullptr;
-    const float* bias = args_.bias + waiting_.block * kVector;
-    const float* scale = args_.scale == nullptr ? nullptr : args_.scale + waiting_.block * kVector;
-    const __m512 one = _mm512_set1_ps(1.0f), bias0 = _mm512_loadu_ps(bias), bias1 = _mm512_loadu_ps(bias + 16);
-    const __m512 scale0 = scale == nullptr ? one : _mm512_loadu_ps(scale);
-    const __m512 scale1 = scale == nullptr ? one : _mm512_loadu_ps(scale + 16);
-    const auto finish_row = [&](int64_t row) {
-      const int64_t at = tile.y[row];
-      finish(sums + row * kVector, y + at, residual ? r + at : nullptr, y_plane, scale0, scale1, bias0, bias1);
-    };
-    const uint32_t wanted = tile.rows;
-    if (wanted == 0xffff) {
-      for (int64_t row = begin; row < end; ++row) finish_row(row);
-    } else {
-      for (int64_t row = begin; row < end; ++row) {
-        if (wanted >> row & 1) finish_row(row);
-      }
-    }
-  }
-
-  static void finish(
-      const float* sums, uint16_t* y, const uint16_t* r, int64_t plane, __m512 scale0, __m512 scale1, __m512 bias0,
-      __m512 bias1) {
-    __m512 first = _mm512_fmadd_ps(_mm512_load_ps(sums), scale0, bias0);
-    __m512 second = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), scale1, bias1);
-    if constexpr (residual) {
-      first = _mm512_add_ps(first, load<planes>(r, plane));
-      second = _mm512_add_ps(second, load<planes>(r + 16, plane));
-    }
-    if constexpr (relu_after) {
-      first = relu(first);
-      second = relu(second);
-    }
-    if constexpr (planes == 1) {
-      _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-    } else {
-      store<planes>(y, plane, first);
-      store<planes>(y + 16, plane, second);
-    }
-  }
-
-  const ConvArgs args_;
-  float* const scratch_;
-  int64_t slot_ = 0;
-  Unit summed_ = {}, waiting_ = {};
-  struct {
-    const uint16_t *next, *end;
-    int64_t lines;  // with every step
-  } ahead_ = {};
+  const uint16_t *next_ = nullptr, *end_ = nullptr;
+  int64_t lines_ = 0;  // with every step
 };
+
+// rows: of an epilogue, each time that there is room for some between products.
+template <int planes, bool residual, int rows>
+void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* const scratch) {
+  const int64_t pairs = (tiles + 1) / 2, blocks = end - begin, block_values = args.steps * planes * kBlockValues;
+  const int64_t together = args.chunk < args.steps ? kTogether : 1, slots = together + kWaiting;
+  const int64_t groups = (pairs + together - 1) / together;
+  const int64_t outer = args.pixels_first ? groups : blocks, inner = args.pixels_first ? blocks : groups;
+  const int64_t a_bytes = args.x_row * 2, plane = args.x_plane;
+
+  Epilogue<planes, residual> epilogue(args);
+  const auto between = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
+  const auto multiply = [&]<bool first>(const Sums& sums, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight)
+      __attribute__((always_inline)) {
+    if constexpr (planes == 1) {
+      multiply_one<first>(sums, a0, a1, a_bytes, weight, between);
+    } else {
+      multiply_planes<first>(sums, a0, a1, a_bytes, plane, weight, between);
+    }
+  };
+  Ahead ahead;
+  // Whose sums are in the tiles, and whose are in memory; null where there are none yet, or they are not whole.
+  Unit summed = {nullptr, nullptr, scratch, 0}, stored = {};
+  bool whole = false;
+  int64_t slot = 0;
+  for (int64_t i = 0; i < outer; ++i) {
+    if (!args.pixels_first && i + 1 < blocks) {
+      ahead.start(args.weight + (begin + i + 1) * block_values, block_values, pairs * args.steps);
+    }
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t number = args.pixels_first ? j : i, block = begin + number;
+      const int64_t first = (args.pixels_first ? i : j) * together;
+      const int64_t behind = first + together < pairs ? first + together : pairs;
+      const int64_t group = args.outputs_per_group < end ? block / args.outputs_per_group : 0;
+      const uint16_t* const x = args.x + group * args.blocks * args.x_block;
+      for (int64_t from = 0; from < args.steps; from += args.chunk) {
+        const int64_t to = from + args.chunk < args.steps ? from + args.chunk : args.steps;
+        const uint16_t* const weights = args.weight + block * block_values + from * planes * kBlockValues;
+        if (args.pixels_first && i == 0 && j + 1 < blocks) {
+          ahead.start(weights + block_values, (to - from) * planes * kBlockValues, (to - from) * (behind - first));
+        }
+        for (int64_t pair = first; pair < behind; ++pair) {
+          const int64_t own = slot + pair - first;
+          const Tile *one = tile + 2 * pair, *other = 2 * pair + 1 < tiles ? one + 1 : nullptr;
+          const Unit unit{one, other, scratch + (own < slots ? own : own - slots) * kSums, block};
+          const uint16_t *a0 = x + one->x, *a1 = other == nullptr ? a0 : x + other->x, *weight = weights;
+          const Sums sums = from == 0 ? Sums{summed.sums, kZeros, 64, 0, 0} : Sums{summed.sums, unit.sums, 128, 16, 512};
+          if (stored.one != nullptr) epilogue.start(stored);
+          const int64_t* offset = args.offsets + from;
+          multiply.template operator()<true>(sums, a0 + *offset, a1 + *offset, weight);
+          ahead.fetch();
+          for (int64_t left = to - from - 1; left > 0; --left) {
+            ++offset;
+            weight += planes * kBlockValues;
+            multiply.template operator()<false>(sums, a0 + *offset, a1 + *offset, weight);
+            ahead.fetch();
+          }
+          while (!epilogue.done()) between();
+          stored = whole ? summed : Unit{};
+          summed = unit;
+          whole = to == args.steps;
+        }
+      }
+      slot += behind - first;
+      if (slot >= slots) slot -= slots;
+    }
+  }
+  if (stored.one != nullptr) epilogue.start(stored);
+  while (!epilogue.done()) between();
+  _tile_stored(0, summed.sums, 128);
+  _tile_stored(1, summed.sums + 16, 128);
+  _tile_stored(2, summed.sums + 512, 128);
+  _tile_stored(3, summed.sums + 528, 128);
+  epilogue.start(summed);
+  while (!epilogue.done()) between();
+}
 
 template <int planes, bool residual>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch) {
-  if (args.relu) {
-    Kernel<planes, residual, true>(args, scratch).run(tile, tiles, begin, end);
+  const int64_t steps = args.chunk < args.steps ? args.chunk : args.steps, room = steps * calls(planes);
+  const auto with_rows = [&]<int rows>() { run<planes, residual, rows>(args, tile, tiles, begin, end, scratch); };
+  if (room >= 32) {
+    with_rows.template operator()<1>();
+  } else if (room >= 16) {
+    with_rows.template operator()<2>();
+  } else if (room >= 8) {
+    with_rows.template operator()<4>();
   } else {
-    Kernel<planes, residual, false>(args, scratch).run(tile, tiles, begin, end);
+    with_rows.template operator()<8>();
   }
 }
 

@@ -47,6 +47,7 @@ class ConvPoolStep : public Step {
     args_.bias = packed.bias.const_data_ptr<float>();
     args_.y_plane = band.plane;
     args_.y_block = band.block;
+    args_.y_row = args_.y_gap = band.pixel;
     args_.relu = args_.pixels_first = true;
   }
 
@@ -71,12 +72,9 @@ class ConvPoolStep : public Step {
  private:
   void place_tiles(int64_t row, int64_t stride) {
     for (int64_t column = 0; column < band_.width; column += amx::kTileRows) {
-      amx::Tile tile{row * x_step_ + column * stride * x_.pixel, {}, 0};
-      for (int64_t i = 0; i < std::min(amx::kTileRows, band_.width - column); ++i) {
-        tile.y[i] = static_cast<int32_t>(row * band_.row + (column + i) * band_.pixel);
-        tile.rows |= 1u << i;
-      }
-      rows_of_band_.tiles.push_back(tile);
+      const int64_t rows = std::min(amx::kTileRows, band_.width - column);
+      rows_of_band_.tiles.push_back({row * x_step_ + column * stride * x_.pixel,
+                                     row * band_.row + column * band_.pixel, (1u << rows) - 1});
     }
   }
 

@@ -36,11 +36,17 @@ int64_t Program::buffer(
     int64_t channels, int64_t height, int64_t width, int64_t halo, int64_t group, bool own, int64_t vector) {
   auto b = std::make_unique<Buffer>();
   *b = {channels, height, width, halo, group, vector, own, 0, 0, 0, 0, 0, 0, {}, Place::kStorage};
-  b->pixel = vector * group;
+  const int64_t blocks = (channels + vector - 1) / vector;
+  // Tiles of 16 images are one behind another by pixels, so that what a 1x1 reads and writes is in few pages, an odd
+  // number of them, so that a block's pixels spread over the first cache level; else by blocks, so that a tile of 16
+  // pixels has no gaps.
+  const bool by_pixel = tiles_ && group > 1;
+  b->pixel = vector * group * (by_pixel ? blocks * planes_ | 1 : 1);
   b->row = (width + halo) * b->pixel;  // a row's right halo is the next one's left
-  b->plane = (height + 2 * halo) * b->row + halo * b->pixel;
+  const int64_t image = (height + 2 * halo) * b->row + halo * b->pixel;
+  b->plane = by_pixel ? vector * group : image;
   b->block = planes_ * b->plane;
-  b->unit = (channels + vector - 1) / vector * b->block;
+  b->unit = by_pixel ? image : blocks * b->block;
   b->origin = halo * (b->row + b->pixel);
   const int64_t units = own ? threads_ : (capacity_ + group - 1) / group;
   // Tiles read on behind the last pixel, and write nothing of what they make of it.

@@ -60,12 +60,12 @@ class SkipStep : public Step {
   void run(const Run& run, int64_t) const override {
     const uint16_t* x = pixels(x_, run, 1);
     uint16_t* y = pixels(y_, run, 1);
-    for (int64_t vector = 0; vector < vectors_; ++vector) {
-      for (int64_t row = 0; row < y_.height; ++row) {
-        const uint16_t* from = x + vector * x_.plane + row * stride_ * x_.row;
-        uint16_t* to = y + vector * y_.plane + row * y_.row;
-        for (int64_t column = 0; column < y_.width; ++column) {
-          std::copy_n(from + column * stride_ * x_.pixel, amx::kVector, to + column * y_.pixel);
+    for (int64_t row = 0; row < y_.height; ++row) {
+      for (int64_t column = 0; column < y_.width; ++column) {
+        const uint16_t* from = x + row * stride_ * x_.row + column * stride_ * x_.pixel;
+        uint16_t* to = y + row * y_.row + column * y_.pixel;
+        for (int64_t vector = 0; vector < vectors_; ++vector) {
+          std::copy_n(from + vector * x_.plane, amx::kVector, to + vector * y_.plane);
         }
       }
     }
@@ -138,7 +138,7 @@ class ConvStep : public Step {
     args_.x_block = x.block;
     args_.offsets = offsets_.data();
     args_.steps = static_cast<int64_t>(offsets_.size());
-    args_.chunk = planes == 1 && taps.size() == 1 ? kChunk : args_.steps;
+    args_.chunk = planes > 1 ? args_.steps : taps.size() == 1 ? kChunk : static_cast<int64_t>(taps.size());
     args_.blocks = shape.blocks;
     args_.outputs_per_group = shape.outputs_per_group;
     args_.weight = values(packed.weight);
@@ -178,28 +178,30 @@ class ConvStep : public Step {
 
  private:
   void place_tiles(int64_t stride) {
+    args_.y_row = args_.y_gap = group == 1 ? y_.pixel : y_.vector;
     if (group > 1) {  // a pixel of 16 images
       for (int64_t row = 0; row < y_.height; ++row) {
         for (int64_t column = 0; column < y_.width; ++column) {
-          amx::Tile tile{row * stride * x_.row + column * stride * x_.pixel, {}, 0xffff};
-          for (int64_t i = 0; i < amx::kTileRows; ++i) tile.y[i] = y_at(row, column) + i * y_.vector;
-          rows_.tiles.push_back(tile);
+          rows_.tiles.push_back({row * stride * x_.row + column * stride * x_.pixel, y_at(row, column), 0xffff});
         }
       }
       return;
     }
-    // Without stride, tiles run on from one row of x into the next, over the halo between them.
-    if (stride == 1) {
-      const int64_t pitch = x_.row / x_.pixel, pixels = (y_.height - 1) * pitch + y_.width;
+    // Without stride, tiles run on from one row of x into the next, over the halo between them, which y has as well or
+    // not at all.
+    const int64_t pitch = x_.row / x_.pixel, y_pitch = y_.row / y_.pixel;
+    if (stride == 1 && (y_pitch == pitch || y_pitch == y_.width)) {
+      if (y_pitch != pitch) args_.y_gap = 0;
+      const int64_t pixels = (y_.height - 1) * pitch + y_.width;
       // Behind a tensor there is nothing to be read: its last tile begins earlier.
       const int64_t last = x_.place == Place::kStorage ? pixels : pixels - amx::kTileRows;
       for (int64_t done = 0; done < pixels; done += amx::kTileRows) {
         const int64_t first = std::min(done, last);
-        amx::Tile tile{first * x_.pixel, {}, 0};
-        for (int64_t i = 0; i < amx::kTileRows; ++i) {
+        amx::Tile tile{first * x_.pixel, first * y_.pixel, 0};
+        for (int64_t i = amx::kTileRows - 1; i >= 0; --i) {
           const int64_t pixel = first + i, row = pixel / pitch, column = pixel % pitch;
           if (pixel < done || pixel >= pixels || column >= y_.width) continue;
-          tile.y[i] = y_at(row, column);
+          if (y_pitch != pitch) tile.y = y_at(row, column);
           tile.rows |= 1u << i;
         }
         rows_.tiles.push_back(tile);
@@ -208,12 +210,8 @@ class ConvStep : public Step {
     }
     for (int64_t row = 0; row < y_.height; ++row) {
       for (int64_t column = 0; column < y_.width; column += amx::kTileRows) {
-        amx::Tile tile{row * stride * x_.row + column * stride * x_.pixel, {}, 0};
-        for (int64_t i = 0; i < std::min(amx::kTileRows, y_.width - column); ++i) {
-          tile.y[i] = y_at(row, column + i);
-          tile.rows |= 1u << i;
-        }
-        rows_.tiles.push_back(tile);
+        const int64_t rows = std::min(amx::kTileRows, y_.width - column);
+        rows_.tiles.push_back({row * stride * x_.row + column * stride * x_.pixel, y_at(row, column), (1u << rows) - 1});
       }
     }
   }
@@ -290,7 +288,7 @@ class ConvStep : public Step {
   }
 
   static constexpr int64_t kParts = 8;  // as many as a convolution's pixels are cut into, or a multiple
-  static constexpr int64_t kChunk = 8;  // 16 KiB of pixels or weights, which stay in the first cache level
+  static constexpr int64_t kChunk = 8;  // steps of single taps: 16 KiB, which stay in the first cache level
   static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
   static constexpr double kItemBytes = 4096;    // while a thread takes an item
