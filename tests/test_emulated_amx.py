@@ -24,7 +24,7 @@ MUTANTS = {  # name -> (before, after)
     "original": ("", ""),
     "stride": ("a_bytes = args.x_row * 2", "a_bytes = 64"),
     "pixels": ("_tile_dpbf16ps(2, 5, 6);\n  between();", "_tile_dpbf16ps(2, 4, 6);\n  between();"),
-    "sum": ("_tile_stored(2, summed.sums + 512, 128);", "_tile_stored(2, summed.sums + 528, 128);"),
+    "sum": ("{0, 16, 512, 528}", "{0, 16, 528, 512}"),
     "row": ("y_ += wanted ? args_.y_row : args_.y_gap;", "y_ += args_.y_gap;"),
 }
 

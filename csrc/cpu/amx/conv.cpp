@@ -104,30 +104,36 @@ class Epilogue {
   const uint16_t* residual_ = nullptr;
 };
 
-// The sums of the last unit leave the tiles, each just before the first product of this unit, whose sums come: from its
-// last chunk, or as zeros.
-struct Sums {
+constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};  // of the tiles 0 to 3
+
+// Intrinsics take tiles by number.
+template <int tile>
+[[gnu::always_inline]] inline void store_sum(float* sums) {
+  float* const to = sums + kSumsOffset[tile];
+  if constexpr (tile == 0) _tile_stored(0, to, 128);
+  if constexpr (tile == 1) _tile_stored(1, to, 128);
+  if constexpr (tile == 2) _tile_stored(2, to, 128);
+  if constexpr (tile == 3) _tile_stored(3, to, 128);
+}
+
+template <int tile>
+[[gnu::always_inline]] inline void load_sum(const float* from, int64_t bytes) {
+  if constexpr (tile == 0) _tile_loadd(0, from, bytes);
+  if constexpr (tile == 1) _tile_loadd(1, from, bytes);
+  if constexpr (tile == 2) _tile_loadd(2, from, bytes);
+  if constexpr (tile == 3) _tile_loadd(3, from, bytes);
+}
+
+// The sums of the last unit leave the tiles, and those of this one come: from its last chunk, or as zeros where `next` is
+// null. Each tile just before its first product.
+struct Exchange {
   float* last;
   const float* next;
-  int64_t bytes, right, lower;  // of `next`: from row to row, and from tile 0 to the tiles 1 and 2
 
-  // Intrinsics take tiles by number.
   template <int tile>
-  [[gnu::always_inline]] inline void exchange() const {
-    static_assert(tile >= 0 && tile < 4);
-    if constexpr (tile == 0) {
-      _tile_stored(0, last, 128);
-      _tile_loadd(0, next, bytes);
-    } else if constexpr (tile == 1) {
-      _tile_stored(1, last + 16, 128);
-      _tile_loadd(1, next + right, bytes);
-    } else if constexpr (tile == 2) {
-      _tile_stored(2, last + 512, 128);
-      _tile_loadd(2, next + lower, bytes);
-    } else {
-      _tile_stored(3, last + 528, 128);
-      _tile_loadd(3, next + lower + right, bytes);
-    }
+  [[gnu::always_inline]] inline void of() const {
+    store_sum<tile>(last);
+    load_sum<tile>(next == nullptr ? kZeros : next + kSumsOffset[tile], next == nullptr ? 64 : 128);
   }
 };
 
@@ -135,22 +141,22 @@ struct Sums {
 // `between`, called at even distances.
 template <bool first, typename Between>
 [[gnu::always_inline]] inline void multiply_one(
-    const Sums& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight,
+    const Exchange& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight,
     const Between& between) {
   _tile_loadd(6, weight, 64);
   _tile_loadd(4, a0, a_bytes);
-  if constexpr (first) sums.exchange<0>();
+  if constexpr (first) sums.of<0>();
   _tile_dpbf16ps(0, 4, 6);
   between();
   _tile_loadd(7, weight + kBlockValues / 2, 64);
-  if constexpr (first) sums.exchange<1>();
+  if constexpr (first) sums.of<1>();
   _tile_dpbf16ps(1, 4, 7);
   between();
   _tile_loadd(5, a1, a_bytes);
-  if constexpr (first) sums.exchange<2>();
+  if constexpr (first) sums.of<2>();
   _tile_dpbf16ps(2, 5, 6);
   between();
-  if constexpr (first) sums.exchange<3>();
+  if constexpr (first) sums.of<3>();
   _tile_dpbf16ps(3, 5, 7);
   between();
 }
@@ -180,13 +186,13 @@ inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t
 // after two of four products, so that its load is hidden by the other two.
 template <bool first, typename Between>
 [[gnu::always_inline]] inline void multiply_planes(
-    const Sums& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
+    const Exchange& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
     const Between& between) {
   if constexpr (first) {
-    sums.exchange<0>();
-    sums.exchange<1>();
-    sums.exchange<2>();
-    sums.exchange<3>();
+    sums.of<0>();
+    sums.of<1>();
+    sums.of<2>();
+    sums.of<3>();
   }
   const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
   _tile_loadd(6, weight2, 64);
@@ -246,7 +252,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
 
   Epilogue<planes, residual> epilogue(args);
   const auto between = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
-  const auto multiply = [&]<bool first>(const Sums& sums, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight)
+  const auto multiply = [&]<bool first>(const Exchange& sums, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight)
       __attribute__((always_inline)) {
     if constexpr (planes == 1) {
       multiply_one<first>(sums, a0, a1, a_bytes, weight, between);
@@ -280,7 +286,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
           const Tile *one = tile + 2 * pair, *other = 2 * pair + 1 < tiles ? one + 1 : nullptr;
           const Unit unit{one, other, scratch + (own < slots ? own : own - slots) * kSums, block};
           const uint16_t *a0 = x + one->x, *a1 = other == nullptr ? a0 : x + other->x, *weight = weights;
-          const Sums sums = from == 0 ? Sums{summed.sums, kZeros, 64, 0, 0} : Sums{summed.sums, unit.sums, 128, 16, 512};
+          const Exchange sums{summed.sums, from == 0 ? nullptr : unit.sums};
           if (stored.one != nullptr) epilogue.start(stored);
           const int64_t* offset = args.offsets + from;
           multiply.template operator()<true>(sums, a0 + *offset, a1 + *offset, weight);
@@ -303,10 +309,10 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
   }
   if (stored.one != nullptr) epilogue.start(stored);
   while (!epilogue.done()) between();
-  _tile_stored(0, summed.sums, 128);
-  _tile_stored(1, summed.sums + 16, 128);
-  _tile_stored(2, summed.sums + 512, 128);
-  _tile_stored(3, summed.sums + 528, 128);
+  store_sum<0>(summed.sums);
+  store_sum<1>(summed.sums);
+  store_sum<2>(summed.sums);
+  store_sum<3>(summed.sums);
   epilogue.start(summed);
   while (!epilogue.done()) between();
 }
