@@ -3,7 +3,7 @@
 //
 // A core multiplies 4 KiB of tiles in the time that 3 KiB take from the second cache level, so half of them must come
 // from the first: taps are innermost, where a tap reads what the last one has read; and sums are taken in chunks, each for
-// several output blocks or pairs of tiles, with the sums put aside in between.
+// several pairs of tiles, with the sums put aside in between.
 #include "amx.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -11,7 +11,7 @@
 namespace resnet_fast::cpu::amx {
 namespace {
 
-constexpr int64_t kTogether = 3;  // output blocks, or pairs of tiles, whose sums are taken in turn
+constexpr int64_t kTogether = 3;  // pairs of tiles whose sums are taken in turn
 constexpr int64_t kWaiting = 2;   // units whose epilogue is not done
 constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
 static_assert(kScratchFloats == (kTogether + kWaiting) * kSums);
@@ -19,11 +19,12 @@ static_assert(kScratchFloats == (kTogether + kWaiting) * kSums);
 // A sum begins with a load from here: tiles that are loaded are renamed, one that is zeroed waits for its last product.
 alignas(64) constexpr float kZeros[256] = {};
 
-// Two tiles of pixels, of which the other may be missing, and an output block.
+// Two tiles of pixels, of which the other may be missing, and an output block. whole: summed up to the last chunk.
 struct Unit {
   const Tile *one, *other;
   float* sums;
   int64_t block;
+  bool whole;
 };
 
 // What is left of a unit: bias, residual and ReLU, row by row between the products of the units behind it. The two are
@@ -139,27 +140,6 @@ struct Exchange {
 
 // Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights. Whatever else there is to do is done by
 // `between`, called at even distances.
-template <bool first, typename Between>
-[[gnu::always_inline]] inline void multiply_one(
-    const Exchange& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, const uint16_t* weight,
-    const Between& between) {
-  _tile_loadd(6, weight, 64);
-  _tile_loadd(4, a0, a_bytes);
-  if constexpr (first) sums.of<0>();
-  _tile_dpbf16ps(0, 4, 6);
-  between();
-  _tile_loadd(7, weight + kBlockValues / 2, 64);
-  if constexpr (first) sums.of<1>();
-  _tile_dpbf16ps(1, 4, 7);
-  between();
-  _tile_loadd(5, a1, a_bytes);
-  if constexpr (first) sums.of<2>();
-  _tile_dpbf16ps(2, 5, 6);
-  between();
-  if constexpr (first) sums.of<3>();
-  _tile_dpbf16ps(3, 5, 7);
-  between();
-}
 
 // The products of the tiles that are loaded, and the next weights; `half`: of the first half they are done.
 inline void multiply_then_weights(const uint16_t* weight, bool half) {
@@ -184,16 +164,10 @@ inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t
 
 // The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free
 // after two of four products, so that its load is hidden by the other two.
-template <bool first, typename Between>
+template <typename Between>
 [[gnu::always_inline]] inline void multiply_planes(
-    const Exchange& sums, const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
+    const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
     const Between& between) {
-  if constexpr (first) {
-    sums.of<0>();
-    sums.of<1>();
-    sums.of<2>();
-    sums.of<3>();
-  }
   const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
   _tile_loadd(6, weight2, 64);
   _tile_loadd(4, a0, a_bytes);
@@ -254,16 +228,21 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
   const auto between = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
   const auto multiply = [&]<bool first>(const Exchange& sums, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight)
       __attribute__((always_inline)) {
+    const auto exchange = [&]<int tile>() __attribute__((always_inline)) {
+      if constexpr (first) sums.of<tile>();
+    };
     if constexpr (planes == 1) {
-      multiply_one<first>(sums, a0, a1, a_bytes, weight, between);
+      amx::multiply(a0, a1, a_bytes, weight, weight + kBlockValues / 2, exchange, between);
     } else {
-      multiply_planes<first>(sums, a0, a1, a_bytes, plane, weight, between);
+      exchange.template operator()<0>();
+      exchange.template operator()<1>();
+      exchange.template operator()<2>();
+      exchange.template operator()<3>();
+      multiply_planes(a0, a1, a_bytes, plane, weight, between);
     }
   };
   Ahead ahead;
-  // Whose sums are in the tiles, and whose are in memory; null where there are none yet, or they are not whole.
-  Unit summed = {nullptr, nullptr, scratch, 0}, stored = {};
-  bool whole = false;
+  Unit summed = {nullptr, nullptr, scratch, 0, false}, stored = summed;  // whose sums are in the tiles, and in memory
   int64_t slot = 0;
   for (int64_t i = 0; i < outer; ++i) {
     if (!args.pixels_first && i + 1 < blocks) {
@@ -273,8 +252,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
       const int64_t number = args.pixels_first ? j : i, block = begin + number;
       const int64_t first = (args.pixels_first ? i : j) * together;
       const int64_t behind = first + together < pairs ? first + together : pairs;
-      const int64_t group = args.outputs_per_group < end ? block / args.outputs_per_group : 0;
-      const uint16_t* const x = args.x + group * args.blocks * args.x_block;
+      const uint16_t* const x = args.x + block / args.outputs_per_group * args.blocks * args.x_block;
       for (int64_t from = 0; from < args.steps; from += args.chunk) {
         const int64_t to = from + args.chunk < args.steps ? from + args.chunk : args.steps;
         const uint16_t* const weights = args.weight + block * block_values + from * planes * kBlockValues;
@@ -284,10 +262,11 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
         for (int64_t pair = first; pair < behind; ++pair) {
           const int64_t own = slot + pair - first;
           const Tile *one = tile + 2 * pair, *other = 2 * pair + 1 < tiles ? one + 1 : nullptr;
-          const Unit unit{one, other, scratch + (own < slots ? own : own - slots) * kSums, block};
+          const Unit unit{one, other, scratch + (own < slots ? own : own - slots) * kSums, block,
+                          to == args.steps};
           const uint16_t *a0 = x + one->x, *a1 = other == nullptr ? a0 : x + other->x, *weight = weights;
           const Exchange sums{summed.sums, from == 0 ? nullptr : unit.sums};
-          if (stored.one != nullptr) epilogue.start(stored);
+          if (stored.whole) epilogue.start(stored);
           const int64_t* offset = args.offsets + from;
           multiply.template operator()<true>(sums, a0 + *offset, a1 + *offset, weight);
           ahead.fetch();
@@ -298,16 +277,15 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
             ahead.fetch();
           }
           while (!epilogue.done()) between();
-          stored = whole ? summed : Unit{};
+          stored = summed;
           summed = unit;
-          whole = to == args.steps;
         }
       }
       slot += behind - first;
       if (slot >= slots) slot -= slots;
     }
   }
-  if (stored.one != nullptr) epilogue.start(stored);
+  if (stored.whole) epilogue.start(stored);
   while (!epilogue.done()) between();
   store_sum<0>(summed.sums);
   store_sum<1>(summed.sums);
