@@ -201,7 +201,7 @@ class ConvStep : public Step {
         for (int64_t i = amx::kTileRows - 1; i >= 0; --i) {
           const int64_t pixel = first + i, row = pixel / pitch, column = pixel % pitch;
           if (pixel < done || pixel >= pixels || column >= y_.width) continue;
-          if (y_pitch != pitch) tile.y = y_at(row, column);
+          if (y_pitch != pitch) tile.y = y_at(row, column);  // at last the first row's that is written
           tile.rows |= 1u << i;
         }
         rows_.tiles.push_back(tile);
