@@ -16,7 +16,7 @@ constexpr int64_t kVector = 32;          // channels in a vector
 constexpr int64_t kPairs = 16;           // of channels in a vector: what a product takes at a time
 constexpr int64_t kTileRows = 16;        // vectors in a tile
 constexpr int64_t kBlockValues = 1024;   // weights of 32 input by 32 output channels, one plane
-constexpr int64_t kScratchFloats = 5120;  // that a thread lends to conv(), 64-byte aligned
+constexpr int64_t kScratchFloats = 4096;  // that a thread lends to conv(), 64-byte aligned
 
 // Whether this CPU has AMX with bfloat16 and the system lets this process use it, which the first call asks it for.
 // False as well where PyTorch was told to use less than AVX-512 (ATEN_CPU_CAPABILITY).

@@ -12,14 +12,18 @@ namespace resnet_fast::cpu::amx {
 namespace {
 
 constexpr int64_t kTogether = 3;  // pairs of tiles whose sums are taken in turn
-constexpr int64_t kWaiting = 2;   // units whose epilogue is not done
 constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
-static_assert(kScratchFloats == (kTogether + kWaiting) * kSums);
+constexpr uint32_t kAllRows = (1u << kTileRows) - 1;
+static_assert(kScratchFloats >= kTogether * kSums);
 
-// A sum begins with a load from here: tiles that are loaded are renamed, one that is zeroed waits for its last product.
-alignas(64) constexpr float kZeros[256] = {};
+// A sum begins with a load, of its bias or from here: tiles that are loaded are renamed, one that is zeroed waits for its
+// last product.
+alignas(64) constexpr float kZeros[kVector] = {};
 
-// Two tiles of pixels, of which the other may be missing, and an output block. whole: summed up to the last chunk.
+// In place of the second tile of a pair, where there is none.
+constexpr Tile kNoTile = {0, 0, 0};
+
+// Two tiles of pixels and an output block. whole: summed up to the last chunk.
 struct Unit {
   const Tile *one, *other;
   float* sums;
@@ -27,59 +31,68 @@ struct Unit {
   bool whole;
 };
 
-// What is left of a unit: bias, residual and ReLU, row by row between the products of the units behind it. The two are
-// computed by different parts of a core, at the same time as long as neither is more than some hundred instructions ahead.
-template <int planes, bool residual>
+// What is left of a unit: scale, residual and ReLU, row by row between the products of the next one. The two are computed by
+// different parts of a core, at the same time as long as neither is more than some hundred instructions ahead, and as long
+// as there are few of them: so rows are asked for one by one only in a tile that does not write them all.
+template <int planes, bool residual, bool scaled>
 class Epilogue {
  public:
   explicit Epilogue(const ConvArgs& args)
-      : args_(args), floor_(_mm512_set1_ps(args.relu ? 0.0f : -__builtin_inff())), scale0_(_mm512_set1_ps(1.0f)),
-        scale1_(scale0_) {}
+      : args_(args), y_row_(args.y_row), floor_(_mm512_set1_ps(args.relu ? 0.0f : -__builtin_inff())) {}
 
   [[gnu::always_inline]] inline void start(const Unit& unit) {
     sums_ = unit.sums;
     other_ = unit.other;
-    left_ = unit.other == nullptr ? kTileRows : 2 * kTileRows;
-    wanted_ = unit.one->rows;
-    if (other_ != nullptr) wanted_ |= other_->rows << kTileRows;
     offset_ = unit.block * args_.y_block;
-    place(unit.one->y);
-    const float* bias = args_.bias + unit.block * kVector;
-    bias0_ = _mm512_loadu_ps(bias), bias1_ = _mm512_loadu_ps(bias + 16);
-    if (args_.scale != nullptr) {
-      const float* scale = args_.scale + unit.block * kVector;
+    place(*unit.one);
+    if constexpr (scaled) {
+      const float *scale = args_.scale + unit.block * kVector, *bias = args_.bias + unit.block * kVector;
       scale0_ = _mm512_loadu_ps(scale), scale1_ = _mm512_loadu_ps(scale + 16);
+      bias0_ = _mm512_loadu_ps(bias), bias1_ = _mm512_loadu_ps(bias + 16);
     }
   }
-
-  bool done() const { return left_ == 0; }
 
   // The next `rows`, a divisor of a tile's.
   template <int rows>
   [[gnu::always_inline]] inline void advance() {
-    if (done()) return;
+    if (wanted_ == kAllRows) {
 #pragma GCC unroll 16
-    for (int row = 0; row < rows; ++row) {
-      const bool wanted = wanted_ >> row & 1;
-      if (wanted) finish(sums_ + row * kVector);
-      y_ += wanted ? args_.y_row : args_.y_gap;
-      if constexpr (residual) residual_ += wanted ? args_.y_row : args_.y_gap;
+      for (int row = 0; row < rows; ++row) {
+        finish(sums_ + row * kVector);
+        step(y_row_);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int row = 0; row < rows; ++row) {
+        const bool wanted = wanted_ >> (row_ + row) & 1;
+        if (wanted) finish(sums_ + row * kVector);
+        step(wanted ? y_row_ : args_.y_gap);
+      }
     }
     sums_ += rows * kVector;
-    wanted_ >>= rows;
-    left_ -= rows;
-    if (left_ == kTileRows) place(other_->y);
+    row_ += rows;
+    if (row_ == kTileRows) place(*other_);
   }
 
  private:
-  void place(int64_t y) {
-    y_ = args_.y + offset_ + y;
-    if constexpr (residual) residual_ = args_.residual + offset_ + y;
+  void place(const Tile& tile) {
+    row_ = 0;
+    wanted_ = tile.rows;
+    y_ = args_.y + offset_ + tile.y;
+    if constexpr (residual) residual_ = args_.residual + offset_ + tile.y;
+  }
+
+  void step(int64_t values) {
+    y_ += values;
+    if constexpr (residual) residual_ += values;
   }
 
   [[gnu::always_inline]] inline void finish(const float* sums) const {
-    __m512 first = _mm512_fmadd_ps(_mm512_load_ps(sums), scale0_, bias0_);
-    __m512 second = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), scale1_, bias1_);
+    __m512 first = _mm512_load_ps(sums), second = _mm512_load_ps(sums + 16);
+    if constexpr (scaled) {
+      first = _mm512_fmadd_ps(first, scale0_, bias0_);
+      second = _mm512_fmadd_ps(second, scale1_, bias1_);
+    }
     if constexpr (residual) {
       first = _mm512_add_ps(first, load<planes>(residual_, args_.y_plane));
       second = _mm512_add_ps(second, load<planes>(residual_ + 16, args_.y_plane));
@@ -95,26 +108,29 @@ class Epilogue {
   }
 
   const ConvArgs& args_;
+  const int64_t y_row_;
   const __m512 floor_;
-  __m512 scale0_, scale1_, bias0_ = {}, bias1_ = {};
+  __m512 scale0_ = {}, scale1_ = {}, bias0_ = {}, bias1_ = {};
   const float* sums_ = nullptr;
   const Tile* other_ = nullptr;
-  int64_t left_ = 0, offset_ = 0;
+  int64_t offset_ = 0;
+  int row_ = 0;
   uint32_t wanted_ = 0;
   uint16_t* y_ = nullptr;
   const uint16_t* residual_ = nullptr;
 };
 
 constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};  // of the tiles 0 to 3
+constexpr int64_t kSumBytes = kVector * sizeof(float);  // from row to row
 
 // Intrinsics take tiles by number.
 template <int tile>
 [[gnu::always_inline]] inline void store_sum(float* sums) {
   float* const to = sums + kSumsOffset[tile];
-  if constexpr (tile == 0) _tile_stored(0, to, 128);
-  if constexpr (tile == 1) _tile_stored(1, to, 128);
-  if constexpr (tile == 2) _tile_stored(2, to, 128);
-  if constexpr (tile == 3) _tile_stored(3, to, 128);
+  if constexpr (tile == 0) _tile_stored(0, to, kSumBytes);
+  if constexpr (tile == 1) _tile_stored(1, to, kSumBytes);
+  if constexpr (tile == 2) _tile_stored(2, to, kSumBytes);
+  if constexpr (tile == 3) _tile_stored(3, to, kSumBytes);
 }
 
 template <int tile>
@@ -125,16 +141,17 @@ template <int tile>
   if constexpr (tile == 3) _tile_loadd(3, from, bytes);
 }
 
-// The sums of the last unit leave the tiles, and those of this one come: from its last chunk, or as zeros where `next` is
-// null. Each tile just before its first product.
+// The sums of the last unit leave the tiles, and those of this one come: of its last chunk, or a row for all pixels, `bytes`
+// apart. `other`: of the second tile of pixels. Each tile just before its first product.
 struct Exchange {
   float* last;
-  const float* next;
+  const float *one, *other;
+  int64_t bytes;
 
   template <int tile>
   [[gnu::always_inline]] inline void of() const {
     store_sum<tile>(last);
-    load_sum<tile>(next == nullptr ? kZeros : next + kSumsOffset[tile], next == nullptr ? 64 : 128);
+    load_sum<tile>((tile < 2 ? one : other) + tile % 2 * 16, bytes);
   }
 };
 
@@ -180,7 +197,6 @@ template <typename Between>
   multiply_then_pixels(a0 + plane, a1 + plane, a_bytes);
   between();
   multiply_then_weights(weight0, false);
-  between();
   multiply_then_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
   between();
   multiply_then_pixels(a0, a1, a_bytes);
@@ -189,11 +205,9 @@ template <typename Between>
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(1, 4, 7);
   _tile_dpbf16ps(3, 5, 7);
-  between();
 }
 
-// How often `between` is called in a step.
-constexpr int calls(int planes) { return planes == 3 ? 6 : 4; }
+constexpr int kCalls = 4;  // of `between` in a step
 
 // The weights to come, which are in memory, fetched into the second cache level while other tiles are multiplied: by the
 // loads of tiles alone a core has too few lines under way.
@@ -216,21 +230,17 @@ class Ahead {
 };
 
 // rows: of an epilogue, each time that there is room for some between products.
-template <int planes, bool residual, int rows>
+template <int planes, bool residual, bool scaled, int rows>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* const scratch) {
   const int64_t pairs = (tiles + 1) / 2, blocks = end - begin, block_values = args.steps * planes * kBlockValues;
-  const int64_t together = args.chunk < args.steps ? kTogether : 1, slots = together + kWaiting;
-  const int64_t groups = (pairs + together - 1) / together;
+  const int64_t together = args.chunk < args.steps ? kTogether : 1, groups = (pairs + together - 1) / together;
   const int64_t outer = args.pixels_first ? groups : blocks, inner = args.pixels_first ? blocks : groups;
   const int64_t a_bytes = args.x_row * 2, plane = args.x_plane;
 
-  Epilogue<planes, residual> epilogue(args);
-  const auto between = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
-  const auto multiply = [&]<bool first>(const Exchange& sums, const uint16_t* a0, const uint16_t* a1, const uint16_t* weight)
-      __attribute__((always_inline)) {
-    const auto exchange = [&]<int tile>() __attribute__((always_inline)) {
-      if constexpr (first) sums.of<tile>();
-    };
+  Epilogue<planes, residual, scaled> epilogue(args);
+  Ahead ahead;
+  const auto multiply = [&](const uint16_t* a0, const uint16_t* a1, const uint16_t* weight, const auto& exchange,
+                            const auto& between) __attribute__((always_inline)) {
     if constexpr (planes == 1) {
       amx::multiply(a0, a1, a_bytes, weight, weight + kBlockValues / 2, exchange, between);
     } else {
@@ -240,17 +250,19 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
       exchange.template operator()<3>();
       multiply_planes(a0, a1, a_bytes, plane, weight, between);
     }
+    ahead.fetch();
   };
-  Ahead ahead;
-  Unit summed = {nullptr, nullptr, scratch, 0, false}, stored = summed;  // whose sums are in the tiles, and in memory
-  int64_t slot = 0;
+  const auto keep = []<int tile>() {};
+  const auto wait = [] {};
+  const auto advance = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
+
+  Unit summed = {&kNoTile, &kNoTile, scratch, 0, false};  // whose sums are in the tiles
   for (int64_t i = 0; i < outer; ++i) {
     if (!args.pixels_first && i + 1 < blocks) {
       ahead.start(args.weight + (begin + i + 1) * block_values, block_values, pairs * args.steps);
     }
     for (int64_t j = 0; j < inner; ++j) {
-      const int64_t number = args.pixels_first ? j : i, block = begin + number;
-      const int64_t first = (args.pixels_first ? i : j) * together;
+      const int64_t block = begin + (args.pixels_first ? j : i), first = (args.pixels_first ? i : j) * together;
       const int64_t behind = first + together < pairs ? first + together : pairs;
       const uint16_t* const x = args.x + block / args.outputs_per_group * args.blocks * args.x_block;
       for (int64_t from = 0; from < args.steps; from += args.chunk) {
@@ -260,50 +272,57 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
           ahead.start(weights + block_values, (to - from) * planes * kBlockValues, (to - from) * (behind - first));
         }
         for (int64_t pair = first; pair < behind; ++pair) {
-          const int64_t own = slot + pair - first;
-          const Tile *one = tile + 2 * pair, *other = 2 * pair + 1 < tiles ? one + 1 : nullptr;
-          const Unit unit{one, other, scratch + (own < slots ? own : own - slots) * kSums, block,
-                          to == args.steps};
-          const uint16_t *a0 = x + one->x, *a1 = other == nullptr ? a0 : x + other->x, *weight = weights;
-          const Exchange sums{summed.sums, from == 0 ? nullptr : unit.sums};
-          if (stored.whole) epilogue.start(stored);
-          const int64_t* offset = args.offsets + from;
-          multiply.template operator()<true>(sums, a0 + *offset, a1 + *offset, weight);
-          ahead.fetch();
-          for (int64_t left = to - from - 1; left > 0; --left) {
-            ++offset;
+          const Tile *one = tile + 2 * pair, *other = 2 * pair + 1 < tiles ? one + 1 : &kNoTile;
+          const Unit unit{one, other, scratch + (pair - first) * kSums, block, to == args.steps};
+          const float* const start = scaled ? kZeros : args.bias + block * kVector;
+          const Exchange sums = from == 0 ? Exchange{summed.sums, start, start, 0}
+                                          : Exchange{summed.sums, unit.sums, unit.sums + kSums / 2, kSumBytes};
+          const uint16_t *a0 = x + one->x, *a1 = x + other->x, *weight = weights;
+          const int64_t *offset = args.offsets + from, *last = args.offsets + to;
+          multiply(a0 + *offset, a1 + *offset, weight,
+                   [&]<int tile>() __attribute__((always_inline)) { sums.of<tile>(); }, wait);
+          const auto next = [&](const auto& between) __attribute__((always_inline)) {
             weight += planes * kBlockValues;
-            multiply.template operator()<false>(sums, a0 + *offset, a1 + *offset, weight);
-            ahead.fetch();
+            multiply(a0 + *offset, a1 + *offset, weight, keep, between);
+          };
+          ++offset;
+          if (summed.whole) {
+            epilogue.start(summed);
+            for (int row = 0; row < 2 * kTileRows; row += kCalls * rows) {
+              if (offset < last) {
+                next(advance);
+                ++offset;
+              } else {
+                for (int call = 0; call < kCalls; ++call) advance();
+              }
+            }
           }
-          while (!epilogue.done()) between();
-          stored = summed;
+          for (; offset < last; ++offset) next(wait);
           summed = unit;
         }
       }
-      slot += behind - first;
-      if (slot >= slots) slot -= slots;
     }
   }
-  if (stored.whole) epilogue.start(stored);
-  while (!epilogue.done()) between();
   store_sum<0>(summed.sums);
   store_sum<1>(summed.sums);
   store_sum<2>(summed.sums);
   store_sum<3>(summed.sums);
   epilogue.start(summed);
-  while (!epilogue.done()) between();
+  for (int row = 0; row < 2 * kTileRows; row += rows) advance();
 }
 
-template <int planes, bool residual>
+// An epilogue has all steps but the first.
+template <int planes, bool residual, bool scaled>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch) {
-  const int64_t steps = args.chunk < args.steps ? args.chunk : args.steps, room = steps * calls(planes);
-  const auto with_rows = [&]<int rows>() { run<planes, residual, rows>(args, tile, tiles, begin, end, scratch); };
-  if (room >= 32) {
+  const int64_t steps = args.chunk < args.steps ? args.chunk : args.steps, room = (steps - 1) * kCalls;
+  const auto with_rows = [&]<int rows>() {
+    run<planes, residual, scaled, rows>(args, tile, tiles, begin, end, scratch);
+  };
+  if (room >= 2 * kTileRows) {
     with_rows.template operator()<1>();
-  } else if (room >= 16) {
+  } else if (room >= kTileRows) {
     with_rows.template operator()<2>();
-  } else if (room >= 8) {
+  } else if (room >= kTileRows / 2) {
     with_rows.template operator()<4>();
   } else {
     with_rows.template operator()<8>();
@@ -312,10 +331,13 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
 
 template <int planes>
 void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, int64_t end, float* scratch) {
-  if (args.residual != nullptr) {
-    run<planes, true>(args, tile, tiles, begin, end, scratch);
+  const auto with = [&]<bool residual, bool scaled>() {
+    run<planes, residual, scaled>(args, tile, tiles, begin, end, scratch);
+  };
+  if (args.residual == nullptr) {
+    args.scale == nullptr ? with.template operator()<false, false>() : with.template operator()<false, true>();
   } else {
-    run<planes, false>(args, tile, tiles, begin, end, scratch);
+    args.scale == nullptr ? with.template operator()<true, false>() : with.template operator()<true, true>();
   }
 }
 
