@@ -17,7 +17,8 @@ from resnet_fast.backends import units
 from resnet_fast.cli import environment, info
 
 ROOT = Path(__file__).resolve().parents[1]
-CONV = ROOT / "csrc" / "cpu" / "amx" / "conv.cpp"
+AMX = ROOT / "csrc" / "cpu" / "amx"
+CONV = (AMX / "conv.cpp").read_text().replace('#include "tiles.h"', (AMX / "tiles.h").read_text())
 NATIVE = ("-mamx-tile", "-mamx-bf16", *BFLOAT16_FLAGS)
 
 MUTANTS = {  # name -> (before, after)
@@ -44,7 +45,7 @@ def compiled(tmp_path_factory):
             (folder / "conv.cpp").write_text(text)
             source, target = ROOT / "tests" / "csrc" / "amx_tiles.cpp", folder / "tiles.so"
             command = [*compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *flags, f'-DCONV="{folder}/conv.cpp"']
-            command += [f"-I{ROOT / 'csrc'}", f"-I{CONV.parent}", str(source), "-o", str(target)]
+            command += [f"-I{ROOT / 'csrc'}", f"-I{AMX}", str(source), "-o", str(target)]
             subprocess.run(command, check=True, timeout=300)
             known[text, flags] = target
         return known[text, flags]
@@ -54,7 +55,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def emulated(compiled) -> ctypes.CDLL:
-    return ctypes.CDLL(str(compiled(CONV.read_text(), emulated_amx_flags())))
+    return ctypes.CDLL(str(compiled(CONV, emulated_amx_flags())))
 
 
 def widened(bits: np.ndarray) -> np.ndarray:
@@ -118,14 +119,14 @@ def test_it_is_the_manual_bit_by_bit(draw, emulated):
 def test_it_is_the_cpu_bit_by_bit(draw, emulated, compiled):
     if not units.has_tiles() or units.unit_name() != "AMX":
         pytest.skip("this CPU has no AMX with bfloat16")
-    real = ctypes.CDLL(str(compiled(CONV.read_text(), NATIVE)))
+    real = ctypes.CDLL(str(compiled(CONV, NATIVE)))
     for seed in range(20):
         inputs = draw(seed)
         np.testing.assert_array_equal(multiply_add(emulated, *inputs), multiply_add(real, *inputs))
 
 
 def test_tiles_that_are_not_configured_are_a_fault(compiled):
-    library = str(compiled(CONV.read_text(), emulated_amx_flags()))
+    library = str(compiled(CONV, emulated_amx_flags()))
     script = f"import ctypes; ctypes.CDLL({library!r}).without_configuration()"
     done = fresh.python(script)
     assert done.returncode == -signal.SIGABRT
@@ -135,9 +136,8 @@ def test_tiles_that_are_not_configured_are_a_fault(compiled):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_of_the_convolution_is_noticed(name, compiled):
     before, after = MUTANTS[name]
-    text = CONV.read_text()
-    assert not before or text.count(before) == 1, f"the mutant {name} is out of date"
-    library = ctypes.CDLL(str(compiled(text.replace(before, after), emulated_amx_flags())))
+    assert not before or CONV.count(before) == 1, f"the mutant {name} is out of date"
+    library = ctypes.CDLL(str(compiled(CONV.replace(before, after), emulated_amx_flags())))
     x, weight, bias = torch.randn(32, 32).bfloat16(), torch.randn(64, 32).bfloat16(), torch.randn(64)
     packed = weight.view(2, 2, 16, 16, 2).permute(0, 1, 3, 2, 4).contiguous()  # [block][half][pair][output][2]
     wide, y = torch.full((64, 96), float("nan")).bfloat16(), torch.full((64, 96), float("nan")).bfloat16()

@@ -218,19 +218,21 @@ void multiply(
     }
     for (int64_t number = 0; number < grid.classes(); ++number) {
       const Grid::Tiles tiles = grid.tiles(chunk, number);
-      const std::vector<int32_t> taps = grid.taps(chunk, number);
+      const int64_t row = direct ? x.size(1) : kBlock, block = direct ? kBlock : block_values(positions);
+      std::vector<int64_t> offsets;
+      for (int64_t b = 0; b < weight.blocks(); ++b) {
+        for (const int32_t tap : grid.taps(chunk, number)) offsets.push_back(b * block + tap * row);
+      }
       const int64_t step = std::max<int64_t>(1, kWeightBytes / std::max<int64_t>(1, weight.values(number) * 2));
       for (int64_t output = begin; output < end; output += step) {
         amx::train::ConvArgs args;
         args.outputs = std::min(step, end - output);
         std::vector<amx::train::Moments> sums(moments == nullptr ? 0 : args.outputs);
         args.x = packed;
-        args.x_row = direct ? x.size(1) : kBlock;
+        args.x_row = row;
         args.x_plane = positions * kBlock;
-        args.x_block = direct ? kBlock : block_values(positions);
-        args.blocks = weight.blocks();
-        args.taps = taps.data();
-        args.n_taps = static_cast<int64_t>(taps.size());
+        args.offsets = offsets.data();
+        args.steps = static_cast<int64_t>(offsets.size());
         args.weight = weight.block(number, output);
         args.tile = tiles.first.data();
         args.pixel = tiles.pixel.data();
@@ -243,7 +245,6 @@ void multiply(
         args.moments = moments == nullptr ? nullptr : sums.data();
         amx::train::conv(planes, args);
         for (size_t n = 0; n < sums.size(); ++n) {
-          amx::train::flush(sums[n]);
           const int64_t channel = (output + static_cast<int64_t>(n)) * kBlock;
           moments->put(i / parts, channel, kBlock, sums[n].rows, sums[n].shift, sums[n].sums, sums[n].squares);
         }
@@ -260,8 +261,9 @@ Tensor weight_gradient(
   const int planes = planes_of(x);
   const int64_t K = shape.out_channels, C = shape.channels, taps = shape.taps(), size = K * C * taps;
   const bool compact = taps == 1;
-  const int64_t k_step = std::min<int64_t>(K, planes == 1 ? 1024 : 512);
-  const int64_t c_step = std::min<int64_t>(C, planes == 1 ? 256 : 128);
+  // The more positions a chunk has, the less often every sum is read and written; what is packed in turn needs no room.
+  const int64_t k_step = std::min<int64_t>(K, (compact ? 1024 : 256) / (planes == 1 ? 1 : 2));
+  const int64_t c_step = std::min<int64_t>(C, (compact ? 256 : 64) / (planes == 1 ? 1 : 2));
   const std::vector<Chunk> chunks =
       grid.chunks((k_step + c_step * (compact ? 1 : 2)) * 2 * planes, kGradientBytes, false);
   const auto n_chunks = static_cast<int64_t>(chunks.size());

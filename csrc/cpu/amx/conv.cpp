@@ -12,13 +12,8 @@ namespace resnet_fast::cpu::amx {
 namespace {
 
 constexpr int64_t kTogether = 3;  // pairs of tiles whose sums are taken in turn
-constexpr int64_t kSums = 1024;   // floats: two tiles of pixels by 32 channels
 constexpr uint32_t kAllRows = (1u << kTileRows) - 1;
 static_assert(kScratchFloats >= kTogether * kSums);
-
-// A sum begins with a load, of its bias or from here: tiles that are loaded are renamed, one that is zeroed waits for its
-// last product.
-alignas(64) constexpr float kZeros[kVector] = {};
 
 // In place of the second tile of a pair, where there is none.
 constexpr Tile kNoTile = {0, 0, 0};
@@ -120,95 +115,6 @@ class Epilogue {
   const uint16_t* residual_ = nullptr;
 };
 
-constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};  // of the tiles 0 to 3
-constexpr int64_t kSumBytes = kVector * sizeof(float);  // from row to row
-
-// Intrinsics take tiles by number.
-template <int tile>
-[[gnu::always_inline]] inline void store_sum(float* sums) {
-  float* const to = sums + kSumsOffset[tile];
-  if constexpr (tile == 0) _tile_stored(0, to, kSumBytes);
-  if constexpr (tile == 1) _tile_stored(1, to, kSumBytes);
-  if constexpr (tile == 2) _tile_stored(2, to, kSumBytes);
-  if constexpr (tile == 3) _tile_stored(3, to, kSumBytes);
-}
-
-template <int tile>
-[[gnu::always_inline]] inline void load_sum(const float* from, int64_t bytes) {
-  if constexpr (tile == 0) _tile_loadd(0, from, bytes);
-  if constexpr (tile == 1) _tile_loadd(1, from, bytes);
-  if constexpr (tile == 2) _tile_loadd(2, from, bytes);
-  if constexpr (tile == 3) _tile_loadd(3, from, bytes);
-}
-
-// The sums of the last unit leave the tiles, and those of this one come: of its last chunk, or a row for all pixels, `bytes`
-// apart. `other`: of the second tile of pixels. Each tile just before its first product.
-struct Exchange {
-  float* last;
-  const float *one, *other;
-  int64_t bytes;
-
-  template <int tile>
-  [[gnu::always_inline]] inline void of() const {
-    store_sum<tile>(last);
-    load_sum<tile>((tile < 2 ? one : other) + tile % 2 * 16, bytes);
-  }
-};
-
-// Tiles 0 to 3 are sums [pixels][channels], 4 and 5 pixels, 6 and 7 weights. Whatever else there is to do is done by
-// `between`, called at even distances.
-
-// The products of the tiles that are loaded, and the next weights; `half`: of the first half they are done.
-inline void multiply_then_weights(const uint16_t* weight, bool half) {
-  if (!half) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-  }
-  _tile_loadd(6, weight, 64);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
-  _tile_loadd(7, weight + kBlockValues / 2, 64);
-}
-
-inline void multiply_then_pixels(const uint16_t* a0, const uint16_t* a1, int64_t a_bytes) {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_loadd(4, a0, a_bytes);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-  _tile_loadd(5, a1, a_bytes);
-}
-
-// The six products of planes (i, j), i + j <= 2, the smallest first. Of the tiles that change next, the first is free
-// after two of four products, so that its load is hidden by the other two.
-template <typename Between>
-[[gnu::always_inline]] inline void multiply_planes(
-    const uint16_t* a0, const uint16_t* a1, int64_t a_bytes, int64_t plane, const uint16_t* weight,
-    const Between& between) {
-  const uint16_t *weight0 = weight, *weight1 = weight + kBlockValues, *weight2 = weight + 2 * kBlockValues;
-  _tile_loadd(6, weight2, 64);
-  _tile_loadd(4, a0, a_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(5, a1, a_bytes);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_loadd(7, weight2 + kBlockValues / 2, 64);
-  multiply_then_weights(weight1, true);
-  between();
-  multiply_then_pixels(a0 + plane, a1 + plane, a_bytes);
-  between();
-  multiply_then_weights(weight0, false);
-  multiply_then_pixels(a0 + 2 * plane, a1 + 2 * plane, a_bytes);
-  between();
-  multiply_then_pixels(a0, a1, a_bytes);
-  between();
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
-constexpr int kCalls = 4;  // of `between` in a step
-
 // The weights to come, which are in memory, fetched into the second cache level while other tiles are multiplied: by the
 // loads of tiles alone a core has too few lines under way.
 class Ahead {
@@ -239,17 +145,9 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
 
   Epilogue<planes, residual, scaled> epilogue(args);
   Ahead ahead;
-  const auto multiply = [&](const uint16_t* a0, const uint16_t* a1, const uint16_t* weight, const auto& exchange,
-                            const auto& between) __attribute__((always_inline)) {
-    if constexpr (planes == 1) {
-      amx::multiply(a0, a1, a_bytes, weight, weight + kBlockValues / 2, exchange, between);
-    } else {
-      exchange.template operator()<0>();
-      exchange.template operator()<1>();
-      exchange.template operator()<2>();
-      exchange.template operator()<3>();
-      multiply_planes(a0, a1, a_bytes, plane, weight, between);
-    }
+  const auto multiply = [&](const uint16_t* a0, const uint16_t* a1, const uint16_t* weight, const auto& before,
+                            const auto& after) __attribute__((always_inline)) {
+    multiply_block<planes>(a0, a1, a_bytes, plane, weight, before, after);
     ahead.fetch();
   };
   const auto keep = []<int tile>() {};
@@ -279,11 +177,10 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
                                           : Exchange{summed.sums, unit.sums, unit.sums + kSums / 2, kSumBytes};
           const uint16_t *a0 = x + one->x, *a1 = x + other->x, *weight = weights;
           const int64_t *offset = args.offsets + from, *last = args.offsets + to;
-          multiply(a0 + *offset, a1 + *offset, weight,
-                   [&]<int tile>() __attribute__((always_inline)) { sums.of<tile>(); }, wait);
-          const auto next = [&](const auto& between) __attribute__((always_inline)) {
+          multiply(a0 + *offset, a1 + *offset, weight, sums, wait);
+          const auto next = [&](const auto& after) __attribute__((always_inline)) {
             weight += planes * kBlockValues;
-            multiply(a0 + *offset, a1 + *offset, weight, keep, between);
+            multiply(a0 + *offset, a1 + *offset, weight, keep, after);
           };
           ++offset;
           if (summed.whole) {
@@ -303,10 +200,7 @@ void run(const ConvArgs& args, const Tile* tile, int64_t tiles, int64_t begin, i
       }
     }
   }
-  store_sum<0>(summed.sums);
-  store_sum<1>(summed.sums);
-  store_sum<2>(summed.sums);
-  store_sum<3>(summed.sums);
+  store_sums(summed.sums);
   epilogue.start(summed);
   for (int row = 0; row < 2 * kTileRows; row += rows) advance();
 }

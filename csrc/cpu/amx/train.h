@@ -54,17 +54,16 @@ uint32_t pack_weight(int planes, const WeightArgs& args, int64_t output, uint16_
 
 // Sums over columns of y, as moments around `shift`.
 struct Moments {
-  float shift[kBlock], sum[kBlock], square[kBlock];
+  float shift[kBlock];
   double sums[kBlock], squares[kBlock];
-  int64_t rows, pending;
+  int64_t rows;
 };
 
 struct ConvArgs {
   const uint16_t* x;     // pack_pixels', or of one plane the pixels themselves
-  int64_t x_row, x_plane, x_block;  // steps in values
-  int64_t blocks;        // of input channels
-  const int32_t* taps;   // positions from a tile's first to the tap's
-  int64_t n_taps;
+  int64_t x_row, x_plane;  // steps in values
+  const int64_t* offsets;  // from a tile's first position to what each step multiplies: for every block all taps
+  int64_t steps;           // none: y is zero, or what is added
   const uint16_t* weight;  // pack_weight's, one output block after another
   int64_t outputs;         // blocks of output channels
   const int32_t* tile;     // first positions of the tiles of 16
@@ -79,9 +78,6 @@ struct ConvArgs {
 
 // y = conv(x) + add for the tiles' pixels. Tiles are the outer loop, so that y is written pixel by pixel.
 void conv(int planes, const ConvArgs& args);
-
-// What is pending in `moments` goes to its sums.
-void flush(Moments& moments);
 
 struct WgradArgs {
   const uint16_t* dy;  // pack_transposed's, of 32 output channels

@@ -7,16 +7,10 @@
 namespace resnet_fast::cpu::amx::train {
 namespace {
 
-constexpr int64_t kFlush = 32;  // rows; bounds the rounding of the moments' float sums
-
 // Tiles 0 to 3 are sums, 4 and 5 pixels, 6 and 7 weights.
 inline void load_pixels(const uint16_t* a0, const uint16_t* a1) {
   _tile_loadd(4, a0, 64);
   _tile_loadd(5, a1, 64);
-}
-inline void load_weight(const uint16_t* weight) {
-  _tile_loadd(6, weight, 64);
-  _tile_loadd(7, weight + kBlockValues / 2, 64);
 }
 inline void multiply_loaded() {
   _tile_dpbf16ps(0, 4, 6);
@@ -25,30 +19,9 @@ inline void multiply_loaded() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-template <int planes>
-inline void step(const uint16_t* a0, const uint16_t* a1, int64_t bytes, int64_t plane, const uint16_t* weight) {
-  if constexpr (planes == 1) {
-    multiply(a0, a1, bytes, weight, weight + kBlockValues / 2);
-  } else {  // planes (i, j), i + j <= 2, the smallest products first
-    load_weight(weight);
-    load_pixels(a0 + 2 * plane, a1 + 2 * plane);
-    multiply_loaded();
-    load_pixels(a0 + plane, a1 + plane);
-    multiply_loaded();
-    load_weight(weight + kBlockValues);
-    multiply_loaded();
-    load_pixels(a0, a1);
-    multiply_loaded();
-    load_weight(weight + 2 * kBlockValues);
-    multiply_loaded();
-    load_weight(weight);
-    multiply_loaded();
-  }
-}
-
 // A row of 32 output channels, left in a and b as it was stored. stream: past the caches, which y does not fit in.
 template <int planes, bool stream = false>
-inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at) {
+[[gnu::always_inline]] inline void store_row(__m512& a, __m512& b, void* y, const void* add, int64_t at) {
   if constexpr (planes == 1) {
     if (add != nullptr) {
       const auto* row = static_cast<const uint16_t*>(add) + at;
@@ -77,60 +50,22 @@ inline __m512 finite_or_zero(__m512 v) {
   return _mm512_mask_mov_ps(v, special, _mm512_setzero_ps());
 }
 
-// What two tiles summed up, [32][32], on its way to y.
-struct Sums {
-  alignas(64) float values[32 * 32];
-  int64_t output, rows, stored = 0;
+// Two tiles of positions, of which the second may be missing, and an output block. whole: all 32 rows are pixels.
+struct Unit {
   const int32_t* pixel;
-  bool whole;  // all 32 rows are pixels
+  int64_t rows, output;
+  bool whole;
 };
 
-template <int planes, bool stream, bool moments, bool whole>
-inline void store_rows(const ConvArgs& args, const Sums& sums, int64_t begin, int64_t end) {
-  const int64_t offset = sums.output * kBlock * (planes == 1 ? 2 : 4);
-  void* y = static_cast<char*>(args.y) + offset;
-  const void* add = args.add == nullptr ? nullptr : static_cast<const char*>(args.add) + offset;
-  Moments* m = nullptr;
-  int64_t count = 0;
-  __m512 shift0, shift1, sum0, sum1, square0, square1;
-  if constexpr (moments) {
-    m = args.moments + sums.output;
-    shift0 = load(m->shift), shift1 = load(m->shift + 16);
-    sum0 = load(m->sum), sum1 = load(m->sum + 16);
-    square0 = load(m->square), square1 = load(m->square + 16);
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    if (!whole && sums.pixel[i] < 0) continue;
-    __m512 a = load(sums.values + i * 32), b = load(sums.values + i * 32 + 16);
-    store_row<planes, stream>(a, b, y, add, sums.pixel[i] * args.y_channels);
-    if constexpr (moments) {
-      a = _mm512_sub_ps(a, shift0);
-      b = _mm512_sub_ps(b, shift1);
-      sum0 = _mm512_add_ps(sum0, a);
-      sum1 = _mm512_add_ps(sum1, b);
-      square0 = _mm512_fmadd_ps(a, a, square0);
-      square1 = _mm512_fmadd_ps(b, b, square1);
-      ++count;
-    }
-  }
-  if constexpr (moments) {
-    _mm512_storeu_ps(m->sum, sum0), _mm512_storeu_ps(m->sum + 16, sum1);
-    _mm512_storeu_ps(m->square, square0), _mm512_storeu_ps(m->square + 16, square1);
-    m->rows += count;
-    m->pending += count;
-    if (m->pending >= kFlush) flush(*m);
-  }
-}
-
-// The mean of the first rows, as a shift that keeps sums small and squares from cancelling; rounded as what is stored, so
+// The mean of a unit's rows, as a shift that keeps sums small and squares from cancelling; rounded as what is stored, so
 // that a constant channel's variance is zero.
 template <int planes>
-inline void set_shift(Moments& m, const Sums& sums) {
+inline void set_shift(Moments& m, const Unit& unit, const float* sums) {
   __m512 a = _mm512_setzero_ps(), b = a, count = a;
-  for (int64_t i = 0; i < sums.rows; ++i) {
-    if (sums.pixel[i] < 0) continue;
-    a = _mm512_add_ps(a, load(sums.values + i * 32));
-    b = _mm512_add_ps(b, load(sums.values + i * 32 + 16));
+  for (int64_t i = 0; i < unit.rows; ++i) {
+    if (unit.pixel[i] < 0) continue;
+    a = _mm512_add_ps(a, load(sums + i * kBlock));
+    b = _mm512_add_ps(b, load(sums + i * kBlock + 16));
     count = _mm512_add_ps(count, _mm512_set1_ps(1));
   }
   a = finite_or_zero(_mm512_div_ps(a, count));
@@ -144,66 +79,183 @@ inline void set_shift(Moments& m, const Sums& sums) {
   _mm512_storeu_ps(m.shift + 16, b);
 }
 
-// The rows before `end` that are not yet stored.
-template <int planes, bool stream, bool moments>
-inline void store_until(const ConvArgs& args, Sums& sums, int64_t end) {
-  end = end < sums.rows ? end : sums.rows;
-  if (sums.stored >= end) return;
-  if constexpr (moments) {
-    if (sums.stored == 0 && args.moments[sums.output].rows == 0) set_shift<planes>(args.moments[sums.output], sums);
-  }
-  sums.whole ? store_rows<planes, stream, moments, true>(args, sums, sums.stored, end)
-             : store_rows<planes, stream, moments, false>(args, sums, sums.stored, end);
-  sums.stored = end;
+inline void add_up(double* to, __m512 values) {
+  _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), _mm512_cvtps_pd(_mm512_castps512_ps256(values))));
+  const __m256 upper = _mm512_maskz_extractf32x8_ps(0xff, values, 1);
+  _mm512_storeu_pd(to + 8, _mm512_add_pd(_mm512_loadu_pd(to + 8), _mm512_cvtps_pd(upper)));
 }
 
-// The rows of one product are stored while the next is being multiplied: the two run on different units.
+// A unit's sums on their way to y and to the moments, row by row between the products of the next one: the two run on
+// different parts of a core.
 template <int planes, bool stream, bool moments>
-void conv_tiles(const ConvArgs& args) {
-  Sums buffers[2];
-  Sums *now = &buffers[0], *before = &buffers[1];
-  before->rows = 0;
-  const int64_t steps = args.blocks * args.n_taps, interval = steps >= 8 ? steps / 8 : 1;
-  const int64_t rows_a_time = steps >= 8 ? 4 : 32 / (steps > 4 ? 4 : steps > 0 ? steps : 1);
-  for (int64_t tile = 0; tile < args.tiles; tile += 2) {
-    const int64_t other = tile + 1 < args.tiles ? tile + 1 : tile;
-    const int64_t rows = other > tile ? 32 : 16;
-    const int32_t* pixel = args.pixel + tile * 16;
-    bool whole = rows == 32, any = false;
-    for (int64_t i = 0; i < rows; ++i) whole &= pixel[i] >= 0, any |= pixel[i] >= 0;
-    if (!any) continue;
-    const uint16_t* weight = args.weight;
-    for (int64_t output = 0; output < args.outputs; ++output) {
-      const uint16_t* x0 = args.x + args.tile[tile] * args.x_row;
-      const uint16_t* x1 = args.x + args.tile[other] * args.x_row;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      int64_t wait = interval, stored = 0;
-      for (int64_t b = 0; b < args.blocks; ++b, x0 += args.x_block, x1 += args.x_block) {
-        for (int64_t t = 0; t < args.n_taps; ++t, weight += planes * kBlockValues) {
-          const int64_t offset = args.taps[t] * args.x_row;
-          step<planes>(x0 + offset, x1 + offset, args.x_row * 2, args.x_plane, weight);
-          if (--wait == 0) {
-            wait = interval;
-            stored += rows_a_time;
-            store_until<planes, stream, moments>(args, *before, stored);
-          }
-        }
-      }
-      store_until<planes, stream, moments>(args, *before, 32);
-      now->output = output, now->rows = rows, now->stored = 0, now->pixel = pixel, now->whole = whole;
-      _tile_stored(0, now->values, 128);
-      _tile_stored(1, now->values + 16, 128);
-      _tile_stored(2, now->values + 16 * 32, 128);
-      _tile_stored(3, now->values + 16 * 32 + 16, 128);
-      Sums* const free = before;
-      before = now;
-      now = free;
+class Epilogue {
+ public:
+  Epilogue(const ConvArgs& args, const float* sums) : args_(args), sums_(sums) {}
+
+  [[gnu::always_inline]] inline void start(const Unit& unit) {
+    unit_ = unit;
+    row_ = 0;
+    const int64_t offset = unit.output * kBlock * (planes == 1 ? 2 : 4);
+    y_ = static_cast<char*>(args_.y) + offset;
+    add_ = args_.add == nullptr ? nullptr : static_cast<const char*>(args_.add) + offset;
+    if constexpr (moments) {
+      Moments& m = args_.moments[unit.output];
+      if (m.rows == 0) set_shift<planes>(m, unit, sums_);
+      shift0_ = load(m.shift), shift1_ = load(m.shift + 16);
+      sum0_ = sum1_ = square0_ = square1_ = _mm512_setzero_ps();
     }
   }
-  store_until<planes, stream, moments>(args, *before, 32);
+
+  template <int rows>
+  [[gnu::always_inline]] inline void advance() {
+    if (unit_.whole) {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) finish(row_ + i);
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        if (row_ + i < unit_.rows && unit_.pixel[row_ + i] >= 0) finish(row_ + i);
+      }
+    }
+    row_ += rows;
+  }
+
+  // Behind all rows.
+  [[gnu::always_inline]] inline void end() {
+    if constexpr (moments) {
+      Moments& m = args_.moments[unit_.output];
+      add_up(m.sums, sum0_), add_up(m.sums + 16, sum1_);
+      add_up(m.squares, square0_), add_up(m.squares + 16, square1_);
+      for (int64_t i = 0; !unit_.whole && i < unit_.rows; ++i) m.rows += unit_.pixel[i] >= 0;
+      if (unit_.whole) m.rows += unit_.rows;
+    }
+  }
+
+ private:
+  [[gnu::always_inline]] inline void finish(int64_t row) {
+    __m512 a = _mm512_load_ps(sums_ + row * kBlock), b = _mm512_load_ps(sums_ + row * kBlock + 16);
+    store_row<planes, stream>(a, b, y_, add_, unit_.pixel[row] * args_.y_channels);
+    if constexpr (moments) {
+      a = _mm512_sub_ps(a, shift0_);
+      b = _mm512_sub_ps(b, shift1_);
+      sum0_ = _mm512_add_ps(sum0_, a);
+      sum1_ = _mm512_add_ps(sum1_, b);
+      square0_ = _mm512_fmadd_ps(a, a, square0_);
+      square1_ = _mm512_fmadd_ps(b, b, square1_);
+    }
+  }
+
+  const ConvArgs& args_;
+  const float* const sums_;
+  Unit unit_ = {};
+  int64_t row_ = 0;
+  void* y_ = nullptr;
+  const void* add_ = nullptr;
+  __m512 shift0_ = {}, shift1_ = {}, sum0_ = {}, sum1_ = {}, square0_ = {}, square1_ = {};
+};
+
+// rows: of an epilogue, each time that there is room for some between products.
+template <int planes, bool stream, bool moments, int rows>
+void conv_tiles(const ConvArgs& args) {
+  alignas(64) float sums[kSums];
+  Epilogue<planes, stream, moments> epilogue(args, sums);
+  const auto advance = [&]() __attribute__((always_inline)) { epilogue.template advance<rows>(); };
+  const auto wait = [] {};
+  const auto keep = []<int tile>() {};
+  const Exchange exchange{sums, kZeros, kZeros, 0};
+  const int64_t* const end = args.offsets + args.steps;
+  Unit summed = {nullptr, 0, 0, false};  // whose sums are in the tiles
+  for (int64_t tile = 0; tile < args.tiles; tile += 2) {
+    const int64_t other = tile + 1 < args.tiles ? tile + 1 : tile;
+    Unit unit{args.pixel + tile * kTileRows, other > tile ? 2 * kTileRows : kTileRows, 0, other > tile};
+    bool any = false;
+    for (int64_t i = 0; i < unit.rows; ++i) unit.whole &= unit.pixel[i] >= 0, any |= unit.pixel[i] >= 0;
+    if (!any) continue;
+    const uint16_t *const x0 = args.x + args.tile[tile] * args.x_row, *const x1 = args.x + args.tile[other] * args.x_row;
+    const uint16_t* weight = args.weight;
+    for (unit.output = 0; unit.output < args.outputs; ++unit.output) {
+      const int64_t* offset = args.offsets;
+      const auto next = [&](const auto& before, const auto& after) __attribute__((always_inline)) {
+        multiply_block<planes>(x0 + *offset, x1 + *offset, args.x_row * 2, args.x_plane, weight, before, after);
+        ++offset;
+        weight += planes * kBlockValues;
+      };
+      if (offset < end) {
+        next(exchange, wait);
+      } else {
+        exchange.template operator()<0>();
+        exchange.template operator()<1>();
+        exchange.template operator()<2>();
+        exchange.template operator()<3>();
+      }
+      if (summed.rows > 0) {
+        epilogue.start(summed);
+        for (int row = 0; row < 2 * kTileRows; row += kCalls * rows) {
+          if (offset < end) {
+            next(keep, advance);
+          } else {
+            for (int call = 0; call < kCalls; ++call) advance();
+          }
+        }
+        epilogue.end();
+      }
+      while (offset < end) next(keep, wait);
+      summed = unit;
+    }
+  }
+  if (summed.rows == 0) return;
+  store_sums(sums);
+  epilogue.start(summed);
+  for (int row = 0; row < 2 * kTileRows; row += rows) advance();
+  epilogue.end();
+}
+
+// Three taps of a row of the kernel, whose pixels are nearly the same, by 32 output and 16 input channels: six tiles of sums
+// [output channel][input channel], 6 gradients and 7 pixels, for which only half of a product's bytes are not in the first
+// cache level. `half`: of the input channels.
+inline void wgrad_three_taps(const WgradArgs& args, int64_t tap, int64_t half) {
+  const int64_t tiles = args.positions / 32, lower = kBlockValues / 2;
+  float* const out = args.dweight + tap * kBlockValues + half * 16;
+  if (args.add) {
+    _tile_loadd(0, out, kSumBytes);
+    _tile_loadd(1, out + kBlockValues, kSumBytes);
+    _tile_loadd(2, out + 2 * kBlockValues, kSumBytes);
+    _tile_loadd(3, out + lower, kSumBytes);
+    _tile_loadd(4, out + kBlockValues + lower, kSumBytes);
+    _tile_loadd(5, out + 2 * kBlockValues + lower, kSumBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+  const uint16_t *a0 = args.dy, *a1 = a0 + tiles * 512, *const x = args.x + half * args.x_positions * kBlock;
+  const uint16_t *b0 = x + args.taps[tap] * kBlock, *b1 = x + args.taps[tap + 1] * kBlock,
+                 *b2 = x + args.taps[tap + 2] * kBlock;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    _tile_loadd(6, a0, 64);
+    _tile_loadd(7, b0, 64);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_loadd(7, b2, 64);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(6, a1, 64);
+    _tile_dpbf16ps(5, 6, 7);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(7, b0, 64);
+    _tile_dpbf16ps(3, 6, 7);
+    a0 += 512, a1 += 512;
+    b0 += 32 * kBlock, b1 += 32 * kBlock, b2 += 32 * kBlock;
+  }
+  _tile_stored(0, out, kSumBytes);
+  _tile_stored(1, out + kBlockValues, kSumBytes);
+  _tile_stored(2, out + 2 * kBlockValues, kSumBytes);
+  _tile_stored(3, out + lower, kSumBytes);
+  _tile_stored(4, out + kBlockValues + lower, kSumBytes);
+  _tile_stored(5, out + 2 * kBlockValues + lower, kSumBytes);
 }
 
 // Tiles 0 to 3 are sums [output channel][input channel], 4 and 5 gradients, 6 and 7 pixels.
@@ -279,30 +331,37 @@ void merge(const MergeArgs& args) {
 
 }  // namespace
 
-void flush(Moments& m) {
-  for (int i = 0; i < kBlock; ++i) {
-    m.sums[i] += m.sum[i];
-    m.squares[i] += m.square[i];
-    m.sum[i] = m.square[i] = 0;
-  }
-  m.pending = 0;
-}
-
 void conv(int planes, const ConvArgs& args) {
-  const auto run = [&]<bool stream, bool moments>() {
-    planes == 1 ? conv_tiles<1, stream, moments>(args) : conv_tiles<3, stream, moments>(args);
+  const auto run = [&]<int planes, bool stream, bool moments>() {
+    // An epilogue has all steps but the first.
+    (args.steps - 1) * kCalls >= kTileRows ? conv_tiles<planes, stream, moments, 2>(args)
+                                           : conv_tiles<planes, stream, moments, 8>(args);
+  };
+  const auto with = [&]<bool stream, bool moments>() {
+    planes == 1 ? run.template operator()<1, stream, moments>() : run.template operator()<3, stream, moments>();
   };
   const bool moments = args.moments != nullptr;
   if (!args.stream) {
-    moments ? run.template operator()<false, true>() : run.template operator()<false, false>();
+    moments ? with.template operator()<false, true>() : with.template operator()<false, false>();
     return;
   }
-  moments ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  moments ? with.template operator()<true, true>() : with.template operator()<true, false>();
   _mm_sfence();
 }
 
 void merge_gradients(int planes, const MergeArgs& args) { planes == 1 ? merge<1>(args) : merge<3>(args); }
 
-void wgrad_block(int planes, const WgradArgs& args) { planes == 1 ? wgrad<1>(args) : wgrad<3>(args); }
+void wgrad_block(int planes, const WgradArgs& args) {
+  if (planes == 3) {
+    wgrad<3>(args);
+  } else if (args.compact || args.n_taps % 3 != 0) {
+    wgrad<1>(args);
+  } else {
+    for (int64_t tap = 0; tap < args.n_taps; tap += 3) {
+      wgrad_three_taps(args, tap, 0);
+      wgrad_three_taps(args, tap, 1);
+    }
+  }
+}
 
 }  // namespace resnet_fast::cpu::amx::train
