@@ -134,11 +134,14 @@ class Builder:
         *early, last = block.convs
         value, shortcut, downsample, pixels = x, x, block.downsample, None
         role = "shortcut" if x.role != "shortcut" else "other shortcut"  # x is there until the block is done
+        first = conv_of(early[0], (1, x.channels, x.height, x.width))
+        if first.pointwise and first.stride[0] == 1:  # right behind what writes x, which it may be joined to
+            value, early = self._conv(f"{name}.conv1", early[0], x, "conv1"), early[1:]
         if downsample is not None:  # first, while x is there: a thread's own buffer soon holds another image
             pixels = self._skip(downsample, x)
             if pixels is None:
                 shortcut = self._conv(f"{name}.downsample", downsample, x, role)
-        for number, module in enumerate(early, 1):
+        for number, module in enumerate(early, len(block.convs) - len(early)):
             value = self._conv(f"{name}.conv{number}", module, value, f"conv{number}")
         if pixels is not None:
             shortcut = self._conv(f"{name}.downsample", downsample, pixels, role, skipped=True)
@@ -176,8 +179,8 @@ class Builder:
             self._cost(winograd_flops(conv, "bfloat16"), values, packed.bytes, winograd=True)
             return y
         packed = self.weights.of(module)
-        self._add(name, packed, x, y, added, conv.stride[0], module.relu)
-        self._cost(conv.real_flops, values, packed.bytes)
+        joined = self._add(name, packed, x, y, added, conv.stride[0], module.relu)
+        self._cost(conv.real_flops, values, packed.bytes, joined=joined)
         return y
 
     def _classifier(self, x: _Buffer) -> _Buffer:
@@ -191,10 +194,11 @@ class Builder:
         self._cost(2 * linear.in_features * linear.out_features, linear.in_features + linear.out_features, packed.bytes)
         return y
 
-    def _add(self, name: str, packed: Packed, x: _Buffer, y: _Buffer, residual: int, stride: int, relu: bool) -> None:
+    def _add(self, name: str, packed: Packed, x: _Buffer, y: _Buffer, residual: int, stride: int, relu: bool) -> bool:
+        """Whether the program computes it piece by piece with the step before, as one."""
         self._enter(x, y)
         tensors, shape = (packed.weight, packed.bias), (packed.blocks, packed.outputs_per_group)
-        self.program.conv(name, x.number, y.number, residual, *tensors, packed.taps, stride, *shape, relu)
+        return self.program.conv(name, x.number, y.number, residual, *tensors, packed.taps, stride, *shape, relu)
 
     def _buffer(self, role: str, channels: int, height: int, width: int, vector: int = VECTOR) -> _Buffer:
         """The one of this role and shape."""
@@ -217,7 +221,13 @@ class Builder:
             self.program.section(by_image)
             self.section_by_image = by_image
 
-    def _cost(self, flops: int = 0, values: int = 0, weight_bytes: int = 0, winograd: bool = False) -> None:
+    def _cost(
+        self, flops: int = 0, values: int = 0, weight_bytes: int = 0, winograd: bool = False, joined: bool = False
+    ) -> None:
+        if joined:
+            before = self.costs.pop()
+            flops, values = flops + before.flops, values + before.values
+            weight_bytes += before.weight_bytes
         self.costs.append(Cost(flops, values, weight_bytes, winograd))
 
 

@@ -79,13 +79,18 @@ void Program::add(std::unique_ptr<Step> step) {
 
 void Program::read(int64_t y) { add(make_read(planes_, at(y))); }
 
-void Program::conv(
+bool Program::conv(
     const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
     const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
     bool relu) {
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
-  add(make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
-                {0, false, weight, {}, bias}, taps, shape));
+  auto step = make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
+                        {0, false, weight, {}, bias}, taps, shape);
+  // Where threads share an image, each would read all weights of both.
+  const bool may_join = sharing() == 1 && !sections_.empty() && !sections_.back().steps.empty();
+  if (may_join && sections_.back().steps.back()->join(step)) return true;
+  add(std::move(step));
+  return false;
 }
 
 void Program::winograd(

@@ -57,8 +57,9 @@ class Program {
 
   // Of the input, an image or a channels_last tensor, into buffer y.
   void read(int64_t y);
-  // weight: packed, bias: float, padded to whole vectors; residual: a buffer or -1; taps: (row, column) steps.
-  void conv(
+  // weight: packed, bias: float, padded to whole vectors; residual: a buffer or -1; taps: (row, column) steps. Returns
+  // whether it became part of the step before.
+  bool conv(
       const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
       const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,
       bool relu);

@@ -161,22 +161,59 @@ class ConvStep : public Step {
   }
 
   void run(const Run& run, int64_t item) const override {
+    const int64_t first_tile = item / block_cuts_ * tile_step_, first_block = item % block_cuts_ * block_step_;
+    const int64_t first = first_tile * a_tile_, count = std::min(tile_step_ * a_tile_, rows_.size() - first);
+    run_rows(run, first, count, first_block, std::min(first_block + block_step_, output_blocks_));
+    if (next_ != nullptr) next_->run_rows(run, first, count, 0, next_->output_blocks_);
+  }
+
+  // A 1x1 of what a piece of this, a 1x1 too, has just written.
+  bool join(std::unique_ptr<Step>& step) override {
+    auto* const next = dynamic_cast<ConvStep*>(step.get());
+    if (next == nullptr || !feeds(*next)) return false;
+    step.release();
+    next_.reset(next);
+    name += "+" + next->name;
+    const int64_t pair_bytes = 2 * amx::kTileRows * args_.planes * amx::kVector * 2 *
+        (args_.blocks + output_blocks_ + next->output_blocks_);
+    tile_step_ = 2 * std::max<int64_t>(1, kJoinedBytes / pair_bytes);
+    block_step_ = output_blocks_;
+    block_cuts_ = 1;
+    items = div_up(rows_.size(), tile_step_);
+    args_.pixels_first = next->args_.pixels_first = false;
+    return true;
+  }
+
+ private:
+  void run_rows(const Run& run, int64_t first, int64_t count, int64_t first_block, int64_t end_block) const {
     amx::ConvArgs args = args_;
     args.x = pixels(x_, run, group);
     args.y = pixels(y_, run, group);
     args.residual = residual_ == nullptr ? nullptr : pixels(*residual_, run, group);
-    const int64_t first_tile = item / block_cuts_ * tile_step_, first_block = item % block_cuts_ * block_step_;
-    const int64_t first = first_tile * a_tile_, count = std::min(tile_step_ * a_tile_, rows_.size() - first);
     if (packed_.by_item) {
       const int64_t block_values = args.steps * args.planes * amx::kBlockValues;
       uint16_t* weight = values(packed_.weight) + run.thread * block_values;
       pack_block(args.planes, packed_, *run.live, first_block, weight);
       args.weight = weight - first_block * block_values;
     }
-    convolve(run, args, rows_, first, count, first_block, std::min(first_block + block_step_, output_blocks_));
+    convolve(run, args, rows_, first, count, first_block, end_block);
   }
 
- private:
+  // Whether both are 1x1s, every tile of `next` reads what the same one here has written, and both weights stay near.
+  bool feeds(const ConvStep& next) const {
+    const auto is_1x1 = [](const ConvStep& step) { return step.a_tile_ == 1 && step.args_.steps == step.args_.blocks; };
+    const auto weight_bytes = [](const ConvStep& step) {
+      return step.args_.steps * step.output_blocks_ * step.args_.planes * amx::kBlockValues * 2;
+    };
+    if (!is_1x1(*this) || !is_1x1(next) || &next.x_ != &y_ || next_ != nullptr) return false;
+    if (rows_.size() != next.rows_.size() || args_.y_row != next.args_.x_row) return false;
+    for (int64_t i = 0; i < rows_.size(); ++i) {
+      const amx::Tile &written = rows_.tiles[i], &read = next.rows_.tiles[i];
+      if (written.y != read.x || (read.rows & ~written.rows) != 0) return false;
+    }
+    return weight_bytes(*this) + weight_bytes(next) <= kJoinedWeightBytes;
+  }
+
   void place_tiles(int64_t stride) {
     args_.y_row = args_.y_gap = group == 1 ? y_.pixel : y_.vector;
     if (group > 1) {  // a pixel of 16 images
@@ -292,6 +329,8 @@ class ConvStep : public Step {
   static constexpr double kSecondCacheBytes = 0.75 * (1 << 20);  // of 2 MiB
   static constexpr double kProductBytes = 600;  // that arrive from beyond it while four tile products are computed
   static constexpr double kItemBytes = 4096;    // while a thread takes an item
+  static constexpr int64_t kJoinedBytes = 384 << 10;  // of pixels between two that are joined
+  static constexpr int64_t kJoinedWeightBytes = 1280 << 10;
 
   const Buffer &x_, &y_;
   const Buffer* residual_;
@@ -301,6 +340,7 @@ class ConvStep : public Step {
   Rows rows_;
   amx::ConvArgs args_;
   int64_t tile_step_ = 0, block_step_ = 0, block_cuts_ = 0;
+  std::unique_ptr<ConvStep> next_;
 };
 
 }  // namespace

@@ -64,8 +64,10 @@ class Step {
   virtual ~Step() = default;
   // Items may run in any order, at the same time.
   virtual void run(const Run& run, int64_t item) const = 0;
+  // Takes the next step in where each of its items can run right behind one of these, while what it reads is near.
+  virtual bool join(std::unique_ptr<Step>&) { return false; }
 
-  const std::string name;
+  std::string name;
   const int64_t group;  // images in a unit of this step
   int64_t items;        // for a unit
 };
