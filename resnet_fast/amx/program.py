@@ -54,6 +54,7 @@ class _Buffer:
     channels: int
     height: int
     width: int
+    group: int  # images side by side
     own: bool  # a buffer for each thread, not for each image
 
 
@@ -148,10 +149,13 @@ class Builder:
         return self._conv(f"{name}.conv{len(block.convs)}", last, value, residual=shortcut)
 
     def _skip(self, module: FrozenConv2d, x: _Buffer) -> _Buffer | None:
-        """The pixels that a strided 1x1 reads, where it goes from a thread's own image to a group; else None."""
+        """The pixels that a strided 1x1 reads, where it goes from a thread's own image to a group, or where its rows
+        would fill half of a tile; else None."""
         conv = conv_of(module, (1, x.channels, x.height, x.width))
+        if not (conv.pointwise and conv.stride[0] > 1):
+            return None
         y = self._buffer("skip", x.channels, conv.out_height, conv.out_width)
-        if not (conv.pointwise and conv.stride[0] > 1 and x.own and not y.own):
+        if not ((x.own and not y.own) or (self.tiles and y.group == 1 and 2 * y.width <= GROUP)):
             return None
         self._enter(x)
         self.program.skip(x.number, y.number, conv.stride[0])
@@ -211,7 +215,7 @@ class Builder:
             group = together if vector == VECTOR and (one or (small and self.capacity >= together)) else 1
             own, halo = self.by_image and not small, self.halos.get((height, width), 0)
             number = self.program.buffer(channels, height, width, halo, group, own, vector)
-            self.buffers[key] = _Buffer(number, role, channels, height, width, own)
+            self.buffers[key] = _Buffer(number, role, channels, height, width, group, own)
         return self.buffers[key]
 
     def _enter(self, *buffers: _Buffer) -> None:
