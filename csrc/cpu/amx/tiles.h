@@ -11,6 +11,40 @@
 namespace resnet_fast::cpu::amx {
 namespace {
 
+// Intrinsics take tiles by number, of which those up to 5 may be sums.
+template <int tile>
+[[gnu::always_inline]] inline void load_tile(const float* from, int64_t bytes) {
+  if constexpr (tile == 0) _tile_loadd(0, from, bytes);
+  if constexpr (tile == 1) _tile_loadd(1, from, bytes);
+  if constexpr (tile == 2) _tile_loadd(2, from, bytes);
+  if constexpr (tile == 3) _tile_loadd(3, from, bytes);
+  if constexpr (tile == 4) _tile_loadd(4, from, bytes);
+  if constexpr (tile == 5) _tile_loadd(5, from, bytes);
+}
+
+template <int tile>
+[[gnu::always_inline]] inline void store_tile(float* to, int64_t bytes) {
+  if constexpr (tile == 0) _tile_stored(0, to, bytes);
+  if constexpr (tile == 1) _tile_stored(1, to, bytes);
+  if constexpr (tile == 2) _tile_stored(2, to, bytes);
+  if constexpr (tile == 3) _tile_stored(3, to, bytes);
+  if constexpr (tile == 4) _tile_stored(4, to, bytes);
+  if constexpr (tile == 5) _tile_stored(5, to, bytes);
+}
+
+// f<0>() and on, for four or six.
+template <int tiles = 4, typename F>
+[[gnu::always_inline]] inline void each_tile(const F& f) {
+  f.template operator()<0>();
+  f.template operator()<1>();
+  f.template operator()<2>();
+  f.template operator()<3>();
+  if constexpr (tiles == 6) {
+    f.template operator()<4>();
+    f.template operator()<5>();
+  }
+}
+
 // Tiles 0 to 3 are sums, 4 and 5 take the rows of a, `a_bytes` apart, 6 and 7 those of b, which lie one behind another.
 // before<tile>() is called just before the product of a sum's tile, after() behind each.
 template <typename Before, typename After>
@@ -97,10 +131,7 @@ template <int planes, typename Before, typename After>
   if constexpr (planes == 1) {
     multiply(a0, a1, a_bytes, weight, weight + kBlockValues / 2, before, after);
   } else {
-    before.template operator()<0>();
-    before.template operator()<1>();
-    before.template operator()<2>();
-    before.template operator()<3>();
+    each_tile(before);
     multiply_planes(a0, a1, a_bytes, plane, weight, after);
   }
 }
@@ -114,24 +145,6 @@ alignas(64) constexpr float kZeros[kVector] = {};
 constexpr int64_t kSumsOffset[] = {0, 16, 512, 528};  // of the tiles 0 to 3
 constexpr int64_t kSumBytes = kVector * sizeof(float);  // from row to row
 
-// Intrinsics take tiles by number.
-template <int tile>
-[[gnu::always_inline]] inline void store_sum(float* sums) {
-  float* const to = sums + kSumsOffset[tile];
-  if constexpr (tile == 0) _tile_stored(0, to, kSumBytes);
-  if constexpr (tile == 1) _tile_stored(1, to, kSumBytes);
-  if constexpr (tile == 2) _tile_stored(2, to, kSumBytes);
-  if constexpr (tile == 3) _tile_stored(3, to, kSumBytes);
-}
-
-template <int tile>
-[[gnu::always_inline]] inline void load_sum(const float* from, int64_t bytes) {
-  if constexpr (tile == 0) _tile_loadd(0, from, bytes);
-  if constexpr (tile == 1) _tile_loadd(1, from, bytes);
-  if constexpr (tile == 2) _tile_loadd(2, from, bytes);
-  if constexpr (tile == 3) _tile_loadd(3, from, bytes);
-}
-
 // The sums of the last products leave the tiles, and those that the next are added to come, in rows `bytes` apart; `other`:
 // of the second tile of rows. Each tile just before its first product.
 struct Exchange {
@@ -141,16 +154,20 @@ struct Exchange {
 
   template <int tile>
   [[gnu::always_inline]] inline void operator()() const {
-    store_sum<tile>(last);
-    load_sum<tile>((tile < 2 ? one : other) + tile % 2 * 16, bytes);
+    store_tile<tile>(last + kSumsOffset[tile], kSumBytes);
+    load_tile<tile>((tile < 2 ? one : other) + tile % 2 * 16, bytes);
   }
 };
 
-inline void store_sums(float* sums) {
-  store_sum<0>(sums);
-  store_sum<1>(sums);
-  store_sum<2>(sums);
-  store_sum<3>(sums);
+// As zeros where `from` is null.
+inline void load_sums(const float* from) {
+  each_tile([&]<int tile>() {
+    load_tile<tile>(from == nullptr ? kZeros : from + kSumsOffset[tile], from == nullptr ? 0 : kSumBytes);
+  });
+}
+
+inline void store_sums(float* to) {
+  each_tile([&]<int tile>() { store_tile<tile>(to + kSumsOffset[tile], kSumBytes); });
 }
 
 }  // namespace

@@ -182,10 +182,7 @@ void conv_tiles(const ConvArgs& args) {
       if (offset < end) {
         next(exchange, wait);
       } else {
-        exchange.template operator()<0>();
-        exchange.template operator()<1>();
-        exchange.template operator()<2>();
-        exchange.template operator()<3>();
+        each_tile(exchange);
       }
       if (summed.rows > 0) {
         epilogue.start(summed);
@@ -213,23 +210,11 @@ void conv_tiles(const ConvArgs& args) {
 // [output channel][input channel], 6 gradients and 7 pixels, for which only half of a product's bytes are not in the first
 // cache level. `half`: of the input channels.
 inline void wgrad_three_taps(const WgradArgs& args, int64_t tap, int64_t half) {
-  const int64_t tiles = args.positions / 32, lower = kBlockValues / 2;
-  float* const out = args.dweight + tap * kBlockValues + half * 16;
-  if (args.add) {
-    _tile_loadd(0, out, kSumBytes);
-    _tile_loadd(1, out + kBlockValues, kSumBytes);
-    _tile_loadd(2, out + 2 * kBlockValues, kSumBytes);
-    _tile_loadd(3, out + lower, kSumBytes);
-    _tile_loadd(4, out + kBlockValues + lower, kSumBytes);
-    _tile_loadd(5, out + 2 * kBlockValues + lower, kSumBytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-  }
+  const int64_t tiles = args.positions / 32;
+  const auto sum = [&](int tile) {
+    return args.dweight + (tap + tile % 3) * kBlockValues + tile / 3 * (kBlockValues / 2) + half * 16;
+  };
+  each_tile<6>([&]<int tile>() { load_tile<tile>(args.add ? sum(tile) : kZeros, args.add ? kSumBytes : 0); });
   const uint16_t *a0 = args.dy, *a1 = a0 + tiles * 512, *const x = args.x + half * args.x_positions * kBlock;
   const uint16_t *b0 = x + args.taps[tap] * kBlock, *b1 = x + args.taps[tap + 1] * kBlock,
                  *b2 = x + args.taps[tap + 2] * kBlock;
@@ -250,12 +235,7 @@ inline void wgrad_three_taps(const WgradArgs& args, int64_t tap, int64_t half) {
     a0 += 512, a1 += 512;
     b0 += 32 * kBlock, b1 += 32 * kBlock, b2 += 32 * kBlock;
   }
-  _tile_stored(0, out, kSumBytes);
-  _tile_stored(1, out + kBlockValues, kSumBytes);
-  _tile_stored(2, out + 2 * kBlockValues, kSumBytes);
-  _tile_stored(3, out + lower, kSumBytes);
-  _tile_stored(4, out + kBlockValues + lower, kSumBytes);
-  _tile_stored(5, out + 2 * kBlockValues + lower, kSumBytes);
+  each_tile<6>([&]<int tile>() { store_tile<tile>(sum(tile), kSumBytes); });
 }
 
 // Tiles 0 to 3 are sums [output channel][input channel], 4 and 5 gradients, 6 and 7 pixels.
@@ -267,18 +247,7 @@ void wgrad(const WgradArgs& args) {
   const int64_t x_step = (args.compact ? 16 : 32) * kBlock;
   for (int64_t t = 0; t < args.n_taps; ++t) {
     float* out = args.dweight + t * kBlockValues;
-    float* lower = out + kBlockValues / 2;
-    if (args.add) {
-      _tile_loadd(0, out, 128);
-      _tile_loadd(1, out + 16, 128);
-      _tile_loadd(2, lower, 128);
-      _tile_loadd(3, lower + 16, 128);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    load_sums(args.add ? out : nullptr);
     const uint16_t* a = args.dy;
     const uint16_t* b = args.x + args.taps[t] * kBlock;
     for (int64_t tile = 0; tile < tiles; ++tile, a += planes * 512, b += x_step) {
@@ -305,10 +274,7 @@ void wgrad(const WgradArgs& args) {
         multiply_loaded();
       }
     }
-    _tile_stored(0, out, 128);
-    _tile_stored(1, out + 16, 128);
-    _tile_stored(2, lower, 128);
-    _tile_stored(3, lower + 16, 128);
+    store_sums(out);
   }
 }
 
