@@ -58,6 +58,10 @@ TORCH_LIBRARY(resnet_fast_native, m) {
       "Tensor[] running_means, Tensor[] running_vars, SymInt[] geometry, float[] eps, bool downsample, int[] winograd, "
       "int[] direct, str unit) -> Tensor");
   m.def(
+      "residual_stage(Tensor x, Tensor[] conv_weights, Tensor[] weights, Tensor[] biases, Tensor[] running_means, "
+      "Tensor[] running_vars, SymInt[] geometry, float[] eps, int[] layers, bool[] downsamples, int[] winograd, "
+      "int[] direct, str unit) -> Tensor");
+  m.def(
       "stem(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
       "SymInt[] geometry, float eps, bool direct, str unit) -> Tensor");
   // CPU only, float32: a 3x3 convolution with stride and padding 1, by its weight packed once or not, and the weight's
@@ -157,6 +161,7 @@ TORCH_LIBRARY_IMPL(resnet_fast_native, CPU, m) {
   m.impl("conv_bn_act_train", &resnet_fast::cpu::conv_bn_act_train);
   m.impl("conv_bn_act_backward", &resnet_fast::cpu::conv_bn_act_backward);
   m.impl("residual_block", &resnet_fast::cpu::residual_block);
+  m.impl("residual_stage", &resnet_fast::cpu::residual_stage);
   m.impl("stem", &resnet_fast::cpu::stem);
   m.impl("direct_conv", &resnet_fast::cpu::direct_conv);
   m.impl("direct_pack", &resnet_fast::cpu::direct_pack);

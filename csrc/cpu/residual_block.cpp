@@ -60,14 +60,38 @@ BlockLayer make_layer(
           geometry[6], eps};
 }
 
-at::Tensor layer_by_layer(const ResidualBlock& block) {
+at::Tensor layer_by_layer(const at::Tensor& x, const ResidualBlock& block) {
   const size_t last = block.layers.size() - 1 - (block.downsample ? 1 : 0);
-  at::Tensor value = block.x;
+  at::Tensor value = x;
   for (size_t i = 0; i < last; ++i) value = apply(block.layers[i], value, {}, true);
-  const at::Tensor shortcut = block.downsample           ? apply(block.layers.back(), block.x, {}, false)
+  const at::Tensor shortcut = block.downsample           ? apply(block.layers.back(), x, {}, false)
                               : block.residual.defined() ? block.residual
-                                                         : block.x;
+                                                         : x;
   return apply(block.layers[last], value, shortcut, true);
+}
+
+at::Tensor one_by_one(const at::Tensor& x, at::ArrayRef<ResidualBlock> blocks, Unit unit) {
+#ifdef WITH_AMX
+  if (auto y = amx_residual_blocks(x, blocks, unit)) return *y;
+#endif
+  if (blocks.size() == 1) return layer_by_layer(x, blocks[0]);
+  at::Tensor value = x;
+  for (const ResidualBlock& block : blocks) value = one_by_one(value, block, unit);
+  return value;
+}
+
+std::vector<BlockLayer> make_layers(
+    at::TensorList conv_weights, at::TensorList weights, at::TensorList biases, at::TensorList running_means,
+    at::TensorList running_vars, at::IntArrayRef geometry, at::ArrayRef<double> eps, at::IntArrayRef winograd,
+    at::IntArrayRef direct) {
+  std::vector<BlockLayer> layers;
+  for (size_t i = 0; i < conv_weights.size(); ++i) {
+    layers.push_back(make_layer(conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]), running_means[i],
+                                running_vars[i], geometry.slice(7 * i, 7), eps[i]));
+  }
+  for (const int64_t number : winograd) layers.at(number).winograd = true;
+  for (const int64_t number : direct) layers.at(number).direct = true;
+  return layers;
 }
 
 }  // namespace
@@ -78,17 +102,25 @@ at::Tensor residual_block(
     at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, at::IntArrayRef direct,
     std::string_view unit) {
   const OpGuard guard;
-  ResidualBlock block{x, residual.value_or(at::Tensor()), {}, downsample};
-  for (size_t i = 0; i < conv_weights.size(); ++i) {
-    block.layers.push_back(make_layer(conv_weights[i], or_undefined(weights[i]), or_undefined(biases[i]),
-                                      running_means[i], running_vars[i], geometry.slice(7 * i, 7), eps[i]));
+  auto layers = make_layers(
+      conv_weights, weights, biases, running_means, running_vars, geometry, eps, winograd, direct);
+  return one_by_one(x, ResidualBlock{residual.value_or(at::Tensor()), std::move(layers), downsample}, unit_named(unit));
+}
+
+at::Tensor residual_stage(
+    const at::Tensor& x, at::TensorList conv_weights, at::TensorList weights, at::TensorList biases,
+    at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry, at::ArrayRef<double> eps,
+    at::IntArrayRef layers, const c10::List<bool>& downsamples, at::IntArrayRef winograd, at::IntArrayRef direct,
+    std::string_view unit) {
+  const OpGuard guard;
+  const std::vector<BlockLayer> all = make_layers(
+      conv_weights, weights, biases, running_means, running_vars, geometry, eps, winograd, direct);
+  std::vector<ResidualBlock> blocks;
+  auto first = all.begin();
+  for (size_t i = 0; i < layers.size(); first += layers[i++]) {
+    blocks.push_back({at::Tensor(), {first, first + layers[i]}, downsamples[i]});
   }
-  for (const int64_t number : winograd) block.layers.at(number).winograd = true;
-  for (const int64_t number : direct) block.layers.at(number).direct = true;
-#ifdef WITH_AMX
-  if (auto y = amx_residual_block(block, unit_named(unit))) return *y;
-#endif
-  return layer_by_layer(block);
+  return one_by_one(x, blocks, unit_named(unit));
 }
 
 at::Tensor stem(

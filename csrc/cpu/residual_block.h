@@ -1,6 +1,7 @@
-// Inference of a whole residual block, y = relu(F(x) + shortcut), and of the stem before the first.
+// Inference of a whole residual block, y = relu(F(x) + shortcut), of several, and of the stem before the first.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -18,9 +19,8 @@ struct BlockLayer {
   bool winograd = false, direct = false;  // by these kernels, wherever they can
 };
 
-// layers: in order, the downsample's last. residual: undefined where x or the downsample is the shortcut.
+// layers: in order, the downsample's last. residual: undefined where the block's input or the downsample is the shortcut.
 struct ResidualBlock {
-  const at::Tensor& x;
   at::Tensor residual;
   std::vector<BlockLayer> layers;
   bool downsample;
@@ -32,6 +32,13 @@ at::Tensor residual_block(
     const at::Tensor& x, const std::optional<at::Tensor>& residual, at::TensorList conv_weights, at::TensorList weights,
     at::TensorList biases, at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry,
     at::ArrayRef<double> eps, bool downsample, at::IntArrayRef winograd, at::IntArrayRef direct,
+    std::string_view unit);
+
+// Blocks one behind another, each of so many layers and with a downsample or not; the lists hold all of their layers.
+at::Tensor residual_stage(
+    const at::Tensor& x, at::TensorList conv_weights, at::TensorList weights, at::TensorList biases,
+    at::TensorList running_means, at::TensorList running_vars, at::IntArrayRef geometry, at::ArrayRef<double> eps,
+    at::IntArrayRef layers, const c10::List<bool>& downsamples, at::IntArrayRef winograd, at::IntArrayRef direct,
     std::string_view unit);
 
 // max_pool2d(relu(batch_norm(conv2d(x))), 3, stride 2, padding 1) in conv_weight's dtype, which x is rounded to. direct:

@@ -1,6 +1,8 @@
 // The steps that deal with what a call brings besides its activations.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "../activation_pool.h"
 #include "steps.h"
 
@@ -44,7 +46,15 @@ class CheckStep : public Step {
 }  // namespace
 
 LiveLayer live_layer(const BlockLayer& layer, const at::Tensor& conv_weight) {
-  const auto vector = [](const at::Tensor& t) { return t.defined() ? t.to(at::kFloat).contiguous() : t; };
+  const auto vector = [](const at::Tensor& t) {
+    if (!t.defined() || t.scalar_type() != at::kBFloat16 || !t.is_contiguous()) {
+      return t.defined() ? t.to(at::kFloat).contiguous() : t;
+    }
+    // to() takes some 15 us, and a ResNet-50 has 212 of them
+    const at::Tensor wide = at::empty(t.sizes(), t.options().dtype(at::kFloat));
+    std::copy_n(t.const_data_ptr<at::BFloat16>(), t.numel(), wide.mutable_data_ptr<float>());
+    return wide;
+  };
   return {conv_weight, vector(layer.weight), vector(layer.bias), vector(layer.mean), vector(layer.var), layer.eps};
 }
 

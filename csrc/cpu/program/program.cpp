@@ -77,6 +77,14 @@ void Program::add(std::unique_ptr<Step> step) {
   sections_.back().steps.push_back(std::move(step));
 }
 
+bool Program::add_or_join(std::unique_ptr<Step> step) {
+  // Where threads share an image, each would read all weights of both.
+  const bool may_join = sharing() == 1 && !sections_.empty() && !sections_.back().steps.empty();
+  if (may_join && sections_.back().steps.back()->join(step)) return true;
+  add(std::move(step));
+  return false;
+}
+
 void Program::read(int64_t y) { add(make_read(planes_, at(y))); }
 
 bool Program::conv(
@@ -86,11 +94,7 @@ bool Program::conv(
   const ConvShape shape{stride, blocks, outputs_per_group, relu};
   auto step = make_conv(planes_, tiles_, sharing(), name, at(x), at(y), residual < 0 ? nullptr : &at(residual),
                         {0, false, weight, {}, bias}, taps, shape);
-  // Where threads share an image, each would read all weights of both.
-  const bool may_join = sharing() == 1 && !sections_.empty() && !sections_.back().steps.empty();
-  if (may_join && sections_.back().steps.back()->join(step)) return true;
-  add(std::move(step));
-  return false;
+  return add_or_join(std::move(step));
 }
 
 void Program::winograd(

@@ -54,11 +54,13 @@ class Program {
   const Buffer& at(int64_t buffer) const;
   void section(bool by_image);
   void add(std::unique_ptr<Step> step);
+  // Returns whether it became part of the step before.
+  bool add_or_join(std::unique_ptr<Step> step);
 
   // Of the input, an image or a channels_last tensor, into buffer y.
   void read(int64_t y);
   // weight: packed, bias: float, padded to whole vectors; residual: a buffer or -1; taps: (row, column) steps. Returns
-  // whether it became part of the step before.
+  // what add_or_join() does.
   bool conv(
       const std::string& name, int64_t x, int64_t y, int64_t residual, const at::Tensor& weight, const at::Tensor& bias,
       const std::vector<std::vector<int64_t>>& taps, int64_t stride, int64_t blocks, int64_t outputs_per_group,

@@ -206,6 +206,7 @@ class ConvStep : public Step {
       return step.args_.steps * step.output_blocks_ * step.args_.planes * amx::kBlockValues * 2;
     };
     if (!is_1x1(*this) || !is_1x1(next) || &next.x_ != &y_ || next_ != nullptr) return false;
+    if (packed_.by_item || next.packed_.by_item) return false;
     if (rows_.size() != next.rows_.size() || args_.y_row != next.args_.x_row) return false;
     for (int64_t i = 0; i < rows_.size(); ++i) {
       const amx::Tile &written = rows_.tiles[i], &read = next.rows_.tiles[i];
