@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from . import _log, training
-from .functional import residual_block
+from .functional import ConvBn, residual_block
 from .functional.repeat import Repeatable
 from .layers import (
     conv_bn,
@@ -70,22 +70,43 @@ class FastBlock:
 
     def _fused(self, x: Tensor) -> Tensor:
         """relu(F(x) + shortcut), by one op where something is learnt."""
-        shortcut = self.downsample
-        if shortcut is not None:
-            shortcut = shortcut(x) if why_not_downsample(shortcut) is not None else conv_bn(*shortcut)
-        main = [conv_bn(conv, bn) for conv, bn in self._stages()]
+        layers, shortcut = self._layers(), None
         settings = {"train_stage": self.fast_train_stage, "backend": self.fast_backend}
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and layers is not None:
             repeatable = _repeatable.get(self)
-            if repeatable is not None and not isinstance(shortcut, Tensor):
-                layers = main if shortcut is None else [*main, shortcut]
-                if (y := repeatable(x, layers, self.fast_backend)) is not None:
-                    return y
+            if repeatable is not None and (y := repeatable(x, layers, self.fast_backend)) is not None:
+                return y
             settings["keep"] = functools.partial(_repeatable.__setitem__, self)
+        main = [conv_bn(conv, bn) for conv, bn in self._stages()] if layers is None else layers
+        if layers is None:
+            shortcut = self.downsample(x)
+        elif self.downsample is not None:
+            *main, shortcut = layers
         norms = batch_norms(self)
         y = residual_block(x, main, shortcut, group=group_name(norms), **settings)
         count_batch(norms)
         return y
+
+    def _layers(self) -> list[ConvBn] | None:
+        """The main branch's and the downsample's; None where the shortcut runs as the module it is."""
+        stages = self._stages()
+        if self.downsample is not None:
+            if why_not_downsample(self.downsample) is not None:
+                return None
+            stages = *stages, self.downsample
+        return [conv_bn(conv, bn) for conv, bn in stages]
+
+    def last_call(self) -> Repeatable | None:
+        """The last call in which nothing was learnt, if it can be repeated; of no use once something has changed."""
+        return _repeatable.get(self)
+
+    def repeats(self, call: Repeatable, x: Tensor) -> bool:
+        """Whether the block, called now and with what `call` took, of x's kind, would do the same: x is of a block
+        before it, and not looked at otherwise."""
+        reason = why_not_module("", self, tuple(FAST.values())) or why_not_fusable(self)
+        reason = reason or why_not_normalised(batch_norms(self), x)
+        layers = None if reason is not None else self._layers()
+        return layers is not None and call.is_of(layers, self.fast_backend)
 
 
 class BasicStages:

@@ -15,6 +15,7 @@ from . import _log, dispatch, libraries, training
 from .blocks import FAST, FusionError, why_not_fusable
 from .report import BlockReport, Report
 from .resnet import FAST_NETWORKS
+from .stage import FastStage, takes_stage
 
 Model = TypeVar("Model", bound=nn.Module)
 _SETTINGS = ("fast_backend", "fast_strict", "fast_train_stage")
@@ -29,7 +30,7 @@ def optimize(
     strict: bool = False,
     dry_run: bool = False,
 ) -> Model:
-    """Fuse the residual blocks of `model`, in place, and the stems of its ResNets.
+    """Fuse the residual blocks of `model`, in place, the stems of its ResNets, and Sequentials of blocks.
 
     Args:
         model: any module that holds BasicBlocks or Bottlenecks of torchvision or timm: ResNet, ResNeXt, Wide ResNet,
@@ -71,6 +72,8 @@ def optimize(
             block.fast_backend, block.fast_strict, block.fast_train_stage = backend, strict, train_stage
         for network in [module for module in model.modules() if type(module) in FAST_NETWORKS and filter_fn is None]:
             network.__class__, network.fast_backend = FAST_NETWORKS[type(network)], backend
+        for stage in filter(takes_stage, list(model.modules())):
+            stage.__class__ = FastStage
     for row in rows:
         if not row.fused:
             _log.once(f"optimize: {row.name} ({row.type}) stays stock: {row.reason}", logging.INFO)
@@ -95,7 +98,8 @@ def restore(model: Model) -> Model:
 
 def restore_classes(model: nn.Module) -> bool:
     """`restore` without a word; whether there was anything to do."""
-    stock = {fast: stock for known in (FAST, FAST_NETWORKS) for stock, fast in known.items()}
+    known = FAST, FAST_NETWORKS, {nn.Sequential: FastStage}
+    stock = {fast: stock for fast_types in known for stock, fast in fast_types.items()}
     fast = [module for module in model.modules() if type(module) in stock]
     for module in fast:
         module.__class__ = stock[type(module)]

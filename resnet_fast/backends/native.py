@@ -4,6 +4,8 @@ GPUs, cuDNN's convolutions or our own on tensor cores, and CUDA batch norm kerne
 Functions have the arguments of `resnet_fast.ops` without `backend` and return the same; see there for shapes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from .. import extension
@@ -123,6 +125,7 @@ conv_bn_act_train = extension.op("conv_bn_act_train")
 conv_bn_act_backward = extension.op("conv_bn_act_backward")
 conv_epilogue = extension.op("conv_epilogue")
 cpu_residual_block = extension.op("residual_block")
+_cpu_residual_stage = extension.op("residual_stage")
 _cpu_stem = extension.op("stem")
 autocast_cast = extension.op("autocast_cast")
 _max_pool = extension.op("max_pool")
@@ -150,6 +153,33 @@ def residual_block(x: torch.Tensor, *args) -> torch.Tensor:
     if which and not programs.takes_block(x, *layers):
         which = ""
     return cpu_residual_block(x, *args, winograd.layers(x, *layers), direct.layers(x, *layers), which)
+
+
+def residual_stage(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, blocks: Sequence[tuple]
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What computes on the CPU, in one call, blocks one behind another of inputs of these shapes (N, C, H, W), each as
+    `residual_block` takes it behind its residual, to the same bits; None where not each would be a program.
+
+    Between the blocks activations then stay where one has written and the next reads them.
+    """
+    unit = units.unit(dtype)
+    columns, geometry, eps, lengths, downsamples = ([], [], [], [], []), [], [], [], []
+    by_winograd, by_direct = [], []
+    for shape, (*tensors, numbers, epsilons, downsample) in zip(shapes, blocks, strict=True):
+        x, layers = torch.empty(shape, dtype=dtype, device="meta"), (tensors[0], numbers, downsample)
+        if not (unit and programs.takes_block(x, *layers)):
+            return None
+        by_winograd += [len(eps) + number for number in winograd.layers(x, *layers)]
+        by_direct += [len(eps) + number for number in direct.layers(x, *layers)]
+        for column, more in zip(columns, tensors, strict=True):
+            column += more
+        geometry += numbers
+        eps += epsilons
+        lengths.append(len(epsilons))
+        downsamples.append(downsample)
+    rest = *columns, geometry, eps, lengths, downsamples, by_winograd, by_direct, unit
+    return lambda x: _cpu_residual_stage(x, *rest)
 
 
 def stem(x: torch.Tensor, *args) -> torch.Tensor:

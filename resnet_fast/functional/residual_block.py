@@ -95,7 +95,7 @@ def residual_block(
         backend = dispatch.select("residual_block", x.device.type, x.dtype, backend)
         op, rest = _inference_op("residual_block", x, backend), (*_columns(x, layers), numbers, epsilons, downsample)
         if keep is not None and residual is None and not is_traced(x):
-            keep(Repeatable(given_x, given, requested, lambda x: op(x, None, *rest)))
+            keep(Repeatable(given_x, given, requested, op, rest, out_shape))
         return op(x, residual, *rest)
     layers = [cast_layer(layer, x.dtype) for layer in layers]
     backend = dispatch.select("residual_block_train", x.device.type, x.dtype, backend)
