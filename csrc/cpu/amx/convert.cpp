@@ -1,4 +1,6 @@
 // Between tensors and blocked activations.
+#include <algorithm>
+
 #include "amx.h"
 #include "vectors.h"
 
@@ -75,6 +77,10 @@ void pack_planar_row(const ImageArgs& args, int64_t from, uint16_t* y) {
 template <int planes>
 void pack_interleaved_row(const ImageArgs& args, int64_t from, uint16_t* y) {
   const int64_t values = args.width * args.channels;
+  if (planes == 1 && !args.float32) {
+    std::copy_n(static_cast<const uint16_t*>(args.x) + from, values, y);
+    return;
+  }
   for (int64_t i = 0; i < values; i += 16) {
     store_first<planes>(y + i, args.y_plane, load_masked(args.x, args.float32, from + i, lanes(values - i)), values - i);
   }
@@ -93,8 +99,23 @@ void pack_image_rows(const ImageArgs& args) {
   }
 }
 
+// Whether values stay as they are, whole vectors of them.
+template <int planes, typename Args>
+bool are_copied(const Args& args) {
+  return planes == 1 && !args.float32 && args.channels % kVector == 0;
+}
+
 template <int planes>
 bool unpack(const RowsArgs& args) {
+  if (are_copied<planes>(args)) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t channel = 0; channel < args.channels; channel += kVector) {
+        std::copy_n(args.blocked + row * args.row + channel / kVector * args.block, kVector,
+                    static_cast<uint16_t*>(args.tensor) + row * args.tensor_row + channel);
+      }
+    }
+    return true;
+  }
   const __m512 infinity = _mm512_set1_ps(__builtin_inff());
   __mmask16 finite = 0xffff;
   for (int64_t row = 0; row < args.rows; ++row) {
@@ -116,6 +137,15 @@ bool unpack(const RowsArgs& args) {
 
 template <int planes>
 void pack(const PackRowsArgs& args) {
+  if (are_copied<planes>(args)) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t channel = 0; channel < args.channels; channel += kVector) {
+        std::copy_n(static_cast<const uint16_t*>(args.tensor) + row * args.tensor_row + channel, kVector,
+                    args.blocked + row * args.row + channel / kVector * args.block);
+      }
+    }
+    return;
+  }
   for (int64_t row = 0; row < args.rows; ++row) {
     for (int64_t channel = 0; channel < args.channels; channel += 16) {
       const __m512 value =

@@ -66,6 +66,9 @@ class SkipStep : public Step {
         uint16_t* to = y + row * y_.row + column * y_.pixel;
         for (int64_t vector = 0; vector < vectors_; ++vector) {
           std::copy_n(from + vector * x_.plane, amx::kVector, to + vector * y_.plane);
+          // Of the next pixel. In a group lines are far apart, and each is waited for otherwise.
+          __builtin_prefetch(to + y_.pixel + vector * y_.plane, /*rw=*/1);
+          __builtin_prefetch(from + stride_ * x_.pixel + vector * x_.plane);
         }
       }
     }
@@ -100,14 +103,18 @@ class WriteStep : public Step {
   const Buffer& x_;
 };
 
+// An item is a block of channels, whose images' lines lie side by side in a group.
 class AveragePoolStep : public Step {
  public:
-  AveragePoolStep(int planes, const Buffer& x, const Buffer& y) : Step("avgpool", 1, 1), planes_(planes), x_(x), y_(y) {}
+  AveragePoolStep(int planes, const Buffer& x, const Buffer& y)
+      : Step("avgpool", std::min(x.group, y.group), div_up(x.channels, amx::kVector)), planes_(planes), x_(x), y_(y) {}
 
-  void run(const Run& run, int64_t) const override {
-    for (int64_t block = 0; block < div_up(x_.channels, amx::kVector); ++block) {
-      amx::average_pool({planes_, pixels(x_, run, 1) + block * x_.block, pixels(y_, run, 1) + block * y_.block,
-                         x_.plane, x_.row, x_.pixel, y_.plane, x_.height, x_.width});
+  void run(const Run& run, int64_t block) const override {
+    const uint16_t* const x = pixels(x_, run, group) + block * x_.block;
+    uint16_t* const y = pixels(y_, run, group) + block * y_.block;
+    for (int64_t image = 0; image < group; ++image) {
+      amx::average_pool({planes_, x + image * x_.vector, y + image * y_.vector, x_.plane, x_.row, x_.pixel, y_.plane,
+                         x_.height, x_.width});
     }
   }
 
