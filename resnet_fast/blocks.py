@@ -103,7 +103,7 @@ class FastBlock:
     def repeats(self, call: Repeatable, x: Tensor) -> bool:
         """Whether the block, called now and with what `call` took, of x's kind, would do the same: x is of a block
         before it, and not looked at otherwise."""
-        reason = why_not_module("", self, tuple(FAST.values())) or why_not_fusable(self)
+        reason = why_not_module("", self, (type(self),)) or why_not_fusable(self)
         reason = reason or why_not_normalised(batch_norms(self), x)
         layers = None if reason is not None else self._layers()
         return layers is not None and call.is_of(layers, self.fast_backend)

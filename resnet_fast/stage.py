@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import FAST, FastBlock
-from .context import is_traced
-from .functional.repeat import Repeatable, in_one_call
+from .functional.repeat import Repeatable, in_one_call, is_only_computed
+from .layers import why_not_called
 
-_calls: WeakKeyDictionary[nn.Module, tuple[list[Repeatable], Callable[[Tensor], Tensor]]] = WeakKeyDictionary()
-"""Of stages, their blocks' last calls, and what repeats them all."""
+_calls: WeakKeyDictionary[nn.Module, tuple[list[Repeatable], Callable[[Tensor], Tensor] | None]] = WeakKeyDictionary()
+"""Of stages, their blocks' last calls, and what repeats them all; None where nothing does."""
 
 
 class FastStage(nn.Sequential):
-    """A Sequential of fast blocks: x (N, Cin, H, W) -> the last block's output, to the bit what the blocks compute."""
+    """A Sequential of fast blocks: x (N, Cin, H, W) -> the last block's output, to the bit what the blocks compute.
+
+    Dtypes, layouts and errors are the blocks'. Where not all can be one call, each runs for itself, fused or stock.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """The last block's output."""
@@ -33,16 +36,13 @@ class FastStage(nn.Sequential):
         if torch.compiler.is_compiling() or not _may_be_one_call(x) or not _are_fast(self):
             return super().forward(x)
         blocks = list(self)
-        calls, run = _calls.get(self, ([], None))
-        if _repeat(blocks, calls, x):
+        kept, run = _calls.get(self, ([], None))
+        if run is not None and _repeat(blocks, kept, x):
             return run(x)
         y = super().forward(x)
         calls = [block.last_call() for block in blocks]
-        run = in_one_call(calls) if None not in calls and calls[0].takes(x) else None
-        if run is None:
-            _calls.pop(self, None)
-        else:
-            _calls[self] = calls, run
+        if None not in calls and calls != kept:
+            _calls[self] = calls, in_one_call(calls)
         return y
 
 
@@ -57,10 +57,13 @@ def _are_fast(blocks: nn.Sequential) -> bool:
 
 def _repeat(blocks: Sequence[FastBlock], calls: Sequence[Repeatable], x: Tensor) -> bool:
     """Whether blocks that are given x would do what they did in these calls."""
-    if not calls or len(calls) != len(blocks) or not calls[0].takes(x) or blocks[0].why_stock(x) is not None:
+    first = blocks[0]
+    if len(calls) != len(blocks) or not calls[0].takes(x):
+        return False
+    if why_not_called("conv_bn_act", x, first.conv1, first.fast_backend) is not None:
         return False
     return all(block.repeats(call, x) for block, call in zip(blocks, calls, strict=True))
 
 
 def _may_be_one_call(x: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.is_cpu and not (torch.is_grad_enabled() or is_traced(x))
+    return isinstance(x, Tensor) and x.is_cpu and is_only_computed(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import draw
 from models import lively
+from test_inference import downsample
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -25,11 +26,6 @@ pytestmark = [pytest.mark.amx, pytest.mark.usefixtures("native")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-def downsample(channels, out_channels, stride=1, kernel=1):
-    conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-
-
 def bottlenecks(**settings) -> list[nn.Module]:
     first = Bottleneck(64, 32, 2, downsample(64, 128, 2), **settings)
     return [first, Bottleneck(128, 32, **settings), Bottleneck(128, 32, **settings)]
@@ -37,12 +33,8 @@ def bottlenecks(**settings) -> list[nn.Module]:
 
 def between() -> list[nn.Module]:
     """Downsamples in the middle and at the end, of every kind."""
-    middle = Bottleneck(128, 32, 1, downsample(128, 128))
-    return [Bottleneck(128, 32), middle, middle_again(), BasicBlock(128, 64, 2, downsample(128, 64, 2, 3))]
-
-
-def middle_again() -> nn.Module:
-    return Bottleneck(128, 32, 1, downsample(128, 128, 1, 3))
+    pointwise, usual = (Bottleneck(128, 32, 1, downsample(128, 128, 1, kernel)) for kernel in (1, 3))
+    return [Bottleneck(128, 32), pointwise, usual, BasicBlock(128, 64, 2, downsample(128, 64, 2, 3))]
 
 
 STAGES = {  # images of more than 256 pixels are laid out one by one, smaller ones side by side

@@ -70,13 +70,14 @@ at::Tensor layer_by_layer(const at::Tensor& x, const ResidualBlock& block) {
   return apply(block.layers[last], value, shortcut, true);
 }
 
-at::Tensor one_by_one(const at::Tensor& x, at::ArrayRef<ResidualBlock> blocks, Unit unit) {
+// As one program, or else one by one, or else layer by layer.
+at::Tensor run(const at::Tensor& x, at::ArrayRef<ResidualBlock> blocks, Unit unit) {
 #ifdef WITH_AMX
   if (auto y = amx_residual_blocks(x, blocks, unit)) return *y;
 #endif
   if (blocks.size() == 1) return layer_by_layer(x, blocks[0]);
   at::Tensor value = x;
-  for (const ResidualBlock& block : blocks) value = one_by_one(value, block, unit);
+  for (const ResidualBlock& block : blocks) value = run(value, block, unit);
   return value;
 }
 
@@ -104,7 +105,7 @@ at::Tensor residual_block(
   const OpGuard guard;
   auto layers = make_layers(
       conv_weights, weights, biases, running_means, running_vars, geometry, eps, winograd, direct);
-  return one_by_one(x, ResidualBlock{residual.value_or(at::Tensor()), std::move(layers), downsample}, unit_named(unit));
+  return run(x, ResidualBlock{residual.value_or(at::Tensor()), std::move(layers), downsample}, unit_named(unit));
 }
 
 at::Tensor residual_stage(
@@ -120,7 +121,7 @@ at::Tensor residual_stage(
   for (size_t i = 0; i < layers.size(); first += layers[i++]) {
     blocks.push_back({at::Tensor(), {first, first + layers[i]}, downsamples[i]});
   }
-  return one_by_one(x, blocks, unit_named(unit));
+  return run(x, blocks, unit_named(unit));
 }
 
 at::Tensor stem(

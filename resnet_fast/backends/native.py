@@ -164,11 +164,13 @@ def residual_stage(
     Between the blocks activations then stay where one has written and the next reads them.
     """
     unit = units.unit(dtype)
+    if not unit:
+        return None
     columns, geometry, eps, lengths, downsamples = ([], [], [], [], []), [], [], [], []
     by_winograd, by_direct = [], []
     for shape, (*tensors, numbers, epsilons, downsample) in zip(shapes, blocks, strict=True):
         x, layers = torch.empty(shape, dtype=dtype, device="meta"), (tensors[0], numbers, downsample)
-        if not (unit and programs.takes_block(x, *layers)):
+        if not programs.takes_block(x, *layers):
             return None
         by_winograd += [len(eps) + number for number in winograd.layers(x, *layers)]
         by_direct += [len(eps) + number for number in direct.layers(x, *layers)]

@@ -49,7 +49,7 @@ class Repeatable:
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is as it was, and nobody wants a gradient or follows it."""
-        return not (torch.is_grad_enabled() or is_traced(x)) and self._given == _given(x)
+        return is_only_computed(x) and self._given == _given(x)
 
     def is_of(self, layers: Sequence[ConvBn], backend: str) -> bool:
         """Whether everything but x is as it was."""
@@ -66,6 +66,11 @@ def in_one_call(blocks: Sequence[Repeatable]) -> Callable[[Tensor], Tensor] | No
     dtype = blocks[0].dtype
     run = native.residual_stage([block.x_shape for block in blocks], dtype, [block.arguments for block in blocks])
     return None if run is None else lambda x: run(cast(x, dtype))
+
+
+def is_only_computed(x: Tensor) -> bool:
+    """Whether nobody wants a gradient of what x goes through, or follows it."""
+    return not (torch.is_grad_enabled() or is_traced(x))
 
 
 def _given(x: Tensor) -> tuple:

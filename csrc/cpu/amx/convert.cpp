@@ -99,6 +99,17 @@ void pack_image_rows(const ImageArgs& args) {
   }
 }
 
+// f(blocked values, their number in the tensor, their channel), for every `step` channels of every row.
+template <int64_t step, typename Args, typename F>
+void each(const Args& args, const F& f) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t channel = 0; channel < args.channels; channel += step) {
+      f(args.blocked + row * args.row + channel / kVector * args.block + channel % kVector,
+        row * args.tensor_row + channel, channel);
+    }
+  }
+}
+
 // Whether values stay as they are, whole vectors of them.
 template <int planes, typename Args>
 bool are_copied(const Args& args) {
@@ -108,52 +119,37 @@ bool are_copied(const Args& args) {
 template <int planes>
 bool unpack(const RowsArgs& args) {
   if (are_copied<planes>(args)) {
-    for (int64_t row = 0; row < args.rows; ++row) {
-      for (int64_t channel = 0; channel < args.channels; channel += kVector) {
-        std::copy_n(args.blocked + row * args.row + channel / kVector * args.block, kVector,
-                    static_cast<uint16_t*>(args.tensor) + row * args.tensor_row + channel);
-      }
-    }
+    each<kVector>(args, [&](const uint16_t* from, int64_t at, int64_t) {
+      std::copy_n(from, kVector, static_cast<uint16_t*>(args.tensor) + at);
+    });
     return true;
   }
   const __m512 infinity = _mm512_set1_ps(__builtin_inff());
   __mmask16 finite = 0xffff;
-  for (int64_t row = 0; row < args.rows; ++row) {
-    for (int64_t channel = 0; channel < args.channels; channel += 16) {
-      const uint16_t* from = args.blocked + row * args.row + channel / kVector * args.block + channel % kVector;
-      const __m512 value = load<planes>(from, args.plane);
-      const __mmask16 mask = lanes(args.channels - channel);
-      if constexpr (planes == 3) finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(value), infinity, _CMP_LT_OQ);
-      const int64_t at = row * args.tensor_row + channel;
-      if (args.float32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(args.tensor) + at, mask, value);
-      } else {
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.tensor) + at, mask, narrow(value));
-      }
+  each<16>(args, [&](const uint16_t* from, int64_t at, int64_t channel) {
+    const __m512 value = load<planes>(from, args.plane);
+    const __mmask16 mask = lanes(args.channels - channel);
+    if constexpr (planes == 3) finite &= _mm512_cmp_ps_mask(_mm512_abs_ps(value), infinity, _CMP_LT_OQ);
+    if (args.float32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(args.tensor) + at, mask, value);
+    } else {
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.tensor) + at, mask, narrow(value));
     }
-  }
+  });
   return finite == 0xffff;
 }
 
 template <int planes>
 void pack(const PackRowsArgs& args) {
   if (are_copied<planes>(args)) {
-    for (int64_t row = 0; row < args.rows; ++row) {
-      for (int64_t channel = 0; channel < args.channels; channel += kVector) {
-        std::copy_n(static_cast<const uint16_t*>(args.tensor) + row * args.tensor_row + channel, kVector,
-                    args.blocked + row * args.row + channel / kVector * args.block);
-      }
-    }
+    each<kVector>(args, [&](uint16_t* to, int64_t at, int64_t) {
+      std::copy_n(static_cast<const uint16_t*>(args.tensor) + at, kVector, to);
+    });
     return;
   }
-  for (int64_t row = 0; row < args.rows; ++row) {
-    for (int64_t channel = 0; channel < args.channels; channel += 16) {
-      const __m512 value =
-          load_masked(args.tensor, args.float32, row * args.tensor_row + channel, lanes(args.channels - channel));
-      store<planes>(
-          args.blocked + row * args.row + channel / kVector * args.block + channel % kVector, args.plane, value);
-    }
-  }
+  each<16>(args, [&](uint16_t* to, int64_t at, int64_t channel) {
+    store<planes>(to, args.plane, load_masked(args.tensor, args.float32, at, lanes(args.channels - channel)));
+  });
 }
 
 }  // namespace
