@@ -185,7 +185,7 @@ def _replace_run(run: list[tuple[nn.Module, str]], dtype) -> None:
     relu = bool(rest) and why_not_module("relu", rest[0], (nn.ReLU,)) is None
     setattr(*run[0], FrozenConv2d(conv, bn, relu, dtype))
     for parent, name in run[1:3] if relu else run[1:2]:
-        setattr(parent, name, nn.Identity())
+        setattr(parent, name, nn.Identity().eval())
 
 
 def _why_not_frozen(block: nn.Module) -> str | None:

@@ -46,6 +46,10 @@ def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Frozen(nn.Module):
     """A module that has no training mode and computes no gradients."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
     def train(self, mode: bool = True) -> "Frozen":
         """Only eval mode exists. Raises RuntimeError for mode=True."""
         if mode:

@@ -23,7 +23,7 @@ from .capture import CapturedCall
 from .context import is_followed
 from .dispatch import BackendUnavailable
 from .engine import Engine, fitted
-from .frozen import FrozenConv2d, FrozenStage, as_input
+from .frozen import Frozen, FrozenConv2d, FrozenStage, as_input
 from .plan import Plan
 from .planner import Section, build
 from .report import BlockReport
@@ -273,7 +273,7 @@ class PlannedStage(_Planned, FrozenStage):
         return self[0].convs[0].weight.dtype
 
 
-class PlannedNetwork(_Planned):
+class PlannedNetwork(_Planned, Frozen):
     """What whole ResNets share: stem and stages as one plan, then the network's own pool and classifier."""
 
     frozen_activation: ClassVar[str] = "relu"

@@ -18,8 +18,10 @@ def warmup(model: nn.Module, *inputs) -> nn.Module:
         `model` itself.
 
     Raises:
-        What `model` raises for these inputs.
+        TypeError: there are no inputs. What `model` raises for these inputs.
     """
+    if not inputs:
+        raise TypeError("warmup needs inputs of the shapes to come, as model takes them: warmup(model, images)")
     with torch.no_grad():
         for _ in range(2):  # the second call is the first that finds everything set up, and captures its own graph
             model(*inputs)

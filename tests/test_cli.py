@@ -151,6 +151,14 @@ def test_bench_never_times_a_wrong_result(capsys, monkeypatch, tmp_path):
     assert fast["median_ms"] is None
 
 
+def test_bench_leaves_out_the_task_that_no_contender_has(capsys):
+    assert run(*tiny_bench("--bench", "both", "--contenders", "frozen")) == 0
+    out, err = capsys.readouterr()
+    assert "inference" in out
+    assert "training step" not in out
+    assert "no frozen there" in err
+
+
 BAD = {
     "model": (["bench", "--model", "resnet51"], "resnet50"),
     "bench_path": ([*tiny_bench(), "--json", "/proc/nowhere/bench.json"], "/proc/nowhere"),
@@ -158,6 +166,9 @@ BAD = {
     "info_path": (["info", "--json", "/proc/nowhere/info.json"], "/proc/nowhere"),
     "demo_path": (["demo", "--output", "/proc/nowhere/demo"], "/proc/nowhere"),
     "device": (["bench", "--device", "tpu"], "tpu"),
+    "full_disk": (["info", "--json", "/dev/full"], "cannot write /dev/full: No space left"),
+    "nothing_to_verify": (["verify", "--quick", "--device", "cpu", "--backend", "triton"], "nothing of backend triton"),
+    "nothing_to_time": ([*tiny_bench(), "--bench", "train", "--contenders", "frozen"], "nothing to time"),
 }
 
 

@@ -116,6 +116,7 @@ def test_there_is_no_training_mode():
     frozen = freeze(model_for())
     with pytest.raises(RuntimeError, match="for inference only"):
         frozen.train()
+    assert not any(module.training for module in frozen.modules())
     assert frozen.eval() is frozen
 
 

@@ -83,7 +83,11 @@ def run(args: argparse.Namespace) -> int:
     device = environment.check_device(args.device or environment.devices()[-1])
     setting, chosen = _setting(args, device), _chosen(args)
     tasks = {"infer": ("infer",), "train": ("train",), "both": ("infer", "train")}[args.bench]
-    groups = {task: _bench(args, setting, chosen, task) for task in tasks}
+    groups = {task: rows for task in tasks if (rows := _bench(args, setting, chosen, task))}
+    if not groups:
+        raise UserError(f"nothing to time: --bench {args.bench} on {device} has no {', '.join(chosen)}; name another")
+    for task in [task for task in tasks if task not in groups]:
+        output.notes.print(f"no {_TASKS[task]}: {device} has no {', '.join(chosen)} there")
     title = f"{args.model}, batch {args.batch_size}, {args.img_size} px, {_dtype(args)}"
     machine = f"{environment.device_name(device)}; torch {torch.__version__}"
     for task, rows in groups.items():
@@ -157,6 +161,8 @@ def _bench(args: argparse.Namespace, setting: contenders.Setting, chosen: list[s
     with output.progress() as progress:
         line = progress.add_task(f"{_TASKS[task]}: float64 reference", total=None)
         found = (contenders.inference if task == "infer" else contenders.training)(setting, chosen)
+        if not found:
+            return []
         progress.update(line, total=harness.stages(found, args.rounds))
 
         def say(stage: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from . import environment, photos, plots
+from . import environment, output, photos, plots
 
 _STOCK, _FAST = "#7d8797", plots.COLOURS["fast"]
 MOST_PHOTOS = 8
@@ -32,7 +32,8 @@ def draw(result, found: list, images: Tensor, path: Path) -> None:
         )
     for axis in rows[2].axes[1:]:
         axis.set_yticklabels([])
-    figure.savefig(path, dpi=130)
+    with output.writing(path):
+        figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

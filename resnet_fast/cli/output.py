@@ -1,11 +1,12 @@
 """Where results go: the console, JSON, CSV. Paths are tried before the work starts, not after."""
 
 import argparse
+import contextlib
 import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -77,18 +78,29 @@ def check_writable_folder(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around writing the file at `path`: UserError where the disk is full, or what was writable is so no longer."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write {path}: {why}; make room there, or name another file, and run again") from None
+
+
 def write_json(data: dict, path: str | Path) -> None:
     """`data` to `path`, or to stdout for "-". NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(_plain(data), indent=2)
     if str(path) == "-":
         print(text)
     else:
-        Path(path).write_text(text + "\n")
+        with writing(path):
+            Path(path).write_text(text + "\n")
 
 
 def write_csv(rows: Sequence[dict], path: str | Path) -> None:
     """One line a row; columns are the first row's keys."""
-    with Path(path).open("w", newline="") as file:
+    with writing(path), Path(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)

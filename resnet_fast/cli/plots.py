@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import UserError
+from . import UserError, output
 from .harness import NOT_RUN, Row
 
 COLOURS = {
@@ -47,7 +47,8 @@ def bench(groups: dict[str, Sequence[Row]], title: str, path: str | Path) -> Non
         bars(axis, rows, name)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with output.writing(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -120,7 +121,8 @@ def roofline(
         axis.annotate(what, (halfway, halfway * memory / 1e12), (6, -12), ha="left", **above)
     _roofline_legend(axis, {row.stage for row in rows}, measured)
     axis.set_title(title, fontsize=10, loc="left", pad=26)
-    figure.savefig(path, dpi=150)
+    with output.writing(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..cpus import Device
 from ..kernels import tables
-from . import UserError
+from . import UserError, output
 
 DIED = "the process ended while this ran: a crash, a hang or a kill"
 
@@ -66,8 +66,9 @@ class TunedFile:
         data |= {"failed": self.failed, "crashed": self.crashed, "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text(_text(data))
-        os.replace(temporary, self.path)
+        with output.writing(self.path):
+            temporary.write_text(_text(data))
+            os.replace(temporary, self.path)
 
 
 def _read(path: Path, schema: str, device: Device) -> dict:
