@@ -48,6 +48,24 @@ def test_thread_count_changes_no_bit(shape, layout, dtype, training, native):
             assert torch.equal(other[name], results[0][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_which_thread_computes_what_changes_no_bit(dtype, native):
+    """Eight threads on fewer cores, which take over each other's work in an order that nobody knows."""
+    torch.set_num_threads(8)
+    block = optimize(BasicBlock(64, 64), backend=native, strict=True).to(dtype, memory_format=torch.channels_last)
+    x, dy = (draw((8, 64, 56, 56), dtype, "channels_last") for _ in range(2))
+    x.requires_grad_()
+
+    def step():
+        y = block(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], dy)]
+
+    first = step()
+    for _ in range(9):
+        for number, (one, other) in enumerate(zip(step(), first, strict=True)):
+            assert torch.equal(one, other), number
+
+
 def test_eight_threads_at_first_use():
     """In a fresh process: the extension is loaded once, and every thread gets the right answer."""
     code = """

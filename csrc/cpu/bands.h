@@ -2,12 +2,11 @@
 // for convolutions of images.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "integers.h"
+#include "shared_items.h"
 
 namespace resnet_fast::cpu {
 
@@ -27,10 +26,12 @@ struct Bands {
 
   Bands(int64_t rows, int64_t step) : rows(rows), step(step), in_image(div_up(rows, step)) {}
 
-  // f(band), of each thread in order.
+  // f(band), of some neighbours in order by one thread.
   template <typename F>
   void each(int64_t images, const F& f) const {
-    at::parallel_for(0, images * in_image, 1, [&](int64_t begin, int64_t end) {
+    const int64_t bands = images * in_image, a_thread = div_up(bands, at::get_num_threads());
+    // An image, where there are enough: what follows nothing computes some rows again.
+    share_items(bands, piece_of(bands, std::min(in_image, a_thread)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % in_image * step;
         f(Band{i, i / in_image, first, std::min(first + step, rows), i > begin && first > 0});

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "shared_items.h"
 
 namespace resnet_fast::cpu {
 
@@ -121,7 +122,7 @@ ColumnParams backward_params(
 
 template <typename F>
 void for_items(const Plan& plan, const F& f) {
-  at::parallel_for(0, plan.items, plan.grain, f);
+  share_items(plan.items, piece_of(plan.items, plan.grain), f);
 }
 
 // y = act(norm(x) + residual), or + residual_norm(residual).

@@ -16,6 +16,7 @@
 #include "conv_geometry.h"
 #include "guards.h"
 #include "moments.h"
+#include "shared_items.h"
 
 namespace resnet_fast::cpu {
 
@@ -123,9 +124,10 @@ class Largest {
 
 template <typename F>
 void for_tile_items(int64_t items, const F& f) {
-  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+  const auto each = [&](int64_t i, int64_t) { f(i); };
+  share_items(items, 1, each, [](const auto& take) {
     amx::configure_tiles();
-    for (int64_t i = begin; i < end; ++i) f(i);
+    take();
     amx::release_tiles();
   });
 }

@@ -16,6 +16,7 @@
 #include "bn.h"
 #include "guards.h"
 #include "scratch.h"
+#include "shared_items.h"
 
 namespace resnet_fast::cpu::pixel_slabs {
 
@@ -54,10 +55,11 @@ inline int64_t longest_sum(int64_t rows) { return std::clamp(rows / kEvenSlabs, 
 // Worker threads start with a dispatch state of their own.
 template <typename F>
 void for_slabs(int64_t begin, int64_t end, const F& f) {
-  at::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
+  const auto each = [&](int64_t first, int64_t) { f(begin + first); };
+  share_items(end - begin, 1, each, [](const auto& take) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
-    for (int64_t i = first; i < last; ++i) f(i);
+    take();
   });
 }
 

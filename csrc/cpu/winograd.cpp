@@ -17,6 +17,7 @@
 #include "conv_kernels.h"
 #include "moments.h"
 #include "scratch.h"
+#include "shared_items.h"
 #include "winograd_points.h"
 #include "winograd_shapes.h"
 
@@ -37,13 +38,11 @@ bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
   const ConvKernels& k = conv_kernels();
   const WinogradScratch scratch(conv, kWinogradElements, step, at::get_num_threads());
   std::atomic<bool> finite{true};
-  at::parallel_for(0, div_up(tiles, step), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto slab = scratch.slab(at::get_thread_num(), i * step, std::min(step, tiles - i * step));
-      k.winograd_input(conv, slab, 0, slab.tiles);
-      k.winograd_product(conv, slab, 0, kWinogradElements * conv.panels);
-      if (!k.winograd_output(conv, slab, 0, slab.tiles)) finite = false;
-    }
+  share_items(tiles, step, [&](int64_t begin, int64_t end) {
+    const auto slab = scratch.slab(at::get_thread_num(), begin, end - begin);
+    k.winograd_input(conv, slab, 0, slab.tiles);
+    k.winograd_product(conv, slab, 0, kWinogradElements * conv.panels);
+    if (!k.winograd_output(conv, slab, 0, slab.tiles)) finite = false;
   });
   return finite;
 }

@@ -11,6 +11,7 @@
 
 #include "guards.h"
 #include "conv_kernels.h"
+#include "shared_items.h"
 #include "winograd_points.h"
 #include "winograd_shapes.h"
 
@@ -42,10 +43,11 @@ void sum_up(const WinogradGradient& conv, int64_t tiles) {
   const WinogradScratch scratch(conv, kWinogradGradientElements, step, 1);
   for (int64_t first = 0; first < tiles; first += step) {
     const auto slab = scratch.slab(0, first, std::min(step, tiles - first));
-    at::parallel_for(0, slab.tiles, 1, [&](int64_t begin, int64_t end) {
+    share_items(slab.tiles, piece_of(slab.tiles, 1), [&](int64_t begin, int64_t end) {
       k.winograd_gradient_input(conv, slab, begin, end);
     });
-    at::parallel_for(0, kWinogradGradientElements * conv.panels * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t products = kWinogradGradientElements * conv.panels * blocks;
+    share_items(products, piece_of(products, 1), [&](int64_t begin, int64_t end) {
       k.winograd_gradient_product(conv, slab, begin, end);
     });
   }
