@@ -1,6 +1,6 @@
-// Work that threads take piece by piece. Each begins with a part of its own, the same in every pass over a tensor, which is
+// Work that threads take item by item. Each begins with a part of its own, the same in every pass over a tensor, which is
 // then still in its cache; and goes on with what is left of the others', whose cores may have other people's work to do
-// too. Which thread computes a piece is left to chance: no bit may depend on it.
+// too. Which thread computes an item is left to chance: no bit may depend on it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,18 +14,37 @@
 
 namespace resnet_fast::cpu {
 
+class SharedItems {
+ public:
+  SharedItems(int64_t items, int64_t threads) : items_(items), next_(threads) {
+    for (size_t part = 0; part < next_.size(); ++part) next_[part] = begin(part);
+  }
+
+  // f(item), for the calling thread's part and for what it finds of others'.
+  template <typename F>
+  void take(size_t thread, const F& f) {
+    for (size_t i = 0; i < next_.size(); ++i) {
+      const size_t part = (thread + i) % next_.size();
+      const int64_t end = begin(part + 1);
+      for (int64_t item; (item = next_[part]++) < end;) f(item);
+    }
+  }
+
+ private:
+  int64_t begin(size_t part) const { return static_cast<int64_t>(part) * items_ / static_cast<int64_t>(next_.size()); }
+
+  int64_t items_;
+  std::vector<std::atomic<int64_t>> next_;  // of each thread's part
+};
+
 // f(begin, end) for all of [0, items), `step` at a time. Every thread calls worker(take) once, and take() does the work.
 template <typename F, typename Worker>
 void share_items(int64_t items, int64_t step, const F& f, const Worker& worker) {
   const int64_t pieces = div_up(items, step), threads = std::min<int64_t>(pieces, at::get_num_threads());
-  std::vector<std::atomic<int64_t>> next(threads);  // piece of each part
-  for (int64_t part = 0; part < threads; ++part) next[part] = part * pieces / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+  SharedItems shared(pieces, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
     worker([&] {
-      for (int64_t i = 0; i < threads; ++i) {
-        const int64_t part = (own + i) % threads, end = (part + 1) * pieces / threads;
-        for (int64_t piece; (piece = next[part]++) < end;) f(piece * step, std::min((piece + 1) * step, items));
-      }
+      shared.take(thread, [&](int64_t piece) { f(piece * step, std::min((piece + 1) * step, items)); });
     });
   });
 }

@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <deque>
 
 #include "../activation_pool.h"
+#include "../integers.h"
+#include "../shared_items.h"
 #include "steps.h"
 
 namespace resnet_fast::cpu {
@@ -164,15 +167,22 @@ void Program::run_chunk(
     std::atomic<bool>* infinite, std::vector<double>* seconds) {
   int64_t steps = 0;
   for (const Section& section : sections_) steps += static_cast<int64_t>(section.steps.size());
-  std::vector<std::atomic<int64_t>> next(steps + sections_.size());  // item or image that nobody has taken yet
-  for (auto& counter : next) counter = 0;
+  std::deque<SharedItems> shared;  // of every step, or of a section by image
+  for (const Section& section : sections_) {
+    if (section.by_image) {
+      shared.emplace_back(images, threads);
+    } else {
+      for (const auto& step : section.steps) shared.emplace_back(div_up(images, step->group) * step->items, threads);
+    }
+  }
 
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     const int64_t thread = omp_get_thread_num();
     alignas(64) float scratch[amx::kScratchFloats];
     if (tiles_) amx::configure_tiles();
-    int64_t number = 0, counter = 0;
+    int64_t number = 0;
+    auto next = shared.begin();
     const auto timed = [&](int64_t step, const auto& work) {
       if (seconds == nullptr) return work();
       const auto start = Clock::now();
@@ -181,7 +191,7 @@ void Program::run_chunk(
     };
     for (const Section& section : sections_) {
       if (section.by_image) {
-        for (int64_t image; (image = next[counter]++) < images;) {
+        (next++)->take(thread, [&](int64_t image) {
           const Run run{x, y, first, images, thread, image, scratch, live, tiles_, infinite};
           int64_t step_number = number;
           for (const auto& step : section.steps) {
@@ -189,22 +199,19 @@ void Program::run_chunk(
               for (int64_t item = 0; item < step->items; ++item) step->run(run, item);
             });
           }
-        }
+        });
         number += static_cast<int64_t>(section.steps.size());
-        ++counter;
 #pragma omp barrier
         continue;
       }
       for (const auto& step : section.steps) {
         timed(number++, [&] {
-          const int64_t units = (images + step->group - 1) / step->group, all = units * step->items;
-          for (int64_t item; (item = next[counter]++) < all;) {
+          (next++)->take(thread, [&](int64_t item) {
             const Run run{x, y, first, images, thread, item / step->items, scratch, live, tiles_, infinite};
             step->run(run, item % step->items);
-          }
+          });
 #pragma omp barrier
         });
-        ++counter;
       }
     }
     if (tiles_) amx::release_tiles();
