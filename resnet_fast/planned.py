@@ -48,7 +48,7 @@ _NOT_COPIED = (
 )
 
 
-class _Planned:
+class _Planned(Frozen):
     """What both share. `backend`, `fusion` and `cuda_graph` are `freeze`'s arguments."""
 
     backend: str = "auto"
@@ -273,7 +273,7 @@ class PlannedStage(_Planned, FrozenStage):
         return self[0].convs[0].weight.dtype
 
 
-class PlannedNetwork(_Planned, Frozen):
+class PlannedNetwork(_Planned):
     """What whole ResNets share: stem and stages as one plan, then the network's own pool and classifier."""
 
     frozen_activation: ClassVar[str] = "relu"

@@ -168,6 +168,10 @@ BAD = {
     "device": (["bench", "--device", "tpu"], "tpu"),
     "full_disk": (["info", "--json", "/dev/full"], "cannot write /dev/full: No space left"),
     "nothing_to_verify": (["verify", "--quick", "--device", "cpu", "--backend", "triton"], "nothing of backend triton"),
+    "nothing_left": (
+        [*tiny_bench(), "--no-channels-last", "--contenders", "eager_channels_last"],
+        "eager_channels_last",
+    ),
     "nothing_to_time": ([*tiny_bench(), "--bench", "train", "--contenders", "frozen"], "nothing to time"),
 }
 

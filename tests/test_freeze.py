@@ -112,8 +112,9 @@ def test_no_gradients():
         frozen(draw((1, 3, 32, 32), torch.float32).requires_grad_())
 
 
-def test_there_is_no_training_mode():
-    frozen = freeze(model_for())
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "stage"])
+def test_there_is_no_training_mode(whole):
+    frozen = freeze(model_for() if whole else model_for().layer1)
     with pytest.raises(RuntimeError, match="for inference only"):
         frozen.train()
     assert not any(module.training for module in frozen.modules())

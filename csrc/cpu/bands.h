@@ -2,6 +2,8 @@
 // for convolutions of images.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -31,7 +33,7 @@ struct Bands {
   void each(int64_t images, const F& f) const {
     const int64_t bands = images * in_image, a_thread = div_up(bands, at::get_num_threads());
     // An image, where there are enough: what follows nothing computes some rows again.
-    share_items(bands, piece_of(bands, std::min(in_image, a_thread)), [&](int64_t begin, int64_t end) {
+    share_pieces(bands, piece_of(bands, std::min(in_image, a_thread)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % in_image * step;
         f(Band{i, i / in_image, first, std::min(first + step, rows), i > begin && first > 0});

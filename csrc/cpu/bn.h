@@ -122,7 +122,7 @@ ColumnParams backward_params(
 
 template <typename F>
 void for_items(const Plan& plan, const F& f) {
-  share_items(plan.items, piece_of(plan.items, plan.grain), f);
+  share_pieces(plan.items, piece_of(plan.items, plan.grain), f);
 }
 
 // y = act(norm(x) + residual), or + residual_norm(residual).

@@ -124,10 +124,9 @@ class Largest {
 
 template <typename F>
 void for_tile_items(int64_t items, const F& f) {
-  const auto each = [&](int64_t i, int64_t) { f(i); };
-  share_items(items, 1, each, [](const auto& take) {
+  share_items(items, [&](const auto& take) {
     amx::configure_tiles();
-    take();
+    take(f);
     amx::release_tiles();
   });
 }

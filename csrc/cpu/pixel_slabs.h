@@ -55,11 +55,10 @@ inline int64_t longest_sum(int64_t rows) { return std::clamp(rows / kEvenSlabs, 
 // Worker threads start with a dispatch state of their own.
 template <typename F>
 void for_slabs(int64_t begin, int64_t end, const F& f) {
-  const auto each = [&](int64_t first, int64_t) { f(begin + first); };
-  share_items(end - begin, 1, each, [](const auto& take) {
+  share_items(end - begin, [&](const auto& take) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
-    take();
+    take([&](int64_t i) { f(begin + i); });
   });
 }
 

@@ -37,21 +37,22 @@ class SharedItems {
   std::vector<std::atomic<int64_t>> next_;  // of each thread's part
 };
 
-// f(begin, end) for all of [0, items), `step` at a time. Every thread calls worker(take) once, and take() does the work.
-template <typename F, typename Worker>
-void share_items(int64_t items, int64_t step, const F& f, const Worker& worker) {
-  const int64_t pieces = div_up(items, step), threads = std::min<int64_t>(pieces, at::get_num_threads());
-  SharedItems shared(pieces, threads);
+// Every thread calls worker(take) once, and take(f) there is SharedItems'.
+template <typename Worker>
+void share_items(int64_t items, const Worker& worker) {
+  const int64_t threads = std::min<int64_t>(items, at::get_num_threads());
+  SharedItems shared(items, threads);
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    worker([&] {
-      shared.take(thread, [&](int64_t piece) { f(piece * step, std::min((piece + 1) * step, items)); });
-    });
+    worker([&](const auto& f) { shared.take(thread, f); });
   });
 }
 
+// f(begin, end) for all of [0, items), `step` at a time.
 template <typename F>
-void share_items(int64_t items, int64_t step, const F& f) {
-  share_items(items, step, f, [](const auto& take) { take(); });
+void share_pieces(int64_t items, int64_t step, const F& f) {
+  share_items(div_up(items, step), [&](const auto& take) {
+    take([&](int64_t piece) { f(piece * step, std::min((piece + 1) * step, items)); });
+  });
 }
 
 // Items a piece, of no less than `least`, if each thread is to take several.

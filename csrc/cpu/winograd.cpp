@@ -38,7 +38,7 @@ bool run_by_slab(const WinogradConv& conv, int64_t tiles, int64_t step) {
   const ConvKernels& k = conv_kernels();
   const WinogradScratch scratch(conv, kWinogradElements, step, at::get_num_threads());
   std::atomic<bool> finite{true};
-  share_items(tiles, step, [&](int64_t begin, int64_t end) {
+  share_pieces(tiles, step, [&](int64_t begin, int64_t end) {
     const auto slab = scratch.slab(at::get_thread_num(), begin, end - begin);
     k.winograd_input(conv, slab, 0, slab.tiles);
     k.winograd_product(conv, slab, 0, kWinogradElements * conv.panels);

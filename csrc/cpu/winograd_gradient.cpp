@@ -43,11 +43,11 @@ void sum_up(const WinogradGradient& conv, int64_t tiles) {
   const WinogradScratch scratch(conv, kWinogradGradientElements, step, 1);
   for (int64_t first = 0; first < tiles; first += step) {
     const auto slab = scratch.slab(0, first, std::min(step, tiles - first));
-    share_items(slab.tiles, piece_of(slab.tiles, 1), [&](int64_t begin, int64_t end) {
+    share_pieces(slab.tiles, piece_of(slab.tiles, 1), [&](int64_t begin, int64_t end) {
       k.winograd_gradient_input(conv, slab, begin, end);
     });
     const int64_t products = kWinogradGradientElements * conv.panels * blocks;
-    share_items(products, piece_of(products, 1), [&](int64_t begin, int64_t end) {
+    share_pieces(products, piece_of(products, 1), [&](int64_t begin, int64_t end) {
       k.winograd_gradient_product(conv, slab, begin, end);
     });
   }

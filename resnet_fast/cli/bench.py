@@ -84,10 +84,12 @@ def run(args: argparse.Namespace) -> int:
     setting, chosen = _setting(args, device), _chosen(args)
     tasks = {"infer": ("infer",), "train": ("train",), "both": ("infer", "train")}[args.bench]
     groups = {task: rows for task in tasks if (rows := _bench(args, setting, chosen, task))}
+    missing = ", ".join(chosen or args.contenders)
     if not groups:
-        raise UserError(f"nothing to time: --bench {args.bench} on {device} has no {', '.join(chosen)}; name another")
-    for task in [task for task in tasks if task not in groups]:
-        output.notes.print(f"no {_TASKS[task]}: {device} has no {', '.join(chosen)} there")
+        raise UserError(f"nothing to time: --bench {args.bench} on {device} has no {missing}; name another")
+    for task in tasks:
+        if task not in groups:
+            output.notes.print(f"no {_TASKS[task]}: {device} has no {missing} there")
     title = f"{args.model}, batch {args.batch_size}, {args.img_size} px, {_dtype(args)}"
     machine = f"{environment.device_name(device)}; torch {torch.__version__}"
     for task, rows in groups.items():

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <deque>
 
 #include "../activation_pool.h"
 #include "../integers.h"
@@ -167,7 +166,7 @@ void Program::run_chunk(
     std::atomic<bool>* infinite, std::vector<double>* seconds) {
   int64_t steps = 0;
   for (const Section& section : sections_) steps += static_cast<int64_t>(section.steps.size());
-  std::deque<SharedItems> shared;  // of every step, or of a section by image
+  std::vector<SharedItems> shared;  // of every step, or of a section by image
   for (const Section& section : sections_) {
     if (section.by_image) {
       shared.emplace_back(images, threads);
